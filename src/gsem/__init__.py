@@ -1,7 +1,25 @@
 """gsem: Gradient Semi-Masking for robust image classifiers, trained and measured honestly."""
 
+from gsem import attacks as attacks
+from gsem import data as data
+from gsem import losses as losses
+from gsem.checkpoint import load_model as load_model
+from gsem.evaluate import Attack as Attack
+from gsem.evaluate import Result as Result
+from gsem.evaluate import evaluate as evaluate
+from gsem.insert import insert as insert
+from gsem.insert import normalized as normalized
+from gsem.models import MODELS as MODELS
+from gsem.models import create_model as create_model
+from gsem.models import load_published as load_published
 from gsem.module import GSeM as GSeM
 from gsem.module import noise as noise
 from gsem.module import pass_through as pass_through
+from gsem.recipes import RECIPES as RECIPES
+from gsem.recipes import Recipe as Recipe
+from gsem.train import Run as Run
+from gsem.train import TrainingDiverged as TrainingDiverged
+from gsem.train import train as train
+from gsem.twin import search_twin as search_twin
 
 __version__ = "0.1.0"

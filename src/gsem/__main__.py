@@ -1,0 +1,3 @@
+from gsem.cli import script
+
+script()

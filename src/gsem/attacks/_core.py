@@ -1,0 +1,224 @@
+"""What every attack shares: the one EOT loop, the threat model's geometry, and the checks at both ends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gsem.losses import LOSSES, Loss
+
+Images = Float[Tensor, "b c h w"]  # in [0, 1]; eps in the same unit
+Labels = Int[Tensor, " b"]
+Norm = Literal["Linf", "L2"]
+
+# Draws are folded into the batch up to this many rows, so that a small batch does not starve the machine.
+FOLDED_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Step:
+    """One iterate of an attack, as its observer sees it: all averaged over the draws of the search.
+
+    rows: [b] numbers of the images; x: [b, c, h, w] the iterate; loss: [b]; wrong: [b], the share of draws that
+    misclassify it, in [0, 1].
+    """
+
+    rows: Tensor
+    step: int
+    x: Tensor
+    loss: Tensor
+    wrong: Tensor
+
+
+Observer = Callable[[Step], None]
+
+
+class Worst:
+    """The worst point of each image among those seen: one that every draw misclassifies, then the highest loss.
+
+    Wrong in every draw comes first because a misclassified point may have the lower loss; among the others the
+    mean loss decides, not the share of wrong draws, whose maximum over a path would mostly pick luck.
+    """
+
+    def __init__(self, x: Images):
+        self.x = x.detach().clone()
+        self.value = x.new_full((len(x),), float("-inf"))
+        self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def update(self, x: Images, value: Float[Tensor, " b"], wrong: Float[Tensor, " b"]) -> None:
+        broken = wrong == 1
+        better = torch.where(broken == self.broken, value > self.value, broken)
+        self.x = torch.where(better[:, None, None, None], x, self.x)
+        self.value = torch.where(better, value, self.value)
+        self.broken |= broken
+
+
+class Counting(nn.Module):
+    """A model that counts the image rows that pass through it, forward and with a gradient."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.forwards = 0
+        self.gradients = 0
+        self.train(model.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            self.gradients += len(x)
+        else:
+            self.forwards += len(x)
+        return self.model(x)
+
+
+def counting(model: nn.Module) -> Counting:
+    """`model`, with `.forwards` (rows without a gradient) and `.gradients` (rows forward and back) counted."""
+    return Counting(model)
+
+
+def resolve_loss(loss: str | Loss) -> Loss:
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r} is unknown: it is one of {', '.join(LOSSES)}, or a function")
+    return LOSSES[loss]
+
+
+def _folds(draws: int, rows: int) -> list[int]:
+    per_pass = max(1, min(draws, FOLDED_ROWS // max(1, rows)))
+    full, rest = divmod(draws, per_pass)
+    return [per_pass] * full + ([rest] if rest else [])
+
+
+def _averaged(
+    model: nn.Module, x: Images, y: Labels, loss: Loss, eot: int, *, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    values, wrong, grad = 0, 0, None
+    x = x.detach().requires_grad_(differentiate)
+    for fold in _folds(eot, len(x)):
+        with torch.set_grad_enabled(differentiate):
+            logits = model(x.repeat(fold, 1, 1, 1) if fold > 1 else x)
+            labels = y.repeat(fold)
+            each = loss(logits, labels)
+            if differentiate:
+                (part,) = torch.autograd.grad(each.sum(), x)
+                grad = part if grad is None else grad + part
+        values = values + each.detach().view(fold, -1).sum(0)
+        wrong = wrong + (logits.detach().argmax(1) != labels).view(fold, -1).sum(0)
+    # One draw is left as it is: a division would cost a pass, and the bits stay those of the textbook.
+    return values / eot, wrong / eot, grad if grad is None or eot == 1 else grad / eot
+
+
+def expected(
+    model: nn.Module, x: Images, y: Labels, loss: Loss, eot: int
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Loss and share of wrong draws of each image, averaged over `eot` forward passes."""
+    values, wrong, _ = _averaged(model, x, y, loss, eot, differentiate=False)
+    return values, wrong
+
+
+def expected_gradient(
+    model: nn.Module, x: Images, y: Labels, loss: Loss, eot: int
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Images]:
+    """As `expected`, and the gradient of the averaged loss (EOT, Athalye et al. 2018)."""
+    values, wrong, grad = _averaged(model, x, y, loss, eot, differentiate=True)
+    assert grad is not None
+    return values, wrong, grad
+
+
+def _length(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def random_start(x: Images, eps: float, norm: Norm, generator: torch.Generator) -> Images:
+    """A point drawn uniformly from the ball of radius eps around each image, clipped to [0, 1]."""
+    if norm == "Linf":
+        offset = (torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) * 2 - 1) * eps
+    else:
+        offset = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        size = x[0].numel()
+        share = torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device, dtype=x.dtype)
+        offset = offset / _length(offset).clamp_min(1e-12) * eps * share ** (1 / size)
+    return (x + offset).clamp(0, 1)
+
+
+def ascend(x_adv: Images, x: Images, grad: Images, step: float, eps: float, norm: Norm) -> Images:
+    """One step of length `step` along the steepest ascent of the norm, then back into the ball and [0, 1]."""
+    if norm == "Linf":
+        return project(x_adv + step * grad.sign(), x, eps, norm)
+    return project(x_adv + step * grad / _length(grad).clamp_min(1e-12), x, eps, norm)
+
+
+def project(x_adv: Images, x: Images, eps: float, norm: Norm) -> Images:
+    """The nearest point of the ball of radius eps around x, then clipped to [0, 1]."""
+    offset = x_adv - x
+    if norm == "Linf":
+        offset = offset.clamp(-eps, eps)
+    else:
+        offset = offset * (eps / _length(offset).clamp_min(eps))
+    return (x + offset).clamp(0, 1)
+
+
+def distances(x_adv: Images, x: Images) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """L∞ and L2 length of each perturbation, in the unit of the images."""
+    offset = (x_adv - x).flatten(1)
+    return offset.abs().amax(1), offset.norm(dim=1)
+
+
+def check_arguments(model: nn.Module, x: Images, y: Labels, *, eps: float, norm: str, **counts: int) -> None:
+    """What an attack asks of its caller.
+
+    Raises:
+        ValueError: naming the argument, what it is and what it must be.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be floating-point images [b, c, h, w], not {x.dtype} {tuple(x.shape)}")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise ValueError(f"y must be {len(x)} int64 labels, not {y.dtype} {tuple(y.shape)}")
+    if not (eps > 0 and eps < float("inf")):
+        raise ValueError(f"eps must be positive, in the unit of images in [0, 1], not {eps}")
+    if norm not in ("Linf", "L2"):
+        raise ValueError(f"norm {norm!r} is unknown: it is 'Linf' or 'L2'")
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, not {count!r}")
+    if len(x) and not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError(
+            f"images must lie in [0, 1], not [{x.min().item():g}, {x.max().item():g}]; a network that wants "
+            "normalised input goes into gsem.normalized(model, mean, std)"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise ValueError(
+                f"BatchNorm layer {name or 'the model'!r} is in train mode: an attack would see the statistics "
+                "of its own batch, and change them. Call model.eval() first"
+            )
+
+
+def check_result(
+    x_adv: Images, x: Images, *, eps: float, norm: Norm, finite: Bool[Tensor, " b"] | None = None
+) -> Images:
+    """`x_adv`, if it keeps to the threat model.
+
+    Raises:
+        ValueError: naming the first image whose logits or pixels are NaN, that leaves [0, 1], or that lies
+            farther than eps from its original (by more than rounding: 1e-6 for L∞, 1e-5 relative for L2).
+    """
+
+    def first(bad: Tensor, what: str) -> None:
+        if bool(bad.any()):
+            raise ValueError(f"image {int(bad.nonzero()[0])} of the attacked batch: {what}")
+
+    if finite is not None:
+        first(~finite, "the model's loss is NaN or infinite there")
+    flat = x_adv.flatten(1)
+    first(~flat.isfinite().all(1), "the attack returned NaN or infinite pixels")
+    first(((flat < 0) | (flat > 1)).any(1), "the attack left [0, 1]")
+    linf, l2 = distances(x_adv, x)
+    far = linf > eps + 1e-6 if norm == "Linf" else l2 > eps * (1 + 1e-5) + 1e-6
+    first(far, f"the attack returned a point farther than eps = {eps:g} ({norm}) from the image")
+    return x_adv

@@ -1,0 +1,129 @@
+"""Weights and states on disk: safetensors, so that loading never executes code, written beside and renamed."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from gsem.models import create_model, load_published
+from gsem.recipes import Recipe
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """`path` holds either its former content or all of `content`, also after a crash in between."""
+    beside = path.with_name(f".{path.name}.writing")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Tensors and JSON-able facts in one file, so that they cannot disagree."""
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomically(path, save(ready, metadata={"gsem": json.dumps(meta)}))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a gsem checkpoint, or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["gsem"])
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no gsem checkpoint, or it is damaged: {error!r}") from None
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix.`, without it."""
+    return {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def model_meta(recipe: Recipe, *, classes: tuple[str, ...], shape: tuple[int, int, int], eps: float) -> dict:
+    """What a checkpoint tells of its model and data."""
+    return {
+        "recipe": recipe.to_dict(),
+        "model": {
+            "name": recipe.model,
+            "num_classes": len(classes),
+            "in_channels": shape[0],
+            "levels": recipe.levels,
+            "noise": recipe.noise,
+        },
+        "data": {"classes": list(classes), "shape": list(shape), "eps": eps},
+    }
+
+
+def _checkpoint_of(path: Path) -> Path | None:
+    if path.is_dir():
+        for name in ("best", "last"):
+            if (found := path / "checkpoints" / f"{name}.safetensors").is_file():
+                return found
+        raise FileNotFoundError(
+            f"{path} holds no checkpoints/best.safetensors: it is no finished run of gsem train"
+        )
+    return path if path.suffix == ".safetensors" else None
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    name: str | None = None,
+    num_classes: int = 10,
+    levels: int = 6,
+    noise: int = 4,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model in eval mode, and what its checkpoint tells (see `model_meta`; empty for strangers).
+
+    Args:
+        spec: a run directory (its best checkpoint), a `.safetensors` checkpoint, a published `.pt` state dict
+            (then `name`, `num_classes`, `levels` and `noise` say what it is), or `package.module:function`, a
+            function without arguments that returns the model.
+
+    Raises:
+        FileNotFoundError, ValueError: naming what was not found, or not understood.
+    """
+    path = Path(spec)
+    if path.exists() or path.suffix in (".safetensors", ".pt", ".pth"):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {path}")
+        checkpoint = _checkpoint_of(path)
+        if checkpoint is None:
+            if name is None:
+                raise ValueError(f"{path} does not say what model it is: give its name (see `gsem models`)")
+            published = load_published(path, name=name, num_classes=num_classes, levels=levels, noise=noise)
+            return published.eval(), {}
+        tensors, meta = read_checkpoint(checkpoint)
+        model = create_model(**meta["model"])
+        # A `last` checkpoint carries averaged weights beside the raw ones; they are the model.
+        model.load_state_dict(part(tensors, "ema") or part(tensors, "model"))
+        return model.eval(), meta
+    if ":" in str(spec):
+        return _from_factory(str(spec)).eval(), {}
+    raise FileNotFoundError(
+        f"{str(spec)!r} is no run directory, checkpoint or published .pt that exists here, and no "
+        "package.module:function"
+    )
+
+
+def _from_factory(spec: str) -> nn.Module:
+    module, _, function = spec.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot take a model from {spec!r}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{spec!r} returned a {type(made).__name__}, not a torch.nn.Module")
+    return made

@@ -1,0 +1,8 @@
+"""Data: sources of images as uint8 tensors, their splits, and batched augmentation."""
+
+from gsem.data.augment import crop_flip as crop_flip
+from gsem.data.augment import to_float as to_float
+from gsem.data.registry import SOURCES as SOURCES
+from gsem.data.registry import load as load
+from gsem.data.source import Source as Source
+from gsem.data.source import Split as Split

@@ -1,0 +1,181 @@
+"""Data sets in one .npz file: x_train, y_train, x_test, y_test, and optionally classes."""
+
+import lzma
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from gsem.data.source import Source, Split, crop_padding
+
+DESCRIPTION = "a .npz file with x_train [n, h, w, c] uint8, y_train [n] integers, x_test, y_test"
+
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError),
+    # zipfile's answers to encryption and to unknown compression; numpy's to a header of an absurd size.
+    *(RuntimeError, NotImplementedError, MemoryError),
+)
+
+
+def npz_file(path: str | Path) -> Source:
+    """The arrays of `path`: x_train [n, h, w, c] or [n, h, w] uint8 with y_train [n] integers, x_test, y_test.
+
+    Either part may be absent. Classes are named by the array `classes` (strings, in the order of the labels),
+    otherwise "0" … up to the largest label of y_train (of y_test if there is no training part). Here only that
+    part's labels and the header of its images are read. Pickled objects are never loaded.
+
+    Raises:
+        FileNotFoundError: `path` is no file.
+        ValueError: the file is damaged, an array is missing or not as above, a label has no class, or a class
+            has no training images. The message names the file and the key.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    keys = _keys(path)
+    parts = [part for part in ("train", "test") if {f"x_{part}", f"y_{part}"} & set(keys)]
+    if not parts:
+        raise ValueError(f"{path} has neither x_train nor x_test; its keys are: {', '.join(keys) or 'none'}")
+    for part in parts:
+        for key, partner in ((f"x_{part}", f"y_{part}"), (f"y_{part}", f"x_{part}")):
+            if key not in keys:
+                raise ValueError(f"{path} has {partner} but no {key}; its keys are: {', '.join(keys)}")
+    main = parts[0]
+    labels = _labels(path, f"y_{main}")
+    classes = _classes(path, labels, named="classes" in keys, complete=main == "train")
+    shape = _shape(path, f"x_{main}")
+    readers = {part: partial(_read, path, part, classes, shape) for part in parts}
+    return Source(
+        name=path.stem,
+        classes=classes,
+        shape=shape,
+        eps=8 / 255,
+        padding=crop_padding(shape[1]),
+        fill=128,
+        flip=True,
+        description=f"arrays of {path}",
+        read_train=readers.get("train"),
+        read_test=readers.get("test"),
+    )
+
+
+@contextmanager
+def _opened(path: Path, key: str) -> Iterator[IO[bytes]]:
+    # Read as a zip archive, not by np.load: that also opens bare .npy files, and cannot show a header alone.
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+            yield member
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: {key} cannot be read, the file is damaged ({error})") from error
+
+
+def _keys(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is not an .npz file, or is damaged ({error})") from error
+
+
+def _header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an array, without its values."""
+    with _opened(path, key) as member:
+        version = np.lib.format.read_magic(member)
+        # Version 3 differs from 2 only in the names of record fields, and records are refused anyway.
+        old = version == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError(f"{path}: {key} holds Python objects (dtype object), which are never loaded")
+    return shape, dtype
+
+
+def _array(path: Path, key: str) -> np.ndarray:
+    with _opened(path, key) as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+        member.read()  # to the end, where zipfile compares the checksum
+    return array
+
+
+def _shape(path: Path, key: str) -> tuple[int, int, int]:
+    """(c, h, w) of the images under `key`, whose dtype and axes are checked."""
+    shape, dtype = _header(path, key)
+    if dtype != np.uint8:
+        hint = "; images in [0, 1] become it by (255 * x).round().astype('uint8')" if dtype.kind == "f" else ""
+        raise ValueError(f"{path}: {key} is {dtype}, but must be uint8 (0 to 255){hint}")
+    if len(shape) not in (3, 4):
+        raise ValueError(f"{path}: {key} has shape {list(shape)}, but must be [n, h, w, c] or [n, h, w]")
+    if math.prod(shape) == 0:
+        raise ValueError(f"{path}: {key} is empty (shape {list(shape)})")
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
+        raise ValueError(
+            f"{path}: {key} has shape {list(shape)}, but must be [n, h, w, c]: "
+            "channels come last, by x.transpose(0, 2, 3, 1)"
+        )
+    return (shape[3] if len(shape) == 4 else 1, shape[1], shape[2])
+
+
+def _labels(path: Path, key: str) -> Int64[Tensor, "n"]:
+    shape, dtype = _header(path, key)
+    if dtype.kind not in "iu":
+        raise ValueError(f"{path}: {key} is {dtype}, but labels must be integers")
+    if len(shape) != 1:
+        raise ValueError(f"{path}: {key} has shape {list(shape)}, but must be [n]: one label per image")
+    if shape[0] == 0:
+        raise ValueError(f"{path}: {key} is empty")
+    labels = _array(path, key)
+    if labels.min() < 0:
+        raise ValueError(f"{path}: {key} has the label {labels.min()}, but labels start at 0")
+    # Through int64 by numpy: torch knows neither other byte orders nor, everywhere, wide unsigned integers.
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _classes(path: Path, labels: Int64[Tensor, "n"], *, named: bool, complete: bool) -> tuple[str, ...]:
+    """Names from the array `classes` if `named`; if `complete`, each of them must have a label."""
+    seen = set(labels.tolist())
+    if named:
+        shape, dtype = _header(path, "classes")
+        if dtype.kind != "U" or len(shape) != 1 or shape[0] == 0:
+            raise ValueError(f"{path}: classes is {dtype} {list(shape)}, but must be strings, one per class")
+        classes = tuple(_array(path, "classes").tolist())
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"{path}: classes names a class twice: {', '.join(classes)}")
+        if not complete:
+            return classes
+        missing = [f"{number} ({name})" for number, name in enumerate(classes) if number not in seen]
+    else:
+        if not complete:
+            return tuple(map(str, range(max(seen) + 1)))
+        # At most one is looked for beyond the labels there are, so that a stray huge label costs nothing.
+        missing = [str(number) for number in range(min(max(seen), len(seen)) + 1) if number not in seen]
+        classes = tuple(map(str, range(len(seen))))
+    if missing:
+        raise ValueError(f"{path}: y_train has no image of class {', '.join(missing)}")
+    return classes
+
+
+def _read(path: Path, part: str, classes: tuple[str, ...], shape: tuple[int, int, int]) -> Split:
+    found = _shape(path, f"x_{part}")
+    if found != shape:
+        raise ValueError(f"{path}: x_{part} has images (c, h, w) {found}, but x_train has {shape}")
+    y = _labels(path, f"y_{part}")
+    if int(y.max()) >= len(classes):
+        raise ValueError(f"{path}: y_{part} has the label {int(y.max())}, but there are {len(classes)} classes")
+    count = _header(path, f"x_{part}")[0][0]
+    if count != len(y):
+        raise ValueError(f"{path}: x_{part} has {count} images, but y_{part} has {len(y)} labels")
+    return Split(_channels_first(_array(path, f"x_{part}")), y)
+
+
+def _channels_first(images: np.ndarray) -> UInt8[Tensor, "n c h w"]:
+    x = torch.from_numpy(images)
+    return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,66 @@
+"""The named data sets, and `load`, which finds one by name or path."""
+
+import os
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from gsem.data import digits, folder, npz
+from gsem.data.source import Source
+
+
+class _Entry(NamedTuple):
+    description: str
+    read: Callable[[Path | None], Source]
+
+
+def _at(root: Path | None, name: str) -> Path:
+    if root is None:
+        raise ValueError(f"data {name!r} needs root: load({name!r}, root=PATH)")
+    return root
+
+
+# A data set is one entry: a line for the user, and what makes its Source from the root the user gave (or None).
+_ENTRIES = {
+    "digits": _Entry(digits.DESCRIPTION, lambda root: digits.digits()),
+    "folder": _Entry(folder.DESCRIPTION, lambda root: folder.image_folder(_at(root, "folder"))),
+    "npz": _Entry(npz.DESCRIPTION, lambda root: npz.npz_file(_at(root, "npz"))),
+}
+
+SOURCES: dict[str, str] = {name: entry.description for name, entry in _ENTRIES.items()}
+
+
+def load(name: str, root: str | Path | None = None) -> Source:
+    """The data set of that name, or at that path.
+
+    Args:
+        name: a name in `SOURCES`, the path of an .npz file, or the path of an image folder. A name wins over a
+            path: a folder that happens to be called digits is "./digits".
+        root: where the data of a name lie; "folder" and "npz" need it, "digits" makes no use of it.
+
+    Raises:
+        FileNotFoundError: nothing is at that path.
+        ValueError: an unknown name, a root missing or beside a path, or data that are not as they should be.
+    """
+    name = os.fspath(name)
+    if name in _ENTRIES:
+        return _ENTRIES[name].read(None if root is None else Path(root))
+    path = Path(name).expanduser()
+    is_path = path.exists() or path.suffix.lower() == ".npz" or len(path.parts) > 1
+    if not is_path:
+        near = get_close_matches(name.lower(), _ENTRIES, n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        known = ", ".join(_ENTRIES)
+        raise ValueError(
+            f"data {name!r} is unknown.{hint} Possible are: {known}, or the path of an .npz file or image folder"
+        )
+    if root is not None:
+        raise ValueError(f"root goes with a name of data ({', '.join(_ENTRIES)}), not with the path {name}")
+    if path.is_dir():
+        return folder.image_folder(path)
+    if path.suffix.lower() == ".npz":
+        return npz.npz_file(path)
+    if path.exists():
+        raise ValueError(f"{path} is neither an .npz file nor a directory")
+    raise FileNotFoundError(f"there is no file or directory {path}")

@@ -1,0 +1,84 @@
+"""What a person sees of a training or an evaluation while it runs."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gsem.train import Progress as TrainingProgress
+
+
+def duration(seconds: float) -> str:
+    """`4 s`, `3:20 min`, `1:05 h`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60}:{seconds % 60:02} min"
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02} h"
+
+
+def percent(share: float | None) -> str:
+    return "   –  " if share is None else f"{100 * share:5.1f}%"
+
+
+class TrainingBar:
+    """A bar on a terminal, and in any case one line for each epoch."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.fields[rate]:>7.0f} img/s"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=None, rate=0.0)
+
+    def __enter__(self) -> "TrainingBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, p: TrainingProgress) -> None:
+        accuracies = f"clean {percent(p.clean)} robust {percent(p.robust)}"
+        place = f"epoch {p.epoch:>{len(str(p.epochs))}}/{p.epochs}"
+        text = f"{place} loss {p.loss:.3f} {accuracies}"
+        self.bar.update(self.task, description=text, total=p.steps, completed=p.step, rate=p.images_per_second)
+        if p.epoch_ended:
+            left = f"{duration(p.seconds_left)} left" if p.step < p.steps else "done"
+            self.console.print(f"{text} {p.images_per_second:6.0f} img/s  {left}", highlight=False)
+
+
+class AttackBar:
+    """A bar on a terminal; silent elsewhere, where the table follows."""
+
+    def __init__(self, console: Console):
+        self.bar = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, int] = {}
+
+    def __enter__(self) -> "AttackBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        if label not in self.tasks:
+            self.tasks[label] = self.bar.add_task(label, total=total)
+        self.bar.update(self.tasks[label], completed=done)  # type: ignore[arg-type]

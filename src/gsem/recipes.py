@@ -1,0 +1,184 @@
+"""A training run as one frozen value, and the named ones. Data only: nothing here computes a tensor."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+Schedule = Literal["step", "cosine", "cyclic"]
+Precision = Literal["float32", "bf16", "fp16"]
+Objective = Literal["ce"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides what a training run computes. A variant is `replace(recipe, epochs=5)`.
+
+    Raises:
+        ValueError: a field that makes no sense, with the reason.
+    """
+
+    name: str = "gcat"
+    """Of the recipe that this one is, or started from."""
+    data: str = "digits"
+    """digits, an image folder with train/CLASS/*, or an .npz file."""
+    flip: bool | None = None
+    """Horizontal flips in the augmentation; by default as the data say (images yes, digits no)."""
+    model: str = "gsem-resnet10x16"
+    """See `gsem models`."""
+    levels: int = 6
+    """GSeM's quantisation levels per unit (the paper's alpha)."""
+    noise: int = 4
+    """GSeM's largest noise offset, in levels (the paper's beta)."""
+
+    objective: Objective = "ce"
+    """What is minimised on the batch: ce, cross-entropy."""
+    attacked: float = 0.5
+    """Share of each batch that is replaced by its adversarial examples, 0 to 1."""
+    eps: float | None = None
+    """L-infinity radius, in pixels of [0, 1]; the data's own by default (8/255 for images)."""
+    step: float | None = None
+    """Length of an attack step; eps/4 by default (2/255 for images)."""
+    steps: int = 10
+    """Attack steps."""
+    eot: int = 1
+    """Draws of the noise that each attack gradient is averaged over."""
+    draws: int = 1
+    """Draws of the noise that each parameter gradient is averaged over."""
+
+    epochs: int = 30
+    """Passes over the training images, in each round."""
+    rounds: int = 1
+    """Times the schedule is run, each from the best checkpoint of those before."""
+    batch: int = 128
+    """Images per step."""
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    schedule: Schedule = "cosine"
+    """Of the learning rate: steps at milestones, or a fall to 0 along a cosine or a line."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which the step schedule multiplies the rate by `decay`."""
+    decay: float = 0.1
+    """Factor of the step schedule."""
+    warmup: float = 0.0
+    """Epochs over which the rate rises linearly to its peak (cosine and cyclic)."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
+    weight_decay: float = 5e-4
+    """Of SGD, on all parameters."""
+    clip: float | None = None
+    """Largest norm of the gradient of all parameters together; longer ones are shortened to it."""
+    explosion: float = 1e4
+    """A gradient longer than this, before clipping, stops the run."""
+    ema: float = 0.0
+    """Decay of the exponential average of the weights per step; 0 keeps none. The averaged weights are then what
+    is validated and saved as the model."""
+
+    precision: Precision = "bf16"
+    """Of the training passes (autocast)."""
+    search: Precision = "bf16"
+    """Of the attack's gradient directions, on the search twin."""
+    validate_every: int = 1
+    """Epochs between validations, each on at most 1,000 held-out training images under PGD-10."""
+    seed: int = 0
+    """Of all chance in the run, the validation split included."""
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, field: str, rule: str) -> None:
+            if not holds:
+                raise ValueError(f"recipe {self.name!r}: {field} = {getattr(self, field)!r}, but it must be {rule}")
+
+        for field in ("levels", "steps", "eot", "draws", "epochs", "rounds", "batch", "validate_every"):
+            value = getattr(self, field)
+            require(type(value) is int and value >= 1, field, "an integer of at least 1")
+        require(type(self.noise) is int and self.noise >= 0, "noise", "an integer of at least 0")
+        require(type(self.seed) is int, "seed", "an integer")
+        require(0 <= self.attacked <= 1, "attacked", "a share from 0 to 1")
+        for field in ("eps", "step", "clip"):
+            value = getattr(self, field)
+            require(value is None or 0 < value < math.inf, field, "positive, or left out")
+        require(self.eps is None or self.eps <= 1, "eps", "at most 1: images lie in [0, 1] (8/255, not 8)")
+        for field in ("lr", "decay", "explosion"):
+            require(0 < getattr(self, field) < math.inf, field, "positive")
+        for field in ("momentum", "ema"):
+            require(0 <= getattr(self, field) < 1, field, "at least 0 and below 1")
+        require(self.weight_decay >= 0, "weight_decay", "at least 0")
+        require(0 <= self.warmup < self.epochs, "warmup", f"at least 0 and below the {self.epochs} epochs")
+        require(not self.nesterov or self.momentum > 0, "nesterov", "off when momentum is 0")
+        ordered = list(self.milestones) == sorted(set(self.milestones))
+        require(ordered and all(m >= 1 for m in self.milestones), "milestones", "rising epoch numbers from 1")
+        if self.schedule == "step":
+            require(all(m < self.epochs for m in self.milestones), "milestones", f"before epoch {self.epochs}")
+        for field, known in (
+            ("objective", ("ce",)),
+            ("schedule", ("step", "cosine", "cyclic")),
+            ("precision", ("float32", "bf16", "fp16")),
+            ("search", ("float32", "bf16", "fp16")),
+        ):
+            require(getattr(self, field) in known, field, f"one of {', '.join(known)}")
+
+    @property
+    def passes(self) -> tuple[float, float]:
+        """(attack passes, training passes) per image and epoch, each a forward and a backward."""
+        return self.attacked * self.steps * self.eot, float(self.draws)
+
+    def learning_rate(self, epoch: float) -> float:
+        """At `epoch` (fractional) of a round."""
+        if self.schedule == "step":
+            return self.lr * self.decay ** sum(epoch >= m for m in self.milestones)
+        if epoch < self.warmup:
+            return self.lr * epoch / self.warmup
+        rest = (epoch - self.warmup) / (self.epochs - self.warmup)
+        if self.schedule == "cyclic":
+            return self.lr * (1 - rest)
+        return self.lr * (1 + math.cos(math.pi * rest)) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"milestones": list(self.milestones)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field that this version does not know.
+        """
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"the recipe has a field {unknown[0]!r} that this version of gsem does not know")
+        return cls(**values | {"milestones": tuple(values.get("milestones", ()))})
+
+
+GCAT_PUBLISHED = Recipe(
+    name="gcat-published",
+    model="gsem-resnet18",
+    steps=10,
+    eot=10,
+    draws=10,
+    epochs=150,
+    rounds=5,
+    batch=256,
+    lr=0.01,
+    schedule="step",
+    milestones=(60, 110),
+    weight_decay=3.5e-3,
+    precision="fp16",
+)
+
+GCAT = Recipe(
+    name="gcat",
+    attacked=1.0,
+    steps=5,
+    epochs=30,
+    lr=0.1,
+    warmup=1.0,
+    nesterov=True,
+    ema=0.995,
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (GCAT, GCAT_PUBLISHED)}
+ABOUT: dict[str, str] = {
+    "gcat": "our economical GCAT: one draw a step, averaged weights",
+    "gcat-published": "GCAT step for step as the paper's code runs it",
+}

@@ -1,0 +1,38 @@
+"""Random streams: every use of chance has its own, named, and the caller's random state is left as it was."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def split(seed: int, *names: str | int) -> int:
+    """The seed of the stream that `names` name, in [0, 2^63): one stream cannot be guessed from another.
+
+    `split(seed, "search")`, `"selection"` and `"scoring"` are the three disjoint streams of an evaluation.
+    """
+    text = "/".join([str(seed), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A private generator on `device` for the stream that `names` name."""
+    return torch.Generator(device).manual_seed(split(seed, *names))
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Set torch's own stream on the CPU and on `device`. Only inside `stream`, which puts it back."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def stream(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's own stream, from which a stochastic model draws, starts at `seed` for this block only."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        reseed(seed, device)
+        yield

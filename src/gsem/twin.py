@@ -1,0 +1,308 @@
+"""The search twin: what an attack differentiates instead of the model, because it is several times faster.
+
+In eval mode BatchNorm is an affine map: it is folded into the convolution before it, once per refresh instead of
+at every pass. The twin runs channels-last, in float32 or, for gradient *directions* only, in bf16.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, fx, nn
+
+from gsem.module import GSeM
+
+
+def _affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """(scale, shift) of a BatchNorm in eval mode."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = torch.rsqrt(bn.running_var + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight
+    shift = -bn.running_mean * scale
+    return scale, shift if bn.bias is None else shift + bn.bias
+
+
+class _Mirror(nn.Module):
+    """A part of the twin that holds tensors computed from the model's."""
+
+    def __init__(self, *source: nn.Module | None):
+        super().__init__()
+        # Out of nn.Module's sight: the model's parameters are not the twin's.
+        self.__dict__["source"] = source
+
+    def store(self, **tensors: Tensor) -> None:
+        # In place after the first time: a compiled or captured twin keeps its addresses.
+        for name, value in tensors.items():
+            former = self._buffers.get(name)
+            if former is None:
+                self.register_buffer(name, value.clone(), persistent=False)
+            else:
+                former.copy_(value)
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        raise RuntimeError("every mirror says how it is refreshed")
+
+
+def _weight(value: Float[Tensor, "o i h w"], dtype: torch.dtype) -> Tensor:
+    return value.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+class _Conv(_Mirror):
+    """A convolution with the BatchNorm behind it folded in."""
+
+    source: tuple[nn.Conv2d, nn.BatchNorm2d | None]
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        conv, bn = self.source
+        weight, bias = conv.weight, conv.bias
+        if bn is not None:
+            scale, shift = _affine(bn)
+            weight = weight * scale[:, None, None, None]
+            bias = shift if bias is None else shift + bias * scale
+        self.store(weight=_weight(weight, dtype))
+        if bias is not None:
+            self.store(bias=bias.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The source knows its stride, groups and padding mode; only its weights are replaced.
+        return self.source[0]._conv_forward(x, self.weight, self._buffers.get("bias"))
+
+
+class _Affine(_Mirror):
+    """A BatchNorm with no convolution of its own before it."""
+
+    source: tuple[nn.BatchNorm2d]
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        scale, shift = _affine(self.source[0])
+        self.store(scale=scale[:, None, None].to(dtype), shift=shift[:, None, None].to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+class _Fuse(torch.autograd.Function):
+    """conv3x3([x, k]) whose gradient with respect to x is one convolution with `back`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, k: Tensor, weight: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return F.conv2d(torch.cat([x, k], dim=1), weight, padding=1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return F.conv_transpose2d(grad, back, padding=1), None, None, None
+
+
+class _FoldedGSeM(_Mirror):
+    """GSeM in one convolution: mapping (1×1), fusion (3×3) and BatchNorm are linear, so their product is taken.
+
+    It reads the integers levels · q, which bf16 holds exactly, instead of q. Backward, the two pathways of the
+    corrected gradient run through the same convolution, so their weights are added first: half the work. The
+    semi-masked gradient takes the straight-through pathway's weights alone.
+    """
+
+    source: tuple[GSeM]
+
+    def __init__(self, module: GSeM):
+        super().__init__(module)
+        self.offsets = module.offsets  # shared: gsem.noise acts on model and twin together
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        (module,) = self.source
+        scale, shift = _affine(module.bn)
+        fusion = module.conv2.weight * scale[:, None, None, None]
+        straight, mapped = fusion.chunk(2, dim=1)
+        mapping = module.conv1.weight[:, :, 0, 0]
+        through = torch.einsum("omhw,mi->oihw", mapped, mapping)
+        corrected = module.gradient == "corrected"
+        self.store(
+            weight=_weight(torch.cat([straight, through / module.levels], dim=1), dtype),
+            back=_weight(straight + through if corrected else straight, dtype),
+            # The mapping's bias reaches the output through a zero-padded convolution: less of it at the border.
+            mapped=mapped.contiguous(),
+            bias=module.conv1.bias[None, :, None, None],
+            shift=shift[None, :, None, None],
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            k = self.source[0].integers(x)
+            bias = self.bias.expand(-1, -1, *x.shape[2:])
+            bias = (F.conv2d(bias, self.mapped, padding=1) + self.shift).to(x.dtype)
+        return F.mish(_Fuse.apply(x, k, self.weight, self.back) + bias)
+
+
+class _Other(_Mirror):
+    """Any other module with parameters or buffers: a copy in eval mode, cast."""
+
+    source: tuple[nn.Module]
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        super().__init__(module)
+        self.copy = copy.deepcopy(module).to(dtype).eval().requires_grad_(False)
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        _copy_state(self.source[0], self.copy)
+
+    def forward(self, *args, **kwargs):
+        return self.copy(*args, **kwargs)
+
+
+class _Held(_Mirror):
+    """Parameters and buffers that the model's own forward reads directly."""
+
+    def __init__(self, model: nn.Module, targets: list[str]):
+        super().__init__(model)
+        self.targets = targets
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        for number, target in enumerate(self.targets):
+            value = self.source[0]
+            for part in target.split("."):
+                value = getattr(value, part)
+            self.store(**{f"t{number}": value.to(dtype) if value.is_floating_point() else value})
+
+
+def _copy_state(source: nn.Module, target: nn.Module) -> None:
+    values = [*source.parameters(), *source.buffers()]
+    for former, value in zip([*target.parameters(), *target.buffers()], values, strict=True):
+        former.copy_(value)
+
+
+class _Eager(_Mirror):
+    """The model itself in eval mode, for one that cannot be traced: nothing is folded."""
+
+    source: tuple[nn.Module]
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__(model)
+        self.dtype = dtype
+        self.copy = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        _copy_state(self.source[0], self.copy)
+        for ours, theirs in zip(self.copy.modules(), self.source[0].modules(), strict=True):
+            if isinstance(ours, GSeM) and isinstance(theirs, GSeM):
+                ours.offsets, ours.gradient = theirs.offsets, theirs.gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(x.device.type, self.dtype) if low else nullcontext():
+            return self.copy(x.float() if low else x)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, GSeM) or super().is_leaf_module(m, module_qualified_name)
+
+
+@contextmanager
+def _eval_flags(model: nn.Module) -> Iterator[None]:
+    training = {m: m.training for m in model.modules()}
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m, flag in training.items():
+            m.training = flag
+
+
+def _is_foldable(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+
+
+def _mirror(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> nn.Module:
+    if isinstance(source, GSeM):
+        return _FoldedGSeM(source)
+    if type(source) is nn.Conv2d:
+        return _Conv(source, behind if isinstance(behind, nn.BatchNorm2d) and _is_foldable(behind) else None)
+    if _is_foldable(source):
+        return _Affine(source)
+    if next(source.parameters(), None) is not None or next(source.buffers(), None) is not None:
+        return _Other(source, dtype)
+    return copy.deepcopy(source).eval()
+
+
+def _traced(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model's graph with each module replaced by its mirror; `model` itself is only read."""
+    modules = dict(model.named_modules())
+    with _eval_flags(model):
+        graph = _Tracer().trace(model)
+    root = nn.Module()
+    held = [node for node in graph.nodes if node.op == "get_attr"]
+    for number, node in enumerate(graph.find_nodes(op="call_module")):
+        source = modules.get(node.target)
+        if source is None:
+            continue  # a BatchNorm that went into the convolution before it
+        users = list(node.users)
+        behind = modules.get(users[0].target) if len(users) == 1 and users[0].op == "call_module" else None
+        if type(source) is nn.Conv2d and _is_foldable(behind):
+            users[0].replace_all_uses_with(node)
+            graph.erase_node(users[0])
+        name = f"part{number}"
+        root.add_module(name, _mirror(source, behind, dtype))
+        node.target = name
+    holder = _Held(model, [node.target for node in held])
+    with torch.no_grad():
+        holder.refresh(dtype)
+    root.add_module("held", holder)
+    for number, node in enumerate(held):
+        node.target = f"held.t{number}"
+    twin = fx.GraphModule(root, graph)
+    twin.add_module("held", holder)
+    return twin
+
+
+class SearchTwin(nn.Module):
+    """See `search_twin`. Images [b, c, h, w] in [0, 1] → logits [b, k] in float32 (float64 for a float64 twin)."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        try:
+            self.graph = _traced(model, dtype)
+        except Exception as error:  # whatever a stranger's forward may raise when its input is symbolic
+            warnings.warn(
+                f"search_twin runs {type(model).__name__} as it is, unfolded and slower, because it cannot be "
+                f"traced: {type(error).__name__}: {error}",
+                stacklevel=3,
+            )
+            self.graph = _Eager(model, dtype)
+        self.requires_grad_(False).eval()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the model's parameters, BatchNorm statistics and gradient setting again."""
+        for part in self.modules():
+            if isinstance(part, _Mirror):
+                part.refresh(self.dtype)
+
+    def train(self, mode: bool = True) -> "SearchTwin":
+        return super().train(False)  # a twin is eval-time by definition
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        logits = self.graph(x.to(dtype=self.dtype, memory_format=torch.channels_last))
+        return logits if self.dtype == torch.float64 else logits.float()
+
+
+def search_twin(model: nn.Module, dtype: torch.dtype = torch.float32) -> SearchTwin:
+    """A fast stand-in for `model` in eval mode, for attacks to differentiate with respect to images.
+
+    BatchNorm is folded, GSeM is one convolution, the layout is channels-last; the mode of `model` and its
+    parameters are not changed, and the twin's do not require gradients. In float32 its logits agree with the
+    model's to rounding. In bf16 it gives gradient directions for PGD and APGD, nothing else: decisions belong to
+    the model. It shares the noise of the model's GSeMs (`gsem.noise` on either acts on both). After the model's
+    weights, statistics or `gradient` setting change, call `.refresh()`.
+
+    Any torch model works: one that torch.fx cannot trace runs as it is, with a warning.
+    """
+    return SearchTwin(model, dtype)
