@@ -1,14 +1,16 @@
 """The command line: gsem demo | train | evaluate | recipes | models | data."""
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fractions import Fraction
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -90,7 +92,7 @@ class TrainOptions:
 class EvaluateOptions:
     """Attack a trained model and score it on draws of its noise that no attack has seen."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
     attacks: str = "clean,pgd:steps=100"
     """Attacks with commas between, options behind colons: clean,pgd:steps=500:eot=20:restarts=2."""
@@ -135,7 +137,7 @@ class DemoOptions:
 class DataOptions:
     """List the data sets, or tell what one holds."""
 
-    name: tyro.conf.Positional[str | None] = None
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
     """digits, an image folder, or an .npz file."""
 
 
@@ -152,15 +154,18 @@ def _near(kind: str, name: str, known: dict[str, Any]) -> str:
 
 def _parse(kind: Any, command: str, words: list[str], **how: Any) -> Any:
     boxed = StringIO()
+    config = (tyro.conf.DisallowNone,)  # no "{None}|" before what an option takes
     try:
         with redirect_stderr(boxed):
-            return tyro.cli(kind, prog=f"gsem {command}", args=words, registry=registry, **how)
+            return tyro.cli(kind, prog=f"gsem {command}", args=words, registry=registry, config=config, **how)
     except SystemExit as stop:
         if not stop.code:
             raise
         # tyro draws a box of several lines; an error here is one line.
-        lines = [line.strip("│╭╮╰╯─ \n") for line in boxed.getvalue().splitlines()[1:]]
-        raise ValueError("; ".join(filter(None, lines)).replace(":;", ":")) from None
+        lines = [line.strip("│ ") for line in boxed.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+        text = " ".join(line for line in lines if line.strip("─-") and not line.startswith("For full helptext"))
+        text = text.split(" Argument helptext:")[0]
+        raise ValueError(f"{text} (gsem {command} --help tells the options)") from None
 
 
 def _train(words: list[str]) -> None:
@@ -361,9 +366,7 @@ def main(words: list[str] | None = None) -> int:
         console.print(HELP)
         return 0 if words else 2
     if words[0] == "--version":
-        from gsem import __version__
-
-        console.print(f"gsem {__version__} (torch {torch.__version__})")
+        console.print(f"gsem {version('gsem')} (torch {torch.__version__})")
         return 0
     command, *rest = words
     try:
@@ -379,6 +382,9 @@ def main(words: list[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
+    except BrokenPipeError:  # the reader, like `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if debug:
             raise

@@ -174,7 +174,8 @@ class Result:
                 arrays[f"{number}.x_adv"] = s.x_adv
         meta = json.dumps(self.to_dict())
         beside = path.with_name(f".{path.name}.writing.npz")
-        np.savez_compressed(beside, meta=np.array(meta), **arrays)
+        arrays["meta"] = np.array(meta)
+        np.savez_compressed(beside, **arrays)  # type: ignore[arg-type]  # (its stub takes them for its flag)
         beside.replace(path.with_suffix(".npz"))
         write_atomically(path.with_suffix(".json"), json.dumps(self.to_dict(), indent=2).encode())
 
@@ -185,10 +186,10 @@ class Result:
             meta = json.loads(str(file["meta"]))
             scores = [
                 Scores(
-                    row["attack"],
-                    *(file[f"{number}.{key}"] for key in ("correct", "linf", "l2")),
-                    *(row[key] for key in ("forwards", "gradients", "seconds")),
-                    file[f"{number}.x_adv"] if f"{number}.x_adv" in file else None,
+                    label=row["attack"],
+                    **{key: file[f"{number}.{key}"] for key in ("correct", "linf", "l2")},
+                    **{key: row[key] for key in ("forwards", "gradients", "seconds")},
+                    x_adv=file.get(f"{number}.x_adv"),
                 )
                 for number, row in enumerate(meta["attacks"])
             ]

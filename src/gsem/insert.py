@@ -51,10 +51,10 @@ def insert(
     """
     layer = _find(model, after)
     seen = _probe(model, layer, _images(model, example))
-    _check_output(model, after, layer, seen)
-    gsem = GSeM(seen.output.shape[1], levels=levels, noise=noise, gradient=gradient)
+    features = _feature_map(model, after, layer, seen)
+    gsem = GSeM(features.shape[1], levels=levels, noise=noise, gradient=gradient)
     # The output's device and dtype, not the layer's own: a ReLU has neither.
-    gsem.to(device=seen.output.device, dtype=seen.output.dtype).train(layer.training)
+    gsem.to(device=features.device, dtype=features.dtype).train(layer.training)
     together = nn.Sequential(layer, gsem)
     together.training = layer.training  # not train(): it would reach into the layer
     places = [(m, key) for m in model.modules() for key, child in m._modules.items() if child is layer]
@@ -169,10 +169,10 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             m.training = flag
 
 
-def _check_output(model: nn.Module, after: str, layer: nn.Module, seen: _Seen) -> None:
+def _feature_map(model: nn.Module, after: str, layer: nn.Module, seen: _Seen) -> Tensor:
     calls = seen.calls[layer]
-    if calls == 1 and _is_map(seen.output):
-        return
+    if calls == 1 and isinstance(seen.output, Tensor) and _is_map(seen.output):
+        return seen.output
     trouble = f"returns {_described(seen.output)}, not a floating tensor [b, c, h, w]"
     if calls == 0:
         trouble = "is not called in a forward pass"

@@ -21,6 +21,8 @@ NOISE_MODES = ("fresh", "off", "frozen")
 
 
 class _PassThrough(torch.autograd.Function):
+    generate_vmap_rule = True  # for per-sample gradients by torch.func
+
     @staticmethod
     def forward(x: Tensor, value: Tensor) -> Tensor:
         return value.view_as(value)
@@ -37,9 +39,14 @@ class _PassThrough(torch.autograd.Function):
 def pass_through(x: Float[Tensor, "*s"], value: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """Exactly `value` forward; the identity in `x` backward (dq/dx = I, the paper's gradient correction).
 
-    The usual `x + (value - x).detach()` is not used: by rounding, 6 to 12% of its elements differ from `value`.
+    The usual `x + (value - x).detach()` is not used: by rounding, 6 to 12% of its elements differ from a noisy
+    `value`.
     """
     return _PassThrough.apply(x, value)
+
+
+# torch.fx would trace into the Function and keep only its forward: the correction would be lost without a word.
+torch.fx.wrap("pass_through")
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -72,7 +79,7 @@ class IntegerNoise(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "#b c h w"]:
         """Offsets for `x`, in its dtype and on its device; [1, c, h, w] when frozen."""
         if self.mode == "off" or self.largest == 0:
-            return x.new_zeros((1, *x.shape[1:]))
+            return torch.zeros_like(x[:1])
         if self.mode == "frozen":
             return self._hashed((1, *x.shape[1:]), x)
         if self.seeded:
@@ -103,7 +110,7 @@ def noise(model: nn.Module, mode: NoiseMode, *, seed: int | None = None) -> Iter
     - `"off"`: no noise; quantisation stays.
 
     Blocks nest; the former state returns at the end, also after an exception. A search twin of the model shares
-    its noise.
+    its noise; a deepcopy made inside the block keeps the mode for good. Seeds count modulo 2^63.
 
     Raises:
         ValueError: another mode, or a seed that is no integer.

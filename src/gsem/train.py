@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks import pgd
+from gsem.attacks import NotFinite, pgd
 from gsem.checkpoint import load_model, model_meta, part, read_checkpoint, save_checkpoint, write_atomically
 from gsem.data import Source, Split, crop_flip, load, to_float
 from gsem.device import device_named
@@ -116,10 +116,11 @@ def train(
     source = data or load(recipe.data)
     default = f"{recipe.name}-{Path(source.name).stem}-{recipe.model}-seed{recipe.seed}"
     path = Path(out) if out is not None else Path("runs") / default
-    loop = _Loop(recipe, source, path, device_named(device))
-    if loop.last.exists() and not resume:
-        raise ValueError(f"{path} already holds a run: resume it (--resume {path}) or choose another --out")
-    with stream(split(recipe.seed, "run"), loop.device):
+    where = device_named(device)
+    with stream(split(recipe.seed, "run"), where):
+        loop = _Loop(recipe, source, path, where)
+        if loop.last.exists() and not resume:
+            raise ValueError(f"{path} already holds a run: resume it (--resume {path}) or choose another --out")
         if loop.last.exists():
             loop.restore()
         else:
@@ -226,7 +227,9 @@ class _Loop:
         return self.average.model if self.average else self.model
 
     def _new_model(self) -> nn.Module:
-        return create_model(**self.meta["model"]).to(self.device, memory_format=torch.channels_last)
+        # (torch's stubs do not know memory_format for modules.)
+        model = create_model(**self.meta["model"])
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _new_optimizer(self) -> None:
         r = self.recipe
@@ -341,13 +344,15 @@ class _Loop:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast)
 
-    def _attack(
-        self, twin: SearchTwin, x: Tensor, y: Tensor, steps: int, eot: int, number: int, **how: Any
-    ) -> Tensor:
+    def _attack(self, twin: SearchTwin, x: Tensor, y: Tensor, steps: int, eot: int, number: int) -> Tensor:
         length = self.recipe.step or self.eps / 4
         twin.refresh()
         seed = split(self.recipe.seed, "attack", number)
-        return pgd(twin, x, y, eps=self.eps, step=length, steps=steps, eot=eot, seed=seed, **how)
+        try:
+            return pgd(twin, x, y, eps=self.eps, step=length, steps=steps, eot=eot, seed=seed)
+        except NotFinite:
+            self._check()  # the loss may have told already
+            raise self._diverged("the network's outputs became NaN or infinite") from None
 
     def _update(self, loss: Tensor) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -364,14 +369,18 @@ class _Loop:
             self.longest, length.nan_to_num(0.0, 0.0) if self.scaler.is_enabled() else length
         )
 
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{what} at or shortly before step {self.step} of {self.total_steps}; the last good checkpoint is "
+            f"{self.last}. A lower --lr or --clip 1 usually helps"
+        )
+
     def _check(self) -> None:
-        where = f"at or shortly before step {self.step} of {self.total_steps}"
-        kept = f"the last good checkpoint is {self.last}. A lower --lr or --clip 1 usually helps"
         if not bool(self.finite):
-            raise TrainingDiverged(f"the loss became NaN or infinite {where}; {kept}")
+            raise self._diverged("the loss became NaN or infinite")
         longest = float(self.longest)
         if not longest <= self.recipe.explosion:
-            raise TrainingDiverged(f"the gradient exploded to a norm of {longest:.3g} {where}; {kept}")
+            raise self._diverged(f"the gradient exploded to a norm of {longest:.3g}")
 
     # --- validation and files -------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ class _Conv(_Mirror):
     """A convolution with the BatchNorm behind it folded in."""
 
     source: tuple[nn.Conv2d, nn.BatchNorm2d | None]
+    weight: Tensor
 
     def refresh(self, dtype: torch.dtype) -> None:
         conv, bn = self.source
@@ -77,6 +79,8 @@ class _Affine(_Mirror):
     """A BatchNorm with no convolution of its own before it."""
 
     source: tuple[nn.BatchNorm2d]
+    scale: Tensor
+    shift: Tensor
 
     def refresh(self, dtype: torch.dtype) -> None:
         scale, shift = _affine(self.source[0])
@@ -109,6 +113,11 @@ class _FoldedGSeM(_Mirror):
     """
 
     source: tuple[GSeM]
+    weight: Tensor
+    back: Tensor
+    mapped: Tensor
+    bias: Tensor
+    shift: Tensor
 
     def __init__(self, module: GSeM):
         super().__init__(module)
@@ -121,6 +130,7 @@ class _FoldedGSeM(_Mirror):
         straight, mapped = fusion.chunk(2, dim=1)
         mapping = module.conv1.weight[:, :, 0, 0]
         through = torch.einsum("omhw,mi->oihw", mapped, mapping)
+        assert module.conv1.bias is not None
         corrected = module.gradient == "corrected"
         self.store(
             weight=_weight(torch.cat([straight, through / module.levels], dim=1), dtype),
@@ -164,7 +174,7 @@ class _Held(_Mirror):
 
     def refresh(self, dtype: torch.dtype) -> None:
         for number, target in enumerate(self.targets):
-            value = self.source[0]
+            value: Any = self.source[0]
             for part in target.split("."):
                 value = getattr(value, part)
             self.store(**{f"t{number}": value.to(dtype) if value.is_floating_point() else value})

@@ -37,6 +37,10 @@ class Step:
 Observer = Callable[[Step], None]
 
 
+class NotFinite(ValueError):
+    """A loss or a pixel is NaN or infinite; the image is named."""
+
+
 class Worst:
     """The worst point of each image among those seen: one that every draw misclassifies, then the highest loss.
 
@@ -97,7 +101,8 @@ def _folds(draws: int, rows: int) -> list[int]:
 def _averaged(
     model: nn.Module, x: Images, y: Labels, loss: Loss, eot: int, *, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    values, wrong, grad = 0, 0, None
+    values, wrong = x.new_zeros(len(x)), x.new_zeros(len(x))
+    grad: Tensor | None = None
     x = x.detach().requires_grad_(differentiate)
     for fold in _folds(eot, len(x)):
         with torch.set_grad_enabled(differentiate):
@@ -205,18 +210,19 @@ def check_result(
     """`x_adv`, if it keeps to the threat model.
 
     Raises:
-        ValueError: naming the first image whose logits or pixels are NaN, that leaves [0, 1], or that lies
-            farther than eps from its original (by more than rounding: 1e-6 for L∞, 1e-5 relative for L2).
+        NotFinite: naming the first image whose loss or pixels are NaN or infinite.
+        ValueError: naming the first that leaves [0, 1], or lies farther than eps from its original (by more than
+            rounding: 1e-6 for L∞, 1e-5 relative for L2).
     """
 
-    def first(bad: Tensor, what: str) -> None:
+    def first(bad: Tensor, what: str, error: type[ValueError] = ValueError) -> None:
         if bool(bad.any()):
-            raise ValueError(f"image {int(bad.nonzero()[0])} of the attacked batch: {what}")
+            raise error(f"image {int(bad.nonzero()[0])} of the attacked batch: {what}")
 
     if finite is not None:
-        first(~finite, "the model's loss is NaN or infinite there")
+        first(~finite, "the model's loss is NaN or infinite there", NotFinite)
     flat = x_adv.flatten(1)
-    first(~flat.isfinite().all(1), "the attack returned NaN or infinite pixels")
+    first(~flat.isfinite().all(1), "the attack returned NaN or infinite pixels", NotFinite)
     first(((flat < 0) | (flat > 1)).any(1), "the attack left [0, 1]")
     linf, l2 = distances(x_adv, x)
     far = linf > eps + 1e-6 if norm == "Linf" else l2 > eps * (1 + 1e-5) + 1e-6

@@ -1,0 +1,48 @@
+"""Imports point one way (docs/design.md is short: this is its proof)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gsem
+
+ROOT = Path(gsem.__file__).parent
+BASE = {"module", "losses", "recipes", "data", "streams", "device"}
+# What each part may import of the package; a part not named here may not exist.
+ALLOWED: dict[str, set[str]] = {
+    **{part: set() for part in BASE},
+    "insert": {"module"},
+    "models": {"module"},
+    "twin": {"module"},
+    "predict": {"streams"},
+    "attacks": {"losses", "streams"},
+    "checkpoint": {"models", "recipes"},
+    "train": BASE | {"attacks", "checkpoint", "models", "predict", "twin"},
+    "evaluate": BASE | {"attacks", "checkpoint", "predict", "twin"},
+    "progress": {"train"},
+    "cli": BASE | {"checkpoint", "evaluate", "models", "progress", "train"},
+}
+FORBIDDEN = {"torchvision", "timm", "torchattacks"}
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_one_way(file: Path):
+    names = imported(file)
+    assert not {name.split(".")[0] for name in names} & FORBIDDEN
+    part = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    if part in ("__init__", "__main__"):
+        return
+    ours = {name.split(".")[1] for name in names if name.startswith("gsem.")}
+    assert ours - {part} <= ALLOWED[part]
