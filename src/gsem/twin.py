@@ -168,6 +168,8 @@ class _Other(_Mirror):
 class _Held(_Mirror):
     """Parameters and buffers that the model's own forward reads directly."""
 
+    source: tuple[nn.Module]
+
     def __init__(self, model: nn.Module, targets: list[str]):
         super().__init__(model)
         self.targets = targets
