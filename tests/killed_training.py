@@ -18,6 +18,7 @@ import torch
 import gsem.checkpoint
 from conftest import small_digits
 from gsem.recipes import Recipe
+from gsem.step import Stepper
 from gsem.train import _Loop, train
 
 RECIPE = Recipe(model="gsem-resnet10x16", attacked=0.5, steps=2, epochs=3, rounds=2, batch=32, ema=0.9, lr=0.05)
@@ -47,7 +48,7 @@ def plant(place: str, after: int) -> None:
         os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
 
     if place == "step":
-        _Loop._update = counted(_Loop._update)
+        Stepper._update = counted(Stepper._update)
     elif place == "write":
         gsem.checkpoint.os.fsync = counted(os.fsync, before=tear)
     elif place == "rename":

@@ -13,7 +13,8 @@ import torch
 import gsem
 from gsem.checkpoint import read_checkpoint
 from gsem.data import Split
-from gsem.train import TrainingDiverged, TrainingInterrupted, attacked_rows, train
+from gsem.step import attacked_rows
+from gsem.train import TrainingDiverged, TrainingInterrupted, train
 from killed_training import RECIPE
 
 TINY = replace(RECIPE, rounds=1)
@@ -144,11 +145,20 @@ def test_clipping_bounds_the_update(tmp_path, few_digits):
     assert 0 < moved <= 3e-6 * (1 + 1e-3)  # three steps at most, each 1e-6 long; float32 weights round
 
 
-@pytest.mark.parametrize("recipe", ["gcat", "gcat-published"])
+@pytest.mark.parametrize("recipe", gsem.RECIPES)
 @pytest.mark.parametrize("model", ["gsem-wideresnet10x2", "resnet10x16"])
 def test_every_recipe_trains_every_kind_of_model(tmp_path, few_digits, recipe, model):
     short = replace(
-        gsem.RECIPES[recipe], model=model, epochs=1, rounds=1, milestones=(), warmup=0.0, steps=2, eot=2, draws=2
+        gsem.RECIPES[recipe],
+        model=model,
+        epochs=1,
+        rounds=1,
+        milestones=(),
+        warmup=0.0,
+        awp_warmup=0.0,
+        steps=2,
+        eot=2,
+        draws=2,
     )
     run = train(short, out=tmp_path / "run", data=few_digits, device="cpu")
     assert 0 <= run.best["robust"] <= run.best["clean"] + 0.2

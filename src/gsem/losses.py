@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,9 +13,9 @@ Values = Float[Tensor, " b"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def cross_entropy(logits: Logits, y: Labels) -> Values:
-    """−log softmax(logits)_y, in nats, ≥ 0."""
-    return F.cross_entropy(logits, y, reduction="none")
+def cross_entropy(logits: Logits, y: Labels, smoothing: float = 0.0) -> Values:
+    """−log softmax(logits)_y, in nats, ≥ 0; `smoothing` spreads that share of the target over all classes."""
+    return F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
 
 
 def margin(logits: Logits, y: Labels) -> Values:
@@ -35,6 +36,45 @@ def dlr(logits: Logits, y: Labels) -> Values:
         raise ValueError(f"the DLR loss needs at least 3 classes, not {logits.shape[1]}: use 'margin' or 'ce'")
     top = logits.topk(3, dim=1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def divergence(logits: Logits, logits_adv: Logits) -> Values:
+    """KL(p ‖ p') in nats, p the softmax of `logits`, p' that of `logits_adv`."""
+    log_p, log_adv = F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)
+    return (log_p.exp() * (log_p - log_adv)).sum(1)
+
+
+def divergence_from(logits: Logits) -> Loss:
+    """A loss for an attack: KL(p ‖ p') from the fixed prediction p of `logits`; labels are not used (TRADES).
+
+    Where the attack folds several draws into its batch, draw after draw, p is repeated alike.
+    """
+    fixed = logits.detach()
+
+    def loss(logits_adv: Logits, y: Labels) -> Values:
+        return divergence(fixed.repeat(len(logits_adv) // len(fixed), 1), logits_adv)
+
+    return loss
+
+
+def mart(logits_adv: Logits, logits: Logits, y: Labels, weight: float = 5.0) -> Values:
+    """MART (Wang et al., ICLR 2020): boosted cross-entropy and a divergence weighted by how wrong the image is.
+
+        −log p'_y − log(1.0001 − max_{k ≠ y} p'_k + 1e-12)
+            + weight · (1.0000001 − p_y) · Σ_j p_j (log p_j − log(p'_j + 1e-12))
+
+    with p' the softmax on the adversarial image, p that on the clean one. No branch is detached.
+    """
+    p_adv, p = F.softmax(logits_adv, 1), F.softmax(logits, 1)
+    wrong = p_adv.scatter(1, y[:, None], -1.0).amax(1)
+    boosted = cross_entropy(logits_adv, y) - torch.log(1.0001 - wrong + 1e-12)
+    kl = (p * (F.log_softmax(logits, 1) - torch.log(p_adv + 1e-12))).sum(1)
+    return boosted + weight * (1.0000001 - p.gather(1, y[:, None])[:, 0]) * kl
+
+
+def trades(logits_adv: Logits, logits: Logits, y: Labels, weight: float = 6.0) -> Values:
+    """TRADES (Zhang et al., ICML 2019, equation 5): −log p_y + weight · KL(p ‖ p')."""
+    return cross_entropy(logits, y) + weight * divergence(logits, logits_adv)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}

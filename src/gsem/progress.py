@@ -7,6 +7,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gsem.train import Progress as TrainingProgress
 
+# A fall of the robust accuracy below its best that is worth showing: robust overfitting (Rice et al. 2020).
+OVERFITTING = 0.02
+
 
 def duration(seconds: float) -> str:
     """`4 s`, `3:20 min`, `1:05 h`."""
@@ -52,6 +55,8 @@ class TrainingBar:
         self.bar.update(self.task, description=text, total=p.steps, completed=p.step, rate=p.images_per_second)
         if p.epoch_ended:
             left = f"{duration(p.seconds_left)} left" if p.step < p.steps else "done"
+            if p.robust is not None and p.best_robust is not None and p.best_robust - p.robust > OVERFITTING:
+                left += f" (best {percent(p.best_robust).strip()})"
             self.console.print(f"{text} {p.images_per_second:6.0f} img/s  {left}", highlight=False)
 
 

@@ -1,12 +1,13 @@
 """A training run as one frozen value, and the named ones. Data only: nothing here computes a tensor."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Schedule = Literal["step", "cosine", "cyclic"]
 Precision = Literal["float32", "bf16", "fp16"]
-Objective = Literal["ce"]
+Objective = Literal["ce", "mart", "trades"]
+Start = Literal["uniform", "gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +32,23 @@ class Recipe:
     """GSeM's largest noise offset, in levels (the paper's beta)."""
 
     objective: Objective = "ce"
-    """What is minimised on the batch: ce, cross-entropy."""
+    """What is minimised: cross-entropy, or one that also compares with the clean images."""
+    weight: float = 5.0
+    """Of MART's and TRADES' divergence (the papers' lambda and beta)."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes (ce only)."""
+    awp: float = 0.0
+    """Adversarial weight perturbation: its length relative to each weight tensor (gamma); 0 is none."""
+    awp_warmup: float = 0.0
+    """Epochs before the weights are perturbed."""
     attacked: float = 0.5
     """Share of each batch that is replaced by its adversarial examples, 0 to 1."""
     eps: float | None = None
     """L-infinity radius, in pixels of [0, 1]; the data's own by default (8/255 for images)."""
     step: float | None = None
     """Length of an attack step; eps/4 by default (2/255 for images)."""
+    start: Start = "uniform"
+    """Of the attack: uniform in the ball, or 0.001 times a normal draw."""
     steps: int = 10
     """Attack steps."""
     eot: int = 1
@@ -72,8 +83,12 @@ class Recipe:
     explosion: float = 1e4
     """A gradient longer than this, before clipping, stops the run."""
     ema: float = 0.0
-    """Decay of the exponential average of the weights per step; 0 keeps none. The averaged weights are then what
-    is validated and saved as the model."""
+    """Decay of the exponential average of the weights per step; 0 keeps none. Averaged weights are validated beside
+    the raw ones, and saved as the model."""
+    swa_from: int | None = None
+    """Epoch of a round from which the weights of all steps are averaged equally (SWA, instead of ema)."""
+    patience: int = 0
+    """Validations without a better robust accuracy after which the run stops early; 0 never."""
 
     precision: Precision = "bf16"
     """Of the training passes (autocast)."""
@@ -81,6 +96,10 @@ class Recipe:
     """Of the attack's gradient directions, on the search twin."""
     validate_every: int = 1
     """Epochs between validations, each on at most 1,000 held-out training images under PGD-10."""
+    start_from: str | None = None
+    """A run directory or checkpoint whose weights the training starts from."""
+    deterministic: bool = False
+    """Only torch operations that give the same bits in every run (a CPU's do anyway)."""
     seed: int = 0
     """Of all chance in the run, the validation split included."""
 
@@ -103,7 +122,15 @@ class Recipe:
             require(0 < getattr(self, field) < math.inf, field, "positive")
         for field in ("momentum", "ema"):
             require(0 <= getattr(self, field) < 1, field, "at least 0 and below 1")
-        require(self.weight_decay >= 0, "weight_decay", "at least 0")
+        for field in ("weight_decay", "weight", "awp", "awp_warmup"):
+            require(0 <= getattr(self, field) < math.inf, field, "at least 0")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
+        require(type(self.patience) is int and self.patience >= 0, "patience", "an integer of at least 0")
+        require(self.objective == "ce" or self.attacked == 1, "attacked", f"1 with objective {self.objective}")
+        require(self.label_smoothing == 0 or self.objective == "ce", "label_smoothing", "0 unless objective is ce")
+        swa = self.swa_from
+        require(swa is None or 0 <= swa < self.epochs, "swa_from", f"from 0 to below the {self.epochs} epochs")
+        require(swa is None or self.ema == 0, "swa_from", "left out where ema is set: one average is kept")
         require(0 <= self.warmup < self.epochs, "warmup", f"at least 0 and below the {self.epochs} epochs")
         require(not self.nesterov or self.momentum > 0, "nesterov", "off when momentum is 0")
         ordered = list(self.milestones) == sorted(set(self.milestones))
@@ -111,7 +138,8 @@ class Recipe:
         if self.schedule == "step":
             require(all(m < self.epochs for m in self.milestones), "milestones", f"before epoch {self.epochs}")
         for field, known in (
-            ("objective", ("ce",)),
+            ("objective", ("ce", "mart", "trades")),
+            ("start", ("uniform", "gaussian")),
             ("schedule", ("step", "cosine", "cyclic")),
             ("precision", ("float32", "bf16", "fp16")),
             ("search", ("float32", "bf16", "fp16")),
@@ -121,7 +149,8 @@ class Recipe:
     @property
     def passes(self) -> tuple[float, float]:
         """(attack passes, training passes) per image and epoch, each a forward and a backward."""
-        return self.attacked * self.steps * self.eot, float(self.draws)
+        branches = 1 if self.objective == "ce" else 2
+        return self.attacked * self.steps * self.eot, float(self.draws * (branches + (self.awp > 0)))
 
     def learning_rate(self, epoch: float) -> float:
         """At `epoch` (fractional) of a round."""
@@ -177,8 +206,72 @@ GCAT = Recipe(
     ema=0.995,
 )
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (GCAT, GCAT_PUBLISHED)}
+# The baselines, with the values their papers used, on the plain network. Madry-style training as Rice et al. (2020)
+# run it; TRADES of Zhang et al. (2019), CIFAR-10; MART of Wang et al. (2020), ResNet-18; AWP of Wu et al. (2020).
+# The attack step of TRADES and MART, 0.007, is taken as eps/4 = 0.0078, so that it follows eps on other data.
+STANDARD = Recipe(
+    name="standard",
+    model="resnet18",
+    attacked=0.0,
+    epochs=200,
+    lr=0.1,
+    schedule="step",
+    milestones=(100, 150),
+)
+PGD_AT = replace(STANDARD, name="pgd-at", attacked=1.0)
+TRADES = replace(
+    PGD_AT,
+    name="trades",
+    objective="trades",
+    weight=6.0,
+    start="gaussian",
+    epochs=76,
+    milestones=(75,),
+    weight_decay=2e-4,
+)
+MART = replace(
+    PGD_AT,
+    name="mart",
+    objective="mart",
+    start="gaussian",
+    epochs=120,
+    lr=0.01,
+    milestones=(75, 90),
+    weight_decay=3.5e-3,
+)
+AT_AWP = replace(PGD_AT, name="at-awp", awp=0.01)
+TRADES_AWP = replace(
+    TRADES, name="trades-awp", awp=0.005, awp_warmup=10.0, epochs=200, milestones=(100, 150), weight_decay=5e-4
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        GCAT,
+        replace(GCAT, name="gcat-mart", objective="mart"),
+        replace(GCAT, name="gcat-awp", objective="mart", awp=0.005),
+        GCAT_PUBLISHED,
+        replace(GCAT_PUBLISHED, name="gcat-mart-published", objective="mart", attacked=1.0),
+        replace(GCAT_PUBLISHED, name="gcat-awp-published", objective="mart", attacked=1.0, awp=0.01),
+        STANDARD,
+        PGD_AT,
+        TRADES,
+        MART,
+        AT_AWP,
+        TRADES_AWP,
+    )
+}
 ABOUT: dict[str, str] = {
     "gcat": "our economical GCAT: one draw a step, averaged weights",
+    "gcat-mart": "the same with MART's loss",
+    "gcat-awp": "the same with MART's loss and AWP",
     "gcat-published": "GCAT step for step as the paper's code runs it",
+    "gcat-mart-published": "GCAT + MART as published, both branches corrected",
+    "gcat-awp-published": "GCAT + MART + AWP as published",
+    "standard": "no attack",
+    "pgd-at": "PGD-10 adversarial training (Madry; Rice et al.)",
+    "trades": "TRADES (Zhang et al.)",
+    "mart": "MART (Wang et al.)",
+    "at-awp": "PGD training with AWP (Wu et al.)",
+    "trades-awp": "TRADES with AWP (Wu et al.)",
 }

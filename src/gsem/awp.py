@@ -1,0 +1,87 @@
+"""Adversarial weight perturbation (Wu et al., NeurIPS 2020), without a proxy copy of the model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+def perturbed_parameters(model: nn.Module) -> list[Tensor]:
+    """Those that AWP moves: "weight" in their name, and more than one dimension."""
+    return [p for name, p in model.named_parameters() if "weight" in name and p.ndim > 1 and p.requires_grad]
+
+
+@contextmanager
+def awp(
+    model: nn.Module,
+    x_adv: Float[Tensor, "b c h w"],
+    y: Int[Tensor, " b"],
+    *,
+    gamma: float,
+    draws: int = 1,
+) -> Iterator[None]:
+    """Inside the block, the weights stand where the cross-entropy of (x_adv, y) is worse.
+
+        w ← w + γ · ‖w‖ · g / (‖g‖ + 1e-20)      for every weight tensor, g the ascent gradient
+
+    The ascent gradient is that of the model in train mode, averaged over `draws` of its noise; BatchNorm's
+    statistics and the parameters' `.grad` are as before it. Loss, backward and optimizer step belong inside the
+    block: at its end the *same* perturbation is subtracted, so that the step stays (restoring the saved weights
+    would erase it). Where no step was made, an exception included, the weights return bit for bit.
+
+    Args:
+        gamma: length of the perturbation of each tensor, relative to its norm; at least 0.
+
+    Raises:
+        ValueError: a negative gamma, or no draws.
+    """
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, not {gamma}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, not {draws}")
+    weights = perturbed_parameters(model)
+    ascent = _ascent_gradient(model, weights, x_adv, y, draws)
+    with torch.no_grad():
+        saved = [w.clone() for w in weights]
+        lengths = torch._foreach_norm(weights)
+        steepness = torch._foreach_norm(ascent)
+        deltas = [
+            g * (gamma * length / (steep + 1e-20))
+            for g, length, steep in zip(ascent, lengths, steepness, strict=True)
+        ]
+        torch._foreach_add_(weights, deltas)
+    # torch counts the writes to each tensor: whether a step was made needs no word from the caller.
+    versions = [w._version for w in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            if versions == [w._version for w in weights]:
+                torch._foreach_copy_(weights, saved)
+            else:
+                torch._foreach_sub_(weights, deltas)
+
+
+def _ascent_gradient(model: nn.Module, weights: list[Tensor], x_adv: Tensor, y: Tensor, draws: int) -> list[Tensor]:
+    statistics = [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
+    former = [b.clone() for b in statistics]
+    total: list[Tensor] | None = None
+    try:
+        for _ in range(draws):
+            logits = model(x_adv)
+            low = logits.dtype in (torch.bfloat16, torch.float16)
+            loss = F.cross_entropy(logits.float() if low else logits, y) / draws
+            grads = list(torch.autograd.grad(loss, weights))
+            if total is None:
+                total = grads
+            else:
+                torch._foreach_add_(total, grads)
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(statistics, former, strict=True):
+                buffer.copy_(value)
+    assert total is not None
+    return total
