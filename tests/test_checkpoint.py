@@ -44,9 +44,7 @@ def test_a_checkpoint_rebuilds_its_model(tmp_path):
 def test_averaged_weights_are_the_model_of_a_last_checkpoint(tmp_path):
     recipe = RECIPES["gcat"]
     raw, average = (gsem.create_model(recipe.model, in_channels=1) for _ in range(2))
-    tensors = {
-        f"{part}.{k}": v for part, m in (("model", raw), ("ema", average)) for k, v in m.state_dict().items()
-    }
+    tensors = {f"{part}.{k}": v for part, m in (("model", raw), ("ema", average)) for k, v in m.state_dict().items()}
     save_checkpoint(
         tmp_path / "last.safetensors",
         tensors,

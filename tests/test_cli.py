@@ -162,9 +162,7 @@ def test_python_m_gsem_is_the_command(tmp_path):
 
 def test_ctrl_c_tells_how_to_go_on(tmp_path):
     words = [sys.executable, "-m", "gsem", "train", "--out", "r", "--epochs", "500"]
-    with subprocess.Popen(
-        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("epoch"):
                 os.kill(process.pid, 2)

@@ -23,7 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASE | {"attacks", "checkpoint", "models", "predict", "step", "twin"},
     "evaluate": BASE | {"attacks", "checkpoint", "predict", "twin"},
     "progress": {"train"},
-    "cli": BASE | {"checkpoint", "evaluate", "models", "progress", "train"},
+    "study": BASE | {"checkpoint", "evaluate", "train"},
+    "published": BASE | {"checkpoint", "evaluate", "models", "train"},
+    "cli": BASE | {"checkpoint", "evaluate", "models", "progress", "study", "train"},
 }
 FORBIDDEN = {"torchvision", "timm", "torchattacks"}
 

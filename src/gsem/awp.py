@@ -49,8 +49,7 @@ def awp(
         lengths = torch._foreach_norm(weights)
         steepness = torch._foreach_norm(ascent)
         deltas = [
-            g * (gamma * length / (steep + 1e-20))
-            for g, length, steep in zip(ascent, lengths, steepness, strict=True)
+            g * (gamma * length / (steep + 1e-20)) for g, length, steep in zip(ascent, lengths, steepness, strict=True)
         ]
         torch._foreach_add_(weights, deltas)
     # torch counts the writes to each tensor: whether a step was made needs no word from the caller.

@@ -61,6 +61,8 @@ def model_meta(recipe: Recipe, *, classes: tuple[str, ...], shape: tuple[int, in
             "in_channels": shape[0],
             "levels": recipe.levels,
             "noise": recipe.noise,
+            "gradient": recipe.gradient,
+            "quantiser": recipe.quantiser,
         },
         "data": {"classes": list(classes), "shape": list(shape), "eps": eps},
     }
@@ -71,9 +73,7 @@ def _checkpoint_of(path: Path) -> Path | None:
         for name in ("best", "last"):
             if (found := path / "checkpoints" / f"{name}.safetensors").is_file():
                 return found
-        raise FileNotFoundError(
-            f"{path} holds no checkpoints/best.safetensors: it is no finished run of gsem train"
-        )
+        raise FileNotFoundError(f"{path} holds no checkpoints/best.safetensors: it is no finished run of gsem train")
     return path if path.suffix == ".safetensors" else None
 
 

@@ -25,7 +25,8 @@ from gsem.evaluate import Result, evaluate, parse_attacks
 from gsem.models import MODELS, canonical_name
 from gsem.progress import AttackBar, TrainingBar, duration, percent
 from gsem.recipes import ABOUT, RECIPES, Recipe
-from gsem.train import Run, TrainingInterrupted, resume_recipe, train
+from gsem.study import STUDIES, study
+from gsem.train import Progress, Run, TrainingInterrupted, resume_recipe, train
 
 HELP = """\
 gsem: train image classifiers by gradient semi-masking, and measure them honestly.
@@ -37,6 +38,7 @@ usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help tells its options)
   evaluate   attack a trained model: gsem evaluate runs/NAME
   recipes    list the named recipes, and what they cost
   models     list the networks
+  study      compare variants over seeds: gsem study ablation
   data       list the data sets, or tell what one holds: gsem data PATH
 
   --debug    anywhere: show the traceback of an error
@@ -98,6 +100,8 @@ class EvaluateOptions:
     """Attacks with commas between, options behind colons: clean,pgd:steps=500:eot=20:restarts=2."""
     data: str | None = None
     """Whose test images: digits, an image folder, or an .npz file. The run's own data by default."""
+    data_path: str | None = None
+    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     images: int | None = None
     """Only the first so many test images."""
     eps: float | None = None
@@ -119,6 +123,29 @@ class EvaluateOptions:
     """Of a published .pt: GSeM's alpha."""
     noise: int = 4
     """Of a published .pt: GSeM's beta."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Train and evaluate variants over seeds: `gsem study ablation` or `gsem study recipes`.
+
+    The ablation takes GSeM apart; recipes trains every named recipe, its schedule scaled to --epochs. What is
+    finished is not computed again: start the same command to go on.
+    """
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    seeds: int = 3
+    """Trainings of each variant."""
+    attacks: str = "clean,pgd:steps=50"
+    """As in gsem evaluate."""
+    images: int | None = None
+    """Only the first so many test images."""
+    test_data: str | None = None
+    """Whose test images; those of --data by default."""
+    out: Path | None = None
+    """Directory of the study; runs/study-NAME-DATA unless told."""
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one."""
 
@@ -206,7 +233,7 @@ def _evaluate(words: list[str]) -> None:
     where = o.data or meta.get("recipe", {}).get("data")
     if where is None:
         raise ValueError(f"{o.model} does not tell its data: give --data")
-    source = load(where)
+    source = load(where, o.data_path or (None if o.data else meta.get("recipe", {}).get("data_path")))
     eps = o.eps or meta.get("data", {}).get("eps") or source.eps
     test = source.test()
     if o.images is not None and o.images < 1:
@@ -292,9 +319,7 @@ def _demo(words: list[str]) -> None:
     x, y = to_float(test.x[:200]).to(device), test.y[:200].to(device)
     attacks = parse_attacks("clean,pgd:steps=100")
     what = f"{run.path} on digits: the first 200 of {len(test)} test images"
-    _attack(
-        run.model().to(device), x, y, attacks, what, run.path / "evaluation", load("digits").eps, _DemoEvaluation()
-    )
+    _attack(run.model().to(device), x, y, attacks, what, run.path / "evaluation", load("digits").eps, _DemoEvaluation())
     console.print("Accuracy under one attack is an upper bound: a stronger attack may find more.")
 
 
@@ -311,6 +336,53 @@ def _recipes(words: list[str]) -> None:
         epochs = f"{recipe.epochs}" if recipe.rounds == 1 else f"{recipe.rounds}×{recipe.epochs}"
         table.add_row(recipe.name, f"{attack:g}", f"{training:g}", epochs, ABOUT[recipe.name])
     console.print(table)
+
+
+def _study(words: list[str]) -> None:
+    name = words.pop(0) if words and not words[0].startswith("-") else "ablation"
+    if name not in STUDIES:
+        raise ValueError(_near("study", name, STUDIES))
+    o = _parse(StudyOptions, f"study {name}", words, default=StudyOptions(RECIPES["gcat"]))
+    attacks = [text.strip() for text in o.attacks.split(",")]
+    parse_attacks(o.attacks)  # before the first training starts
+    base = replace(o.recipe, model=canonical_name(o.recipe.model))
+    out = o.out or Path("runs") / f"study-{name}-{Path(base.data).stem}"
+
+    def report(what: str, progress: Progress | None) -> None:
+        if progress is None:
+            console.print(what)
+        elif progress.step == progress.steps:
+            console.print(
+                f"{what}: validation clean {percent(progress.clean).strip()}, robust {percent(progress.robust).strip()}"
+            )
+
+    rows = study(
+        STUDIES[name](base),
+        seeds=o.seeds,
+        out=out,
+        attacks=attacks,
+        images=o.images,
+        test_data=o.test_data,
+        device=o.device,
+        report=report,
+    )
+    console.print()
+    console.print(_study_table(rows))
+    interval = "t-interval over seeds" if o.seeds > 1 else "bootstrap interval over images"
+    console.print(f"{rows[0]['images']} test images, {o.seeds} seeds; expected accuracy in per cent, 95% {interval}")
+    console.print(f"saved in {out / 'study.json'}")
+
+
+def _study_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("variant")
+    for heading in (*rows[0]["accuracy"], "passes", "training"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [f"{100 * mean:.1f} ±{100 * (high - low) / 2:4.1f}" for mean, low, high in row["accuracy"].values()]
+        passes = f"{row['attack_passes']:g}+{row['training_passes']:g}"
+        table.add_row(row["variant"], *cells, passes, duration(row["seconds"]))
+    return table
 
 
 def _list(kind: str, entries: dict[str, str]) -> None:
@@ -337,9 +409,7 @@ def _data(words: list[str]) -> None:
     source = load(name)
     shape = "×".join(map(str, source.shape))
     console.print(f"{source.name}: {source.description}")
-    console.print(
-        f"images {shape}, eps {_eps(source.eps)}, {len(source.classes)} classes: {', '.join(source.classes)}"
-    )
+    console.print(f"images {shape}, eps {_eps(source.eps)}, {len(source.classes)} classes: {', '.join(source.classes)}")
     if source.read_train is not None:
         training, validation = source.training()
         console.print(f"training {len(training)} and validation {len(validation)} images")
@@ -353,6 +423,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": _evaluate,
     "recipes": _recipes,
     "models": _models,
+    "study": _study,
     "data": _data,
 }
 

@@ -212,6 +212,7 @@ def create_model(
     levels: int = 6,
     noise: int = 4,
     gradient: Gradient = "corrected",
+    quantiser: bool = True,
 ) -> nn.Module:
     """A new model, with torch's default initialisation (it follows `torch.manual_seed`), in training mode.
 
@@ -219,7 +220,7 @@ def create_model(
         name: a key of `MODELS`, or the paper's spelling of one.
         num_classes: the length of the logits, at least 2.
         in_channels: channels of the images, at least 1.
-        levels, noise, gradient: of the `GSeM`; a plain model has none and does not look at them.
+        levels, noise, gradient, quantiser: of the `GSeM`; a plain model has none and does not look at them.
 
     Raises:
         ValueError: an unknown name, or an argument outside its range.
@@ -228,7 +229,8 @@ def create_model(
     _integer("num_classes", num_classes, 2)
     _integer("in_channels", in_channels, 1)
     plain = name.removeprefix("gsem-")
-    gsem = nn.Identity if plain == name else partial(GSeM, levels=levels, noise=noise, gradient=gradient)
+    of_gsem = partial(GSeM, levels=levels, noise=noise, gradient=gradient, quantiser=quantiser)
+    gsem = nn.Identity if plain == name else of_gsem
     _, build = _PLAIN[plain]
     return build(gsem=gsem, num_classes=num_classes, in_channels=in_channels)
 
@@ -283,9 +285,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
-        raise ValueError(
-            f"{path} holds a {type(state).__name__}, no dict of named tensors; nothing in it was executed"
-        )
+        raise ValueError(f"{path} holds a {type(state).__name__}, no dict of named tensors; nothing in it was executed")
     strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if strange:
         kind = type(state[strange[0]]).__name__

@@ -154,17 +154,26 @@ class GSeM(nn.Module):
         gradient: what flows back through q. `"semi-masked"`: nothing, as plain differentiation of `round` says.
             `"corrected"`: the gradient at q is added, unchanged, to that of x (dq/dx = I). The attribute can be
             set at any time; the output does not depend on it.
+        quantiser: False leaves `round` out, for ablations: q = x + n / levels, whose gradient needs no correction.
 
     Raises:
         ValueError: channels or levels below 1, noise below 0, any of them no integer, or an unknown gradient.
     """
 
-    def __init__(self, channels: int, levels: int = 6, noise: int = 4, gradient: Gradient = "corrected"):
+    def __init__(
+        self,
+        channels: int,
+        levels: int = 6,
+        noise: int = 4,
+        gradient: Gradient = "corrected",
+        quantiser: bool = True,
+    ):
         super().__init__()
         self.channels = _integer("channels", channels, 1)
         self.levels = _integer("levels", levels, 1)
         self.offsets = IntegerNoise(_integer("noise", noise, 0))
         self.gradient = gradient
+        self.quantiser = quantiser
         # The names are those of the published checkpoints.
         self.conv1 = nn.Conv2d(channels, channels, 1)
         self.conv2 = nn.Conv2d(2 * channels, channels, 3, padding=1, bias=False)
@@ -186,16 +195,23 @@ class GSeM(nn.Module):
 
     def integers(self, x: Float[Tensor, "b c h w"]) -> Int[Tensor, "b c h w"] | Float[Tensor, "b c h w"]:
         """levels · q: the quantised, noisy features in units of a level, without gradient, in x's dtype."""
-        return torch.round(self.levels * x.detach()) + self.offsets(x)
+        scaled = self.levels * x.detach()
+        return (torch.round(scaled) if self.quantiser else scaled) + self.offsets(x)
+
+    @property
+    def masks(self) -> bool:
+        """Whether the gradient at q is kept from x."""
+        return self.quantiser and self._gradient == "semi-masked"
 
     def quantise(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """q, with the gradient that `self.gradient` names."""
         q = self.integers(x) / self.levels
-        return pass_through(x, q) if self._gradient == "corrected" else q
+        return q if self.masks else pass_through(x, q)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         s = self.conv1(self.quantise(x))
         return F.mish(self.bn(self.conv2(torch.cat([x, s.to(x.dtype)], dim=1))))
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, levels={self.levels}, noise={self.noise}, gradient={self._gradient!r}"
+        options = f"{self.channels}, levels={self.levels}, noise={self.noise}, gradient={self._gradient!r}"
+        return options if self.quantiser else f"{options}, quantiser=False"

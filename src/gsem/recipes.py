@@ -8,6 +8,7 @@ Schedule = Literal["step", "cosine", "cyclic"]
 Precision = Literal["float32", "bf16", "fp16"]
 Objective = Literal["ce", "mart", "trades"]
 Start = Literal["uniform", "gaussian"]
+Gradient = Literal["corrected", "semi-masked"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class Recipe:
     """Of the recipe that this one is, or started from."""
     data: str = "digits"
     """digits, an image folder with train/CLASS/*, or an .npz file."""
+    data_path: str | None = None
+    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     flip: bool | None = None
     """Horizontal flips in the augmentation; by default as the data say (images yes, digits no)."""
     model: str = "gsem-resnet10x16"
@@ -30,6 +33,10 @@ class Recipe:
     """GSeM's quantisation levels per unit (the paper's alpha)."""
     noise: int = 4
     """GSeM's largest noise offset, in levels (the paper's beta)."""
+    quantiser: bool = True
+    """Whether GSeM rounds (False: an ablation)."""
+    gradient: Gradient = "corrected"
+    """What flows back through GSeM's quantiser."""
 
     objective: Objective = "ce"
     """What is minimised: cross-entropy, or one that also compares with the clean images."""
@@ -140,6 +147,7 @@ class Recipe:
         for field, known in (
             ("objective", ("ce", "mart", "trades")),
             ("start", ("uniform", "gaussian")),
+            ("gradient", ("corrected", "semi-masked")),
             ("schedule", ("step", "cosine", "cyclic")),
             ("precision", ("float32", "bf16", "fp16")),
             ("search", ("float32", "bf16", "fp16")),
@@ -162,6 +170,22 @@ class Recipe:
         if self.schedule == "cyclic":
             return self.lr * (1 - rest)
         return self.lr * (1 + math.cos(math.pi * rest)) / 2
+
+    def scaled(self, epochs: int) -> "Recipe":
+        """The same schedule in one round of `epochs`: milestones and warm-ups are moved in proportion."""
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, not {epochs}")
+        share = epochs / self.epochs
+        moved = {max(1, round(m * share)) for m in self.milestones}
+        return replace(
+            self,
+            epochs=epochs,
+            rounds=1,
+            milestones=tuple(sorted(m for m in moved if m < epochs)),
+            warmup=self.warmup * share,
+            awp_warmup=self.awp_warmup * share,
+            swa_from=None if self.swa_from is None else int(self.swa_from * share),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"milestones": list(self.milestones)}

@@ -105,7 +105,7 @@ def train(
         TrainingDiverged: the loss or gradient is not finite, or exploded.
         TrainingInterrupted: Ctrl-C, after the running step was saved.
     """
-    source = data or load(recipe.data)
+    source = data or load(recipe.data, recipe.data_path)
     default = f"{recipe.name}-{Path(source.name).stem}-{recipe.model}-seed{recipe.seed}"
     path = Path(out) if out is not None else Path("runs") / default
     where = device_named(device)
@@ -214,13 +214,26 @@ class _Loop:
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         weights = self.stepper.model.state_dict()
         if self.recipe.start_from is not None:
-            weights = load_model(self.recipe.start_from)[0].state_dict()
+            weights = self._starting_weights(self.recipe.start_from)
         self._start_from(weights)
         facts = self.meta | {"gsem_torch": torch.__version__, "machine": platform.machine()}
         facts |= {"device": str(self.device), "training_images": len(self.training)}
         write_atomically(self.path / "recipe.json", json.dumps(facts, indent=2).encode())
         write_atomically(self.path / "metrics.jsonl", b"")
         self.save()
+
+    def _starting_weights(self, spec: str) -> dict[str, Tensor]:
+        told = {
+            key: value for key, value in self.meta["model"].items() if key in ("name", "num_classes", "levels", "noise")
+        }
+        weights, ours = load_model(spec, **told)[0].state_dict(), self.stepper.model.state_dict()
+        for name in ours.keys() | weights.keys():
+            shapes = [tuple(w[name].shape) if name in w else None for w in (ours, weights)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"start_from {spec}: {name!r} is {shapes[1]} there, {shapes[0]} in {self.recipe.model}"
+                )
+        return weights
 
     def _start_from(self, weights: dict[str, Tensor]) -> None:
         self.stepper.model.load_state_dict(weights)
@@ -354,10 +367,7 @@ class _Loop:
         parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
         attack = self.stepper.attack
         x_adv = torch.cat(
-            [
-                attack(twin, *xy, steps=VALIDATION_STEPS, eot=1, number=-1 - i, plain=True)
-                for i, xy in enumerate(parts)
-            ]
+            [attack(twin, *xy, steps=VALIDATION_STEPS, eot=1, number=-1 - i, plain=True) for i, xy in enumerate(parts)]
         )
         return {
             name: correct_draws(model, images, y, draws=draws, seed=seed).sum().item() / (draws * len(y))
@@ -367,9 +377,7 @@ class _Loop:
     def _progress(self, seconds_per_step: float, epoch_ended: bool) -> Progress:
         total, count = self.stepper.sums.tolist()  # zeros right after an epoch's end
         return Progress(
-            epoch=min(
-                self.step // self.steps_per_epoch + (not epoch_ended), self.recipe.epochs * self.recipe.rounds
-            ),
+            epoch=min(self.step // self.steps_per_epoch + (not epoch_ended), self.recipe.epochs * self.recipe.rounds),
             epochs=self.recipe.epochs * self.recipe.rounds,
             step=self.step,
             steps=self.total_steps,
@@ -400,9 +408,7 @@ class _Loop:
         former = Recipe.from_dict(meta["recipe"])
         if former != self.recipe:
             changed = [k for k, v in self.recipe.to_dict().items() if former.to_dict()[k] != v]
-            raise ValueError(
-                f"{self.path} follows another recipe (other {', '.join(changed)}): choose another --out"
-            )
+            raise ValueError(f"{self.path} follows another recipe (other {', '.join(changed)}): choose another --out")
         state = meta["state"]
         self.stepper.restore(tensors, state["scaler"])
         self.step, self.round, self.seconds = state["step"], state["round"], state["seconds"]

@@ -131,10 +131,9 @@ class _FoldedGSeM(_Mirror):
         mapping = module.conv1.weight[:, :, 0, 0]
         through = torch.einsum("omhw,mi->oihw", mapped, mapping)
         assert module.conv1.bias is not None
-        corrected = module.gradient == "corrected"
         self.store(
             weight=_weight(torch.cat([straight, through / module.levels], dim=1), dtype),
-            back=_weight(straight + through if corrected else straight, dtype),
+            back=_weight(straight if module.masks else straight + through, dtype),
             # The mapping's bias reaches the output through a zero-padded convolution: less of it at the border.
             mapped=mapped.contiguous(),
             bias=module.conv1.bias[None, :, None, None],

@@ -1,0 +1,217 @@
+"""The paper's command lines: the same options, the same names of files, run by this package's published recipes.
+
+The four scripts at the repository's root call `train_main` and `evaluate_main`. Differences from the released
+code: the best epoch is chosen on held-out training images instead of the test set; `--milestones`, `--use_amp` can
+be set; `--device N` without a GPU runs on the CPU and says so; MART corrects the gradient of both branches.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from gsem.checkpoint import load_model
+from gsem.data import load, to_float
+from gsem.evaluate import Result, evaluate
+from gsem.models import canonical_name
+from gsem.recipes import RECIPES, Recipe
+from gsem.train import Progress, train
+
+DATASETS = ("cifar10", "cifar100", "svhn")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of the paper's training scripts."""
+
+    classifier_name: str = "GSeMResNet18"
+    """GSeMResNet18, GSeMWideResNet28x10, … (see `gsem models`)."""
+    dataset_name: str = "cifar10"
+    """cifar10, cifar100 or svhn."""
+    data_path: str = "dataset"
+    """Directory of the original files; they are downloaded there when missing."""
+    batch_size: int = 256
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0035
+    milestones: tuple[str, ...] = ("60", "110")
+    """Epochs after which the learning rate falls to a tenth: 60 110 or 60,110."""
+    epochs: int = 150
+    reload: int = 5
+    """Rounds of the schedule, each from the best checkpoint of those before."""
+    model_save_path: str = "adv_model"
+    model_load_path: str = ""
+    """Weights to start from: a .pt of these scripts, or a checkpoint of gsem train."""
+    best_acc: float = 0.0
+    """Per cent: weights whose robust validation accuracy is not above it are not exported."""
+    use_amp: str = "true"
+    """true or false: 16-bit training passes."""
+    alpha: int = 6
+    """GSeM's levels."""
+    beta: int = 4
+    """GSeM's noise."""
+    gra_eot_num: int = 10
+    """Draws of the noise per parameter gradient."""
+    att_eot_num: int = 10
+    """Draws of the noise per attack gradient."""
+    device: str = "0"
+    """Number of the GPU, or cpu."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The options of the paper's evaluation script."""
+
+    model_load_path: str
+    """A .pt of the training scripts."""
+    data_path: str = "dataset"
+    batch_size: int = 512
+    dataset_name: str = "cifar10"
+    """cifar10, cifar100 or svhn."""
+    classifier_name: str = "GSeMResNet18"
+    alpha: int = 6
+    """GSeM's levels."""
+    beta: int = 4
+    """GSeM's noise."""
+    att_eot_num: int = 20
+    """Draws of the noise per attack gradient."""
+    device: str = "0"
+    """Number of the GPU, or cpu."""
+
+
+def truth(name: str, word: str) -> bool:
+    """A boolean option that can be false.
+
+    Raises:
+        ValueError: neither true nor false.
+    """
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if word.lower() not in words:
+        raise ValueError(f"--{name} must be true or false, not {word!r}")
+    return words[word.lower()]
+
+
+def recipe_of(options: TrainOptions, published: str) -> Recipe:
+    """The published recipe with the script's options.
+
+    Raises:
+        ValueError: options that make no sense.
+    """
+    o = options
+    if o.dataset_name not in DATASETS:
+        raise ValueError(f"--dataset_name must be one of {', '.join(DATASETS)}, not {o.dataset_name!r}")
+    marks = [mark for word in o.milestones for mark in word.split(",") if mark]
+    if not all(mark.isdigit() for mark in marks):
+        raise ValueError(f"--milestones must be epochs, like 60 110 or 60,110, not {' '.join(o.milestones)!r}")
+    milestones = tuple(int(mark) for mark in marks)
+    if options.milestones == TrainOptions.milestones:
+        # The defaults belong to 150 epochs; a shorter run without milestones of its own has those that it reaches.
+        milestones = tuple(m for m in milestones if m < o.epochs)
+    return replace(
+        RECIPES[published],
+        model=canonical_name(o.classifier_name),
+        data=o.dataset_name,
+        data_path=o.data_path,
+        batch=o.batch_size,
+        lr=o.lr,
+        momentum=o.momentum,
+        weight_decay=o.weight_decay,
+        milestones=milestones,
+        epochs=o.epochs,
+        rounds=o.reload,
+        precision="fp16" if truth("use_amp", o.use_amp) else "float32",
+        levels=o.alpha,
+        noise=o.beta,
+        draws=o.gra_eot_num,
+        eot=o.att_eot_num,
+        start_from=o.model_load_path or None,
+    )
+
+
+def device_of(word: str) -> str:
+    """`cuda:N` for the number of a GPU that is there; else the CPU, and a line that says so."""
+    if word == "cpu":
+        return "cpu"
+    if not word.isdigit():
+        raise ValueError(f"--device must be the number of a GPU, or cpu, not {word!r}")
+    if torch.cuda.is_available():
+        return f"cuda:{word}"
+    print("there is no GPU here: running on the CPU", file=sys.stderr)
+    return "cpu"
+
+
+def export(state: dict[str, torch.Tensor], options: TrainOptions, accuracy: float) -> Path:
+    """Save `MODEL_SAVE_PATH/DATASET/CLASSIFIER_alpha_beta_ACC.pt`, ACC in per cent, as the paper's code names it."""
+    o = options
+    name = f"{o.classifier_name}_{o.alpha}_{o.beta}_{100 * accuracy:.2f}.pt"
+    path = Path(o.model_save_path) / o.dataset_name / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{name}.writing")
+    torch.save(state, beside)
+    beside.replace(path)
+    return path
+
+
+def run_training(options: TrainOptions, published: str) -> Path | None:
+    """Train, or go on with the same training; export the best weights. The path of the .pt, or None."""
+    o = options
+    recipe, device = recipe_of(o, published), device_of(o.device)
+    directory = Path(o.model_save_path) / o.dataset_name / f"{o.classifier_name}_{o.alpha}_{o.beta}_{published}"
+
+    def report(p: Progress) -> None:
+        if p.epoch_ended:
+            accuracies = "" if p.clean is None or p.robust is None else f"clean {p.clean:.2%} robust {p.robust:.2%}"
+            print(f"epoch {p.epoch}/{p.epochs} loss {p.loss:.4f} {accuracies}", flush=True)
+
+    run = train(recipe, out=directory, device=device, resume=True, report=report)
+    robust = run.best["robust"]
+    if 100 * robust <= o.best_acc:
+        print(f"robust validation accuracy {robust:.2%} is not above --best_acc {o.best_acc:g}: nothing exported")
+        return None
+    path = export(run.model().state_dict(), o, robust)
+    print(f"saved {path}")
+    return path
+
+
+def run_evaluation(options: EvaluateOptions) -> Result:
+    """Clean accuracy and PGD500, with EOT, on the whole test set; the result is saved beside the .pt."""
+    o = options
+    device = device_of(o.device)
+    source = load(o.dataset_name, root=o.data_path)
+    model, _ = load_model(
+        o.model_load_path, name=o.classifier_name, num_classes=len(source.classes), levels=o.alpha, noise=o.beta
+    )
+    test = source.test()
+    x, y = to_float(test.x).to(device), test.y.to(device)
+    attacks = ["clean", f"pgd:steps=500:step=2/255:eot={o.att_eot_num}"]
+    result = evaluate(model.to(device), x, y, attacks, eps=8 / 255, batch=o.batch_size)
+    for s in result.scores:
+        mean, low, high = result.expected(s.label)
+        print(f"{s.label:<32} {mean:7.2%}  (95% interval {low:.2%} – {high:.2%})")
+    result.save(Path(o.model_load_path).with_suffix(""))
+    return result
+
+
+def _main(kind: Any, run: Any) -> int:
+    try:
+        run(tyro.cli(kind))
+        return 0
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def train_main(published: str) -> int:
+    """A training script: `published` names the recipe. Returns the exit code."""
+    return _main(TrainOptions, lambda options: run_training(options, published))
+
+
+def evaluate_main() -> int:
+    """The evaluation script. Returns the exit code."""
+    return _main(EvaluateOptions, run_evaluation)

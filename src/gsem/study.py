@@ -1,0 +1,181 @@
+"""Studies: the same training and the same evaluation for several variants and seeds, in one table.
+
+A study answers one question by a matched comparison. `ablation` asks what of GSeM helps: {plain, its convolutions
+only, quantiser only, noise only, all of it} × {noise on, off at test}. `recipes` asks which training helps.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from gsem.checkpoint import write_atomically
+from gsem.data import load, to_float
+from gsem.device import device_named
+from gsem.evaluate import Interval, Result, evaluate
+from gsem.module import noise
+from gsem.recipes import RECIPES, Recipe
+from gsem.train import Progress, Run, train
+
+Report = Callable[[str, Progress | None], None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a study: what is trained, and with which noise it is tested."""
+
+    name: str
+    recipe: Recipe
+    noise: str = "fresh"
+    """At test: "fresh" or "off"."""
+
+
+def ablation(base: Recipe) -> list[Variant]:
+    """The matched comparison around `base`, a recipe with a GSeM model.
+
+    All but "plain" have the same parameters; "plain" lacks the module and its parameters.
+
+    Raises:
+        ValueError: the base's model has no GSeM.
+    """
+    if not base.model.startswith("gsem-"):
+        raise ValueError(f"the ablation takes GSeM apart: model {base.model!r} has none")
+    parts = {
+        "plain": replace(base, model=base.model.removeprefix("gsem-")),
+        "convolutions only": replace(base, quantiser=False, noise=0),
+        "quantiser only": replace(base, noise=0),
+        "noise only": replace(base, quantiser=False),
+        "full GSeM": base,
+    }
+    variants = [Variant(name, recipe) for name, recipe in parts.items()]
+    noisy = [v for v in variants if v.recipe.noise and v.recipe.model.startswith("gsem-")]
+    return variants + [replace(v, name=f"{v.name}, noise off at test", noise="off") for v in noisy]
+
+
+def recipes(base: Recipe) -> list[Variant]:
+    """Every named recipe, its schedule scaled to `base`'s epochs, on its data: GSeM ones on its model, others plain."""
+    variants = []
+    for recipe in RECIPES.values():
+        gsem = recipe.model.startswith("gsem-")
+        model = base.model if gsem else base.model.removeprefix("gsem-")
+        scaled = recipe.scaled(base.epochs)
+        variants.append(Variant(recipe.name, replace(scaled, data=base.data, model=model, eps=base.eps)))
+    return variants
+
+
+STUDIES: dict[str, Callable[[Recipe], list[Variant]]] = {"ablation": ablation, "recipes": recipes}
+
+
+def _over_seeds(results: list[Result], label: str) -> Interval:
+    """The mean over seeds with its 95% t-interval; for one seed, the bootstrap interval over images."""
+    if len(results) == 1:
+        return results[0].expected(label)
+    values = [r.expected(label).mean for r in results]
+    mean = float(np.mean(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def study(
+    variants: list[Variant],
+    *,
+    seeds: int,
+    out: Path,
+    attacks: list[str],
+    images: int | None = None,
+    test_data: str | None = None,
+    device: str | None = None,
+    report: Report | None = None,
+) -> list[dict[str, Any]]:
+    """Train and evaluate every variant for seeds 0 … seeds − 1; one row per variant.
+
+    Every finished piece is kept in `out` and not computed again, so that an interrupted study goes on.
+
+    Args:
+        images: test images used, from the first; all unless told.
+        test_data: where they come from; the training data unless told.
+        report: called as (what, training progress or None).
+
+    Returns:
+        Rows with the variant's name, passes per image and epoch, seconds of training, and for every attack
+        (mean, low, high) of its expected accuracy: over seeds, 95% t-interval.
+    """
+    rows = []
+    for variant in variants:
+        results, seconds = [], []
+        for seed in range(seeds):
+            run = _trained(variant, seed, out, device, report)
+            seconds.append(run.metrics[-1]["seconds"])
+            results.append(_evaluated(variant, run, attacks, images, test_data, device, report))
+        labels = [s.label for s in results[0].scores]
+        attack, training = variant.recipe.passes
+        rows.append(
+            {
+                "variant": variant.name,
+                "attack_passes": attack,
+                "training_passes": training,
+                "epochs": variant.recipe.epochs,
+                "seconds": float(np.median(seconds)),
+                "images": len(results[0].y),
+                "seeds": seeds,
+                "accuracy": {_family(label): _over_seeds(results, label) for label in labels},
+            }
+        )
+        write_atomically(out / "study.json", json.dumps(rows, indent=2).encode())
+    return rows
+
+
+def _family(label: str) -> str:
+    # The number of draws differs between stochastic and deterministic variants; the column is the same.
+    return label.split("-eot")[0]
+
+
+def _folder(variant: Variant, seed: int) -> str:
+    words = variant.name.removesuffix(", noise off at test").replace(" ", "-").lower()
+    return f"{words}-seed{seed}"
+
+
+def _trained(
+    variant: Variant,
+    seed: int,
+    out: Path,
+    device: str | None,
+    report: Report | None,
+) -> Run:
+    path = out / _folder(variant, seed)
+    what = f"{variant.name}, seed {seed}"
+    show = None if report is None else lambda progress: report(what, progress)
+    return train(replace(variant.recipe, seed=seed), out=path, device=device, resume=True, report=show)
+
+
+def _evaluated(
+    variant: Variant,
+    run: Run,
+    attacks: list[str],
+    images: int | None,
+    test_data: str | None,
+    device: str | None,
+    report: Report | None,
+) -> Result:
+    where = device_named(device)
+    source = load(test_data) if test_data else load(run.recipe.data, run.recipe.data_path)
+    test = source.test()
+    x, y = to_float(test.x[:images]).to(where), test.y[:images].to(where)
+    eps = run.recipe.eps or source.eps
+    asked = {"attacks": attacks, "images": len(x), "eps": eps, "data": test_data or run.recipe.data}
+    path, question = run.path / f"test-{variant.noise}", run.path / f"test-{variant.noise}.question.json"
+    if question.exists() and json.loads(question.read_text()) == asked:
+        return Result.load(path)
+    if report is not None:
+        report(f"{variant.name}, seed {run.recipe.seed}: test", None)
+    model = run.model().to(where)
+    with noise(model, variant.noise):  # type: ignore[arg-type]
+        result = evaluate(model, x, y, attacks, eps=eps, seed=run.recipe.seed)
+    result.save(path)
+    write_atomically(question, json.dumps(asked).encode())
+    return result

@@ -1,0 +1,123 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import gsem
+from gsem.evaluate import Result, Scores
+from gsem.study import STUDIES, _over_seeds, ablation, recipes, study
+from gsem.twin import search_twin
+
+BASE = replace(gsem.RECIPES["gcat"], epochs=1, warmup=0.0, steps=1, batch=128)
+
+
+def test_the_ablation_is_matched():
+    variants = {v.name: v for v in ablation(BASE)}
+    assert list(variants) == [
+        "plain",
+        "convolutions only",
+        "quantiser only",
+        "noise only",
+        "full GSeM",
+        "noise only, noise off at test",
+        "full GSeM, noise off at test",
+    ]
+    # everything but the parts of the module is the same
+    alike = {v.recipe.__class__(**v.recipe.to_dict() | {"milestones": ()}) for v in variants.values()}
+    neutral = {replace(r, model=BASE.model, quantiser=True, noise=4) for r in alike}
+    assert neutral == {BASE}
+
+    def size(v):
+        r = v.recipe
+        model = gsem.create_model(r.model, levels=r.levels, noise=r.noise, quantiser=r.quantiser)
+        return sum(p.numel() for p in model.parameters())
+
+    sizes = {name: size(v) for name, v in variants.items()}
+    assert len({s for name, s in sizes.items() if name != "plain"}) == 1
+    with pytest.raises(ValueError, match="resnet18"):
+        ablation(replace(BASE, model="resnet18"))
+
+
+def test_convolutions_only_is_a_plain_differentiable_map():
+    module = gsem.GSeM(3, noise=0, quantiser=False).double().eval()
+    x = torch.rand(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, (x,))
+    torch.testing.assert_close(module.quantise(x), x, rtol=1e-15, atol=0)
+
+
+def test_noise_only_keeps_the_value_between_levels():
+    module = gsem.GSeM(3, quantiser=False).double()
+    x = torch.rand(2, 3, 5, 5, dtype=torch.float64)
+    offset = 6 * (module.quantise(x) - x)
+    torch.testing.assert_close(offset, offset.round(), rtol=0, atol=1e-12)
+    assert offset.abs().max() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("gradient", ["corrected", "semi-masked"])
+def test_the_twin_follows_without_the_quantiser(gradient):
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), gsem.GSeM(4, quantiser=False, gradient=gradient))
+    net = net.double().eval()
+    x = torch.rand(2, 1, 6, 6, dtype=torch.float64, requires_grad=True)
+    with gsem.noise(net, "frozen"):
+        twin = search_twin(net, torch.float64)
+        torch.testing.assert_close(twin(x), net(x))
+        grads = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (net, twin)]
+    torch.testing.assert_close(*grads)
+
+
+def test_recipes_are_all_there_and_scaled():
+    variants = recipes(replace(BASE, epochs=12))
+    assert [v.name for v in variants] == list(gsem.RECIPES)
+    assert {v.recipe.epochs for v in variants} == {12}
+    models = {v.name: v.recipe.model for v in variants}
+    assert models["gcat-published"] == "gsem-resnet10x16"
+    assert models["trades"] == "resnet10x16"
+    published = next(v.recipe for v in variants if v.name == "gcat-published")
+    assert published.milestones == (5, 9)  # 60 and 110 of 150
+    assert published.passes == gsem.RECIPES["gcat-published"].passes
+
+
+def test_the_interval_is_student_s():
+    def result(share):
+        correct = (np.arange(10) < 10 * share).astype(int)
+        return Result([Scores("clean", correct, correct, correct, 0, 0, 0.0)], correct, {"draws": 1, "seed": 0})
+
+    shares = [0.5, 0.7, 0.9]
+    found = _over_seeds([result(s) for s in shares], "clean")
+    low, high = stats.t.interval(0.95, 2, loc=0.7, scale=stats.sem(shares))
+    assert found == pytest.approx((0.7, low, high))
+    assert _over_seeds([result(0.5)], "clean").mean == 0.5
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    variants = [v for v in STUDIES["ablation"](BASE) if v.name.startswith("full")]
+    how = {
+        "seeds": 2,
+        "out": tmp_path / "s",
+        "attacks": ["clean", "pgd:steps=1:eot=1"],
+        "images": 20,
+        "device": "cpu",
+    }
+
+    class Stopped(Exception):
+        pass
+
+    def stop(what, progress):
+        if what == "full GSeM, seed 1" and progress is not None:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        study(variants, **how, report=stop)
+    before = (tmp_path / "s/full-gsem-seed0/checkpoints/best.safetensors").stat().st_mtime_ns
+    rows = study(variants, **how)
+    assert (tmp_path / "s/full-gsem-seed0/checkpoints/best.safetensors").stat().st_mtime_ns == before
+    assert [row["variant"] for row in rows] == ["full GSeM", "full GSeM, noise off at test"]
+    assert set(rows[0]["accuracy"]) == {"clean", "pgd1"}
+    saved = json.loads((tmp_path / "s/study.json").read_text())
+    assert saved[0]["accuracy"]["clean"] == list(rows[0]["accuracy"]["clean"])
+    # both lines are tests of the same trainings
+    assert len(list((tmp_path / "s").glob("*/checkpoints"))) == 2

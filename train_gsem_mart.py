@@ -1,0 +1,8 @@
+"""The paper's GCAT + MART training (see src/gsem/published.py)."""
+
+import sys
+
+from gsem.published import train_main
+
+if __name__ == "__main__":
+    sys.exit(train_main("gcat-mart-published"))
