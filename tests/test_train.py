@@ -177,3 +177,43 @@ def test_half_a_line_of_metrics_counts_as_not_written(tmp_path, few_digits):
         file.write('{"epoch": 3, "st')
     again = train(TINY, out=tmp_path / "run", data=few_digits, device="cpu", resume=True)
     assert again.metrics == run.metrics
+
+
+def test_training_starts_from_given_weights(tmp_path, few_digits):
+    first = train(TINY, out=tmp_path / "first", data=few_digits, device="cpu")
+    still = replace(TINY, start_from=str(first.path), lr=1e-12, epochs=1, weight_decay=0.0)
+    second = train(still, out=tmp_path / "second", data=few_digits, device="cpu")
+    torch.testing.assert_close(second.model().conv1.weight, first.model().conv1.weight)
+    other = replace(TINY, start_from=str(first.path), model="gsem-wideresnet10x2")
+    with pytest.raises(ValueError, match=r"start_from .*conv1"):
+        train(other, out=tmp_path / "third", data=few_digits, device="cpu")
+
+
+def test_early_stopping_stops_at_the_same_place_after_a_resume(tmp_path, few_digits):
+    # a rate this small never improves on the first validation
+    stuck = replace(TINY, lr=1e-12, patience=2, epochs=9, ema=0.0)
+    run = train(stuck, out=tmp_path / "run", data=few_digits, device="cpu")
+    assert len(run.metrics) == 3
+    assert train(stuck, out=tmp_path / "run", data=few_digits, device="cpu", resume=True).metrics == run.metrics
+
+
+def test_averaged_and_raw_weights_are_validated_beside_each_other(tmp_path, few_digits):
+    run = train(replace(TINY, ema=0.0, swa_from=1), out=tmp_path / "run", data=few_digits, device="cpu")
+    assert "raw_robust" not in run.metrics[0]  # the average has not begun
+    assert all("raw_robust" in line for line in run.metrics[1:])
+
+
+def test_equal_averaging_is_the_mean():
+    from gsem.step import Average
+
+    model, averaged = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    average = Average(model, averaged, decay=0.0, equal=True)
+    for count, value in enumerate([1.0, 4.0, 7.0]):
+        torch.nn.init.constant_(model.weight, value)
+        average.update(count)
+    assert averaged.weight.item() == pytest.approx(4.0)
+
+
+def test_deterministic_mode_is_put_back(tmp_path, few_digits):
+    train(replace(TINY, deterministic=True, epochs=1), out=tmp_path / "run", data=few_digits, device="cpu")
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,6 +1,7 @@
 """A list of attacks on a model, judged on draws of its noise that no attack has seen."""
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -83,7 +84,7 @@ class Attack:
         label += f"-{o['loss']}" if o["loss"] != "ce" else ""
         label += f"-x{o['restarts']}" if o["restarts"] > 1 else ""
         label += "-last" if o["keep"] == "last" else ""
-        return label + (f"-step{o['step']:.4g}" if "step" in self.options else "")
+        return label + ("" if math.isclose(o["step"], eps / 4) else f"-step{o['step']:.4g}")
 
 
 def _value(key: str, value: str, text: str) -> int | float | str:

@@ -223,16 +223,12 @@ class _Loop:
         self.save()
 
     def _starting_weights(self, spec: str) -> dict[str, Tensor]:
-        told = {
-            key: value for key, value in self.meta["model"].items() if key in ("name", "num_classes", "levels", "noise")
-        }
+        told = {key: self.meta["model"][key] for key in ("name", "num_classes", "levels", "noise")}
         weights, ours = load_model(spec, **told)[0].state_dict(), self.stepper.model.state_dict()
-        for name in ours.keys() | weights.keys():
-            shapes = [tuple(w[name].shape) if name in w else None for w in (ours, weights)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"start_from {spec}: {name!r} is {shapes[1]} there, {shapes[0]} in {self.recipe.model}"
-                )
+        for name in [*ours, *weights]:
+            here, there = (tuple(w[name].shape) if name in w else None for w in (ours, weights))
+            if here != there:
+                raise ValueError(f"start_from {spec}: {name!r} is {there} there, {here} in {self.recipe.model}")
         return weights
 
     def _start_from(self, weights: dict[str, Tensor]) -> None:
