@@ -217,3 +217,23 @@ def test_equal_averaging_is_the_mean():
 def test_deterministic_mode_is_put_back(tmp_path, few_digits):
     train(replace(TINY, deterministic=True, epochs=1), out=tmp_path / "run", data=few_digits, device="cpu")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_extra_images_are_mixed_in(tmp_path, few_digits):
+    # The extra images are all of class 3: a network that mostly sees them says 3 more often.
+    import numpy as np
+
+    chance = np.random.default_rng(0)
+    file = tmp_path / "extra.npz"
+    np.savez(file, image=chance.integers(0, 256, (64, 8, 8, 1), dtype=np.uint8), label=np.full(64, 3))
+    mixed = replace(TINY, extra_data=str(file), extra_share=0.75, epochs=4)
+    run = train(mixed, out=tmp_path / "mixed", data=few_digits, device="cpu")
+    # 110 real images, 8 a batch: an epoch is as long as the real images last
+    assert run.metrics[0]["step"] == 13
+    assert json.loads((run.path / "recipe.json").read_text())["training_images"] == 110
+    plain = train(replace(TINY, epochs=16), out=tmp_path / "plain", data=few_digits, device="cpu")
+    x = torch.from_numpy(chance.integers(0, 256, (64, 1, 8, 8))).float() / 255
+    said = [float((r.model()(x).argmax(1) == 3).float().mean()) for r in (run, plain)]
+    assert said[0] > 0.9 > said[1]
+    with pytest.raises(ValueError, match="extra_share"):
+        replace(TINY, extra_share=0.5)

@@ -23,7 +23,7 @@ from gsem.data import SOURCES, load, to_float
 from gsem.device import device_named
 from gsem.evaluate import Result, evaluate, parse_attacks
 from gsem.models import MODELS, canonical_name
-from gsem.progress import AttackBar, TrainingBar, duration, percent
+from gsem.progress import AttackBar, Scalars, TrainingBar, duration, percent
 from gsem.recipes import ABOUT, RECIPES, Recipe
 from gsem.study import STUDIES, study
 from gsem.train import Progress, Run, TrainingInterrupted, resume_recipe, train
@@ -86,6 +86,8 @@ class TrainOptions:
     """Run directory; runs/RECIPE-DATA-MODEL-seedN unless told."""
     resume: Path | None = None
     """Go on with the run in this directory. It follows its own recipe: options of the recipe are not read."""
+    tensorboard: Path | None = None
+    """Directory for TensorBoard's event files (needs the extra: pip install 'gsem[tensorboard]')."""
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one."""
 
@@ -205,7 +207,7 @@ def _train(words: list[str]) -> None:
     else:
         recipe, out = options.recipe, options.out
         recipe = replace(recipe, model=canonical_name(recipe.model))
-    run = _run(recipe, out, options.device, resume=options.resume is not None)
+    run = _run(recipe, out, options.device, resume=options.resume is not None, tensorboard=options.tensorboard)
     best = run.best
     console.print(
         f"best: epoch {best['epoch']}, validation clean {percent(best['clean']).strip()}, "
@@ -214,7 +216,8 @@ def _train(words: list[str]) -> None:
     )
 
 
-def _run(recipe: Recipe, out: Path | None, device: str | None, *, resume: bool) -> Run:
+def _run(recipe: Recipe, out: Path | None, device: str | None, *, resume: bool, tensorboard: Path | None = None) -> Run:
+    scalars = Scalars(tensorboard) if tensorboard is not None else None
     attack, training = recipe.passes
     console.print(
         f"{recipe.name}: {recipe.model} on {recipe.data}, {recipe.epochs} epochs"
@@ -222,7 +225,13 @@ def _run(recipe: Recipe, out: Path | None, device: str | None, *, resume: bool) 
         + f" of\n{attack:g} attack and {training:g} training passes per image"
     )
     with TrainingBar(console) as bar:
-        return train(recipe, out=out, device=device, resume=resume, report=bar)
+
+        def report(p: Progress) -> None:
+            bar(p)
+            if scalars is not None:
+                scalars(p)
+
+        return train(recipe, out=out, device=device, resume=resume, report=report)
 
 
 def _evaluate(words: list[str]) -> None:

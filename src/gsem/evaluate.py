@@ -47,6 +47,13 @@ class Attack:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        known = _options_of(self.name)
+        for option in self.options:
+            if option not in known:
+                names = ", ".join(known) or "it has none"
+                raise ValueError(f"attack {self.name!r} has no option {option!r}: {names}")
+
     @classmethod
     def parse(cls, text: str) -> "Attack":
         """`"pgd:steps=100:eot=20"` → `Attack("pgd", {"steps": 100, "eot": 20})`.
@@ -55,14 +62,13 @@ class Attack:
             ValueError: an unknown attack, option or value.
         """
         name, *settings = text.strip().split(":")
-        if name not in ATTACKS:
-            raise ValueError(f"attack {name!r} is unknown: it is one of {', '.join(ATTACKS)}")
+        known = _options_of(name)
         options: dict[str, Any] = {}
         for setting in settings:
             key, equals, value = setting.partition("=")
-            if not equals or key not in ATTACKS[name]:
-                known = ", ".join(ATTACKS[name]) or "none"
-                raise ValueError(f"attack {text!r}: {setting!r} is no option=value; options of {name}: {known}")
+            if not equals or key not in known:
+                names = ", ".join(known) or "none"
+                raise ValueError(f"attack {text!r}: {setting!r} is no option=value; options of {name}: {names}")
             options[key] = _value(key, value, text)
         return cls(name, options)
 
@@ -85,6 +91,12 @@ class Attack:
         label += f"-x{o['restarts']}" if o["restarts"] > 1 else ""
         label += "-last" if o["keep"] == "last" else ""
         return label + ("" if math.isclose(o["step"], eps / 4) else f"-step{o['step']:.4g}")
+
+
+def _options_of(name: str) -> dict[str, Any]:
+    if name not in ATTACKS:
+        raise ValueError(f"attack {name!r} is unknown: it is one of {', '.join(ATTACKS)}")
+    return ATTACKS[name]
 
 
 def _value(key: str, value: str, text: str) -> int | float | str:
@@ -166,7 +178,7 @@ class Result:
 
     def save(self, path: str | Path) -> None:
         """`PATH.json`, the summary, and `PATH.npz`, everything per image. PATH may carry either ending."""
-        path = Path(path).with_suffix("")
+        path = _with_ending(path, "")
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {"y": self.y}
         for number, s in enumerate(self.scores):
@@ -177,13 +189,13 @@ class Result:
         beside = path.with_name(f".{path.name}.writing.npz")
         arrays["meta"] = np.array(meta)
         np.savez_compressed(beside, **arrays)  # type: ignore[arg-type]  # (its stub takes them for its flag)
-        beside.replace(path.with_suffix(".npz"))
-        write_atomically(path.with_suffix(".json"), json.dumps(self.to_dict(), indent=2).encode())
+        beside.replace(_with_ending(path, ".npz"))
+        write_atomically(_with_ending(path, ".json"), json.dumps(self.to_dict(), indent=2).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
         """What `save` wrote."""
-        with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as file:
+        with np.load(_with_ending(path, ".npz"), allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
             scores = [
                 Scores(
@@ -195,6 +207,13 @@ class Result:
                 for number, row in enumerate(meta["attacks"])
             ]
             return cls(scores, file["y"], meta["facts"])
+
+
+def _with_ending(path: str | Path, ending: str) -> Path:
+    # Not with_suffix alone: of "pgd-eps0.15" it would take ".15" for an ending.
+    path = Path(path)
+    path = path.with_suffix("") if path.suffix in (".json", ".npz") else path
+    return path.with_name(path.name + ending)
 
 
 def evaluate(

@@ -1,5 +1,6 @@
 """What a person sees of a training or an evaluation while it runs."""
 
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -58,6 +59,29 @@ class TrainingBar:
             if p.robust is not None and p.best_robust is not None and p.best_robust - p.robust > OVERFITTING:
                 left += f" (best {percent(p.best_robust).strip()})"
             self.console.print(f"{text} {p.images_per_second:6.0f} img/s  {left}", highlight=False)
+
+
+class Scalars:
+    """TensorBoard's event files of a training: loss while it runs, accuracies after each epoch.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+
+    def __init__(self, directory: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("TensorBoard is not installed: pip install 'gsem[tensorboard]'") from None
+        self.writer = SummaryWriter(str(directory))
+
+    def __call__(self, p: TrainingProgress) -> None:
+        self.writer.add_scalar("loss", p.loss, p.step)
+        if p.epoch_ended:
+            for name, value in (("clean", p.clean), ("robust", p.robust), ("best robust", p.best_robust)):
+                if value is not None:
+                    self.writer.add_scalar(f"validation/{name}", value, p.step)
+            self.writer.flush()
 
 
 class AttackBar:

@@ -46,7 +46,7 @@ class TrainOptions:
     model_load_path: str = ""
     """Weights to start from: a .pt of these scripts, or a checkpoint of gsem train."""
     best_acc: float = 0.0
-    """Per cent: weights whose robust validation accuracy is not above it are not exported."""
+    """Per cent: weights whose robust validation accuracy is below it are not exported."""
     use_amp: str = "true"
     """true or false: 16-bit training passes."""
     alpha: int = 6
@@ -168,8 +168,8 @@ def run_training(options: TrainOptions, published: str) -> Path | None:
 
     run = train(recipe, out=directory, device=device, resume=True, report=report)
     robust = run.best["robust"]
-    if 100 * robust <= o.best_acc:
-        print(f"robust validation accuracy {robust:.2%} is not above --best_acc {o.best_acc:g}: nothing exported")
+    if 100 * robust < o.best_acc:
+        print(f"robust validation accuracy {robust:.2%} is below --best_acc {o.best_acc:g}: nothing exported")
         return None
     path = export(run.model().state_dict(), o, robust)
     print(f"saved {path}")
@@ -191,7 +191,7 @@ def run_evaluation(options: EvaluateOptions) -> Result:
     for s in result.scores:
         mean, low, high = result.expected(s.label)
         print(f"{s.label:<32} {mean:7.2%}  (95% interval {low:.2%} – {high:.2%})")
-    result.save(Path(o.model_load_path).with_suffix(""))
+    result.save(Path(o.model_load_path.removesuffix(".pt")))
     return result
 
 

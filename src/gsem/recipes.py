@@ -7,6 +7,7 @@ from typing import Any, Literal
 Schedule = Literal["step", "cosine", "cyclic"]
 Precision = Literal["float32", "bf16", "fp16"]
 Objective = Literal["ce", "mart", "trades"]
+Augment = Literal["none", "crop", "autoaugment"]
 Start = Literal["uniform", "gaussian"]
 Gradient = Literal["corrected", "semi-masked"]
 
@@ -25,6 +26,13 @@ class Recipe:
     """digits, an image folder with train/CLASS/*, or an .npz file."""
     data_path: str | None = None
     """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
+    extra_data: str | None = None
+    """An .npz file of additional, mostly generated, training images: image and label."""
+    extra_share: float = 0.0
+    """Share of each batch that comes from extra_data."""
+    augment: Augment = "crop"
+    """crop: random crop and flip. autoaugment: also AutoAugment's CIFAR-10 policy (on colour images) and Cutout of
+    half the side, the paper's augmentation."""
     flip: bool | None = None
     """Horizontal flips in the augmentation; by default as the data say (images yes, digits no)."""
     model: str = "gsem-resnet10x16"
@@ -133,6 +141,9 @@ class Recipe:
             require(0 <= getattr(self, field) < math.inf, field, "at least 0")
         require(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         require(type(self.patience) is int and self.patience >= 0, "patience", "an integer of at least 0")
+        require(0 <= self.extra_share < 1, "extra_share", "at least 0 and below 1")
+        both = (self.extra_data is None) == (self.extra_share == 0)
+        require(both, "extra_share", "above 0 with extra_data, and 0 without")
         require(self.objective == "ce" or self.attacked == 1, "attacked", f"1 with objective {self.objective}")
         require(self.label_smoothing == 0 or self.objective == "ce", "label_smoothing", "0 unless objective is ce")
         swa = self.swa_from
@@ -146,6 +157,7 @@ class Recipe:
             require(all(m < self.epochs for m in self.milestones), "milestones", f"before epoch {self.epochs}")
         for field, known in (
             ("objective", ("ce", "mart", "trades")),
+            ("augment", ("none", "crop", "autoaugment")),
             ("start", ("uniform", "gaussian")),
             ("gradient", ("corrected", "semi-masked")),
             ("schedule", ("step", "cosine", "cyclic")),
@@ -206,6 +218,7 @@ class Recipe:
 GCAT_PUBLISHED = Recipe(
     name="gcat-published",
     model="gsem-resnet18",
+    augment="autoaugment",
     steps=10,
     eot=10,
     draws=10,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gsem.attacks import pgd
 from gsem.awp import awp
 from gsem.checkpoint import part
-from gsem.data import Source, crop_flip, to_float
+from gsem.data import Source, auto_augment, crop_flip, cutout, to_float
 from gsem.losses import cross_entropy, divergence_from, mart, trades
 from gsem.recipes import Recipe
 from gsem.streams import generator, reseed, split
@@ -123,7 +123,14 @@ class Stepper:
         chance = generator(self.recipe.seed, "augment", step, device=self.device)
         flip = self.source.flip if self.recipe.flip is None else self.recipe.flip
         how: dict[str, Any] = {"padding": self.source.padding, "fill": self.source.fill}
-        pixels = crop_flip(pixels, **how, flip=flip, generator=chance)
+        if self.recipe.augment != "none":
+            pixels = crop_flip(pixels, **how, flip=flip, generator=chance)
+        if self.recipe.augment == "autoaugment":
+            if pixels.shape[1] == 3:
+                # The policy's choices are made on the CPU: rows are grouped by operation, and a GPU would wait.
+                choices = generator(self.recipe.seed, "policy", step)
+                pixels = auto_augment(pixels, fill=self.source.fill, generator=choices)
+            pixels = cutout(pixels, size=pixels.shape[2] // 2, generator=chance)
         return to_float(pixels).contiguous(memory_format=torch.channels_last)
 
     def attack(

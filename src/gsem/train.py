@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gsem.attacks import NotFinite
 from gsem.checkpoint import load_model, model_meta, part, read_checkpoint, save_checkpoint, write_atomically
-from gsem.data import Source, load, to_float
+from gsem.data import Source, Split, load, mixed_order, read_extra, to_float
 from gsem.device import device_named
 from gsem.models import create_model
 from gsem.predict import BATCH, correct_draws, is_stochastic
@@ -182,10 +182,14 @@ class _Loop:
         self.eps = recipe.eps or source.eps
         self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=self.eps)
         training, validation = source.training(recipe.seed)
+        self.real = len(training)
+        if recipe.extra_data is not None:
+            extra = read_extra(recipe.extra_data, source.shape, source.classes)
+            training = Split(torch.cat([training.x, extra.x]), torch.cat([training.y, extra.y]))
         self.training = training.to(device)
         self.validation = validation.to(device)
-        self.batch = min(recipe.batch, len(training))
-        self.steps_per_epoch = len(training) // self.batch
+        self.batch = min(recipe.batch, self.real)
+        self.steps_per_epoch = len(self._order(0, 0))
         self.total_steps = self.steps_per_epoch * recipe.epochs * recipe.rounds
         self.last = path / "checkpoints" / "last.safetensors"
         self.best = path / "checkpoints" / "best.safetensors"
@@ -217,7 +221,7 @@ class _Loop:
             weights = self._starting_weights(self.recipe.start_from)
         self._start_from(weights)
         facts = self.meta | {"gsem_torch": torch.__version__, "machine": platform.machine()}
-        facts |= {"device": str(self.device), "training_images": len(self.training)}
+        facts |= {"device": str(self.device), "training_images": self.real}
         write_atomically(self.path / "recipe.json", json.dumps(facts, indent=2).encode())
         write_atomically(self.path / "metrics.jsonl", b"")
         self.save()
@@ -272,8 +276,8 @@ class _Loop:
 
     def _order(self, round_: int, epoch: int) -> Tensor:
         chance = generator(self.recipe.seed, "order", round_, epoch)
-        order = torch.randperm(len(self.training), generator=chance)
-        return order[: self.steps_per_epoch * self.batch].view(-1, self.batch).to(self.device)
+        extra = len(self.training) - self.real
+        return mixed_order(self.real, extra, self.batch, self.recipe.extra_share, chance).to(self.device)
 
     def _train_on(self, picked: Tensor, in_round: int) -> None:
         first = (self.recipe.swa_from or 0) * self.steps_per_epoch

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from gsem.module import GSeM
+from gsem.module import GSeM, IntegerNoise
 
 
 def _affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
@@ -169,15 +169,15 @@ class _Held(_Mirror):
 
     source: tuple[nn.Module]
 
-    def __init__(self, model: nn.Module, targets: list[str]):
+    def __init__(self, model: nn.Module, targets: list[str], constants: dict[str, Tensor]):
         super().__init__(model)
-        self.targets = targets
+        self.targets, self.constants = targets, constants
 
     def refresh(self, dtype: torch.dtype) -> None:
         for number, target in enumerate(self.targets):
             value: Any = self.source[0]
             for part in target.split("."):
-                value = getattr(value, part)
+                value = self.constants[target] if target in self.constants else getattr(value, part)
             self.store(**{f"t{number}": value.to(dtype) if value.is_floating_point() else value})
 
 
@@ -194,8 +194,8 @@ class _Eager(_Mirror):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__(model)
-        self.dtype = dtype
-        self.copy = copy.deepcopy(model).eval().requires_grad_(False)
+        self.dtype, self.low = dtype, dtype in (torch.bfloat16, torch.float16)
+        self.copy = copy.deepcopy(model).to(torch.float32 if self.low else dtype).eval().requires_grad_(False)
 
     def refresh(self, dtype: torch.dtype) -> None:
         _copy_state(self.source[0], self.copy)
@@ -204,9 +204,8 @@ class _Eager(_Mirror):
                 ours.offsets, ours.gradient = theirs.offsets, theirs.gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        low = self.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(x.device.type, self.dtype) if low else nullcontext():
-            return self.copy(x.float() if low else x)
+        with torch.autocast(x.device.type, self.dtype) if self.low else nullcontext():
+            return self.copy(x.float() if self.low else x)
 
 
 class _Tracer(fx.Tracer):
@@ -242,26 +241,51 @@ def _mirror(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> 
     return copy.deepcopy(source).eval()
 
 
+def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The model's graph and the constants that its forward makes; the model and torch's stream are as before.
+
+    Raises:
+        ValueError: the graph would not answer as the model does.
+    """
+    for name, m in model.named_modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            raise ValueError(f"{name or 'it'} has hooks, which a folded layer would not call")
+    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    attributes = set(vars(model))
+    with _eval_flags(model), torch.random.fork_rng(devices=devices):
+        chance = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        try:
+            graph = _Tracer().trace(model)
+        finally:
+            # fx hangs them on the model.
+            constants = {name: model.__dict__.pop(name) for name in set(vars(model)) - attributes}
+        drawn = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    if not all(map(torch.equal, chance, drawn)):
+        raise ValueError("its forward draws random numbers, of which tracing would keep one draw for ever")
+    return graph, constants
+
+
 def _traced(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model's graph with each module replaced by its mirror; `model` itself is only read."""
     modules = dict(model.named_modules())
-    with _eval_flags(model):
-        graph = _Tracer().trace(model)
+    graph, constants = _graph(model)
     root = nn.Module()
     held = [node for node in graph.nodes if node.op == "get_attr"]
+    absorbed = set()  # each a BatchNorm that went into the convolution before it
     for number, node in enumerate(graph.find_nodes(op="call_module")):
-        source = modules.get(node.target)
-        if source is None:
-            continue  # a BatchNorm that went into the convolution before it
+        if node in absorbed:
+            continue
+        source = modules[node.target]
         users = list(node.users)
         behind = modules.get(users[0].target) if len(users) == 1 and users[0].op == "call_module" else None
         if type(source) is nn.Conv2d and _is_foldable(behind):
             users[0].replace_all_uses_with(node)
             graph.erase_node(users[0])
+            absorbed.add(users[0])
         name = f"part{number}"
         root.add_module(name, _mirror(source, behind, dtype))
         node.target = name
-    holder = _Held(model, [node.target for node in held])
+    holder = _Held(model, [node.target for node in held], constants)
     with torch.no_grad():
         holder.refresh(dtype)
     root.add_module("held", holder)
@@ -287,7 +311,10 @@ class SearchTwin(nn.Module):
                 stacklevel=3,
             )
             self.graph = _Eager(model, dtype)
-        self.requires_grad_(False).eval()
+        self.requires_grad_(False)
+        for part in self.modules():
+            if not isinstance(part, IntegerNoise):  # the noise is the model's own, its flag too
+                part.training = False
         self.refresh()
 
     @torch.no_grad()
@@ -298,7 +325,7 @@ class SearchTwin(nn.Module):
                 part.refresh(self.dtype)
 
     def train(self, mode: bool = True) -> "SearchTwin":
-        return super().train(False)  # a twin is eval-time by definition
+        return self  # a twin is eval-time by definition
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         logits = self.graph(x.to(dtype=self.dtype, memory_format=torch.channels_last))

@@ -69,7 +69,7 @@ class Counting(nn.Module):
         self.model = model
         self.forwards = 0
         self.gradients = 0
-        self.train(model.training)
+        self.training = model.training  # not train(): it would reach into the model
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
@@ -196,6 +196,15 @@ def check_arguments(model: nn.Module, x: Images, y: Labels, *, eps: float, norm:
             f"images must lie in [0, 1], not [{x.min().item():g}, {x.max().item():g}]; a network that wants "
             "normalised input goes into gsem.normalized(model, mean, std)"
         )
+    check_eval_mode(model)
+
+
+def check_eval_mode(model: nn.Module) -> None:
+    """Refuse a BatchNorm in train mode.
+
+    Raises:
+        ValueError: naming the layer.
+    """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
             raise ValueError(

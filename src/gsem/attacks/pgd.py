@@ -14,6 +14,7 @@ from gsem.attacks._core import (
     Worst,
     ascend,
     check_arguments,
+    check_eval_mode,
     check_result,
     expected,
     expected_gradient,
@@ -68,6 +69,8 @@ def pgd(
         ValueError: arguments out of range, BatchNorm in train mode, NaN logits (the image is named).
     """
     check_arguments(model, x, y, eps=eps, norm=norm, steps=steps, restarts=restarts, eot=eot)
+    if search is not None:
+        check_eval_mode(search)
     if not step > 0:
         raise ValueError(f"step must be positive, in the unit of the images, not {step}")
     if keep not in ("last", "best"):
@@ -80,6 +83,7 @@ def pgd(
     rows = torch.arange(len(x), device=x.device)
 
     def judge(number: int, values: Tensor, wrong: Tensor, *, competes: bool) -> None:
+        finite.logical_and_(values.isfinite())
         if observe is not None:
             observe(Step(rows, number, x_adv, values, wrong))
         if competes:

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from gsem.data import digits, folder, npz
+from gsem.data import cifar, digits, folder, npz, svhn
 from gsem.data.source import Source
 
 
@@ -26,6 +26,9 @@ _ENTRIES = {
     "digits": _Entry(digits.DESCRIPTION, lambda root: digits.digits()),
     "folder": _Entry(folder.DESCRIPTION, lambda root: folder.image_folder(_at(root, "folder"))),
     "npz": _Entry(npz.DESCRIPTION, lambda root: npz.npz_file(_at(root, "npz"))),
+    "cifar10": _Entry(cifar.DESCRIPTION_10, cifar.cifar10),
+    "cifar100": _Entry(cifar.DESCRIPTION_100, cifar.cifar100),
+    "svhn": _Entry(svhn.DESCRIPTION, svhn.svhn),
 }
 
 SOURCES: dict[str, str] = {name: entry.description for name, entry in _ENTRIES.items()}
@@ -37,10 +40,12 @@ def load(name: str, root: str | Path | None = None) -> Source:
     Args:
         name: a name in `SOURCES`, the path of an .npz file, or the path of an image folder. A name wins over a
             path: a folder that happens to be called digits is "./digits".
-        root: where the data of a name lie; "folder" and "npz" need it, "digits" makes no use of it.
+        root: where the data of a name lie; "folder" and "npz" need it, "digits" makes no use of it, for the
+            others None is "dataset". What is not there of cifar10, cifar100 and svhn is downloaded into it.
 
     Raises:
-        FileNotFoundError: nothing is at that path.
+        FileNotFoundError: nothing is at that path, or what is missing cannot be downloaded.
+        NotADirectoryError: root is a file, but ought to be a folder.
         ValueError: an unknown name, a root missing or beside a path, or data that are not as they should be.
     """
     name = os.fspath(name)
