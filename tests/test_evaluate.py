@@ -411,3 +411,22 @@ def test_a_result_is_a_value():
     result = planted(np.full(5, 1), 2)
     assert replace(result, facts={"draws": 1, "seed": 0}).expected("clean").mean == 1.0
     assert result.expected("clean") == result.expected("clean")
+
+
+def test_labels_that_the_model_does_not_know_are_refused():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="image 1 has label 3, but the model tells 3 classes apart"):
+        evaluate(model, torch.rand(2, 1, 2, 2), torch.tensor([0, 3]), "clean", eps=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:search_twin runs")
+def test_a_model_that_is_random_only_off_the_images_is_stochastic():
+    class Flickers(torch.nn.Module):
+        def forward(self, x):
+            noise = torch.rand(len(x), 2) * (x.flatten(1).amax(1, keepdim=True) > 0.6)
+            return x.flatten(1)[:, :2] + noise
+
+    x = torch.full((3, 1, 2, 2), 0.5)
+    result = evaluate(Flickers(), x, torch.zeros(3, dtype=torch.int64), "clean", eps=0.2, draws=7)
+    assert result.facts["stochastic"]
+    assert result.draws == 7

@@ -18,7 +18,7 @@ from gsem.attacks import counting, pgd
 from gsem.attacks._core import Norm, check_arguments, check_result, distances
 from gsem.checkpoint import write_atomically
 from gsem.predict import BATCH, correct_draws, is_stochastic
-from gsem.streams import split
+from gsem.streams import split, stream
 from gsem.twin import search_twin
 
 BOOTSTRAP = 10_000
@@ -220,7 +220,7 @@ def evaluate(
     model: nn.Module,
     x: Float[Tensor, "n c h w"],
     y: Int[Tensor, " n"],
-    attacks: Sequence[Attack | str] = ("clean", "pgd"),
+    attacks: str | Sequence[Attack | str] = ("clean", "pgd"),
     *,
     eps: float,
     norm: Norm = "Linf",
@@ -239,7 +239,7 @@ def evaluate(
     Args:
         model: images [b, c, h, w] in [0, 1] → logits, in eval mode.
         x, y: images in [0, 1], and their labels (int64).
-        attacks: `Attack`s, or their texts: `"clean"`, `"pgd:steps=100:eot=20:restarts=2"`.
+        attacks: `Attack`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`.
         eps: radius of the threat model, in the unit of the images.
         draws: scoring draws for each image and attack.
         seed: of every random stream used; the caller's random state is not changed.
@@ -253,7 +253,9 @@ def evaluate(
     if not len(x):
         raise ValueError("there are no images to evaluate on")
     check_arguments(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
+    attacks = attacks.split(",") if isinstance(attacks, str) else attacks
     chosen = [Attack.parse(a) if isinstance(a, str) else a for a in attacks]
+    _check_labels(model, x, y)
     stochastic = is_stochastic(model, x[:batch])
     draws = draws if stochastic else 1
     labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
@@ -300,3 +302,13 @@ def evaluate(
         cost = (counted.forwards, counted.gradients, seconds)
         scores.append(Scores(label, right.cpu().numpy(), linf, l2, *cost, kept))
     return Result(scores, y.cpu().numpy(), facts)
+
+
+@torch.no_grad()
+def _check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    with stream(0, x.device):
+        classes = model(x[:1]).shape[1]
+    outside = (y < 0) | (y >= classes)
+    if outside.any():
+        image = int(outside.nonzero()[0])
+        raise ValueError(f"image {image} has label {int(y[image])}, but the model tells {classes} classes apart")

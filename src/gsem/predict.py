@@ -12,9 +12,12 @@ BATCH = 256
 
 @torch.no_grad()
 def is_stochastic(model: nn.Module, x: Float[Tensor, "b c h w"]) -> bool:
-    """Whether two forward passes of the same images differ. torch's random state is left as it was."""
+    """Whether two forward passes differ, on these images or on noise of their shape (some models only then do).
+
+    torch's random state is left as it was.
+    """
     with stream(0, x.device):
-        return not torch.equal(model(x), model(x))
+        return any(not torch.equal(model(probe), model(probe)) for probe in (x, torch.rand_like(x)))
 
 
 @torch.no_grad()
