@@ -1,4 +1,4 @@
-"""Imports point one way (docs/design.md is short: this is its proof)."""
+"""Imports point one way: data only, then mathematics, then what uses both; nobody imports the command line."""
 
 import ast
 from pathlib import Path
@@ -20,12 +20,15 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"models", "recipes"},
     "awp": set(),
     "step": BASE | {"attacks", "awp", "checkpoint", "twin"},
-    "train": BASE | {"attacks", "checkpoint", "models", "predict", "step", "twin"},
+    "run": {"checkpoint", "recipes"},
+    "train": BASE | {"attacks", "checkpoint", "models", "predict", "run", "step", "twin"},
     "evaluate": BASE | {"attacks", "checkpoint", "predict", "twin"},
-    "progress": {"train"},
-    "study": BASE | {"checkpoint", "evaluate", "train"},
-    "published": BASE | {"checkpoint", "evaluate", "models", "train"},
-    "cli": BASE | {"checkpoint", "evaluate", "models", "progress", "study", "train"},
+    "progress": {"run"},
+    "show": {"evaluate", "progress"},
+    "study": BASE | {"checkpoint", "evaluate", "run", "train"},
+    "options": {"recipes"},
+    "published": BASE | {"checkpoint", "evaluate", "models", "run", "train"},
+    "cli": BASE | {"checkpoint", "evaluate", "models", "options", "progress", "run", "show", "study", "train"},
 }
 FORBIDDEN = {"torchvision", "timm", "torchattacks"}
 

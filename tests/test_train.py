@@ -13,8 +13,9 @@ import torch
 import gsem
 from gsem.checkpoint import read_checkpoint
 from gsem.data import Split
+from gsem.run import TrainingDiverged, TrainingInterrupted
 from gsem.step import attacked_rows
-from gsem.train import TrainingDiverged, TrainingInterrupted, train
+from gsem.train import train
 from killed_training import RECIPE
 
 TINY = replace(RECIPE, rounds=1)

@@ -17,8 +17,9 @@ from gsem.module import noise as noise
 from gsem.module import pass_through as pass_through
 from gsem.recipes import RECIPES as RECIPES
 from gsem.recipes import Recipe as Recipe
-from gsem.train import Run as Run
-from gsem.train import TrainingDiverged as TrainingDiverged
+from gsem.run import Run as Run
+from gsem.run import TrainingDiverged as TrainingDiverged
+from gsem.run import TrainingInterrupted as TrainingInterrupted
 from gsem.train import train as train
 from gsem.twin import search_twin as search_twin
 

@@ -3,17 +3,13 @@
 import os
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from fractions import Fraction
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -21,12 +17,23 @@ from torch import Tensor
 from gsem.checkpoint import load_model
 from gsem.data import SOURCES, load, to_float
 from gsem.device import device_named
-from gsem.evaluate import Result, evaluate, parse_attacks
+from gsem.evaluate import evaluate, parse_attacks
 from gsem.models import MODELS, canonical_name
-from gsem.progress import AttackBar, Scalars, TrainingBar, duration, percent
+from gsem.options import (
+    DataOptions,
+    DemoOptions,
+    EvaluateOptions,
+    NoOptions,
+    StudyOptions,
+    TrainOptions,
+    parse,
+)
+from gsem.progress import AttackBar, Scalars, TrainingBar, percent
 from gsem.recipes import ABOUT, RECIPES, Recipe
+from gsem.run import Progress, Run, TrainingInterrupted, resume_recipe
+from gsem.show import pixels, show_list, show_result, study_table
 from gsem.study import STUDIES, study
-from gsem.train import Progress, Run, TrainingInterrupted, resume_recipe, train
+from gsem.train import train
 
 HELP = """\
 gsem: train image classifiers by gradient semi-masking, and measure them honestly.
@@ -48,132 +55,6 @@ usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help tells its options)
 console = Console(highlight=False, markup=False)
 errors = Console(stderr=True, highlight=False, markup=False)
 
-# Every number may be written as a fraction: 8/255 is how the field writes an eps.
-registry = tyro.constructors.ConstructorRegistry()
-
-
-@registry.primitive_rule
-def _fraction(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
-    if info.type is not float:
-        return None
-
-    def read(words: list[str]) -> float:
-        try:
-            return float(Fraction(words[0]))
-        except (ValueError, ZeroDivisionError):
-            try:
-                return float(words[0])
-            except ValueError:
-                raise ValueError(f"{words[0]!r} is no number: 0.03 and 8/255 are") from None
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="NUMBER",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, (float, int)),
-        str_from_instance=lambda value: [f"{value:g}"],
-    )
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Train by a recipe: `gsem train [RECIPE] [OPTIONS]`. Every field of the recipe can be overridden."""
-
-    recipe: tyro.conf.OmitArgPrefixes[Recipe]
-    out: Path | None = None
-    """Run directory; runs/RECIPE-DATA-MODEL-seedN unless told."""
-    resume: Path | None = None
-    """Go on with the run in this directory. It follows its own recipe: options of the recipe are not read."""
-    tensorboard: Path | None = None
-    """Directory for TensorBoard's event files (needs the extra: pip install 'gsem[tensorboard]')."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Attack a trained model and score it on draws of its noise that no attack has seen."""
-
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
-    attacks: str = "clean,pgd:steps=100"
-    """Attacks with commas between, options behind colons: clean,pgd:steps=500:eot=20:restarts=2."""
-    data: str | None = None
-    """Whose test images: digits, an image folder, or an .npz file. The run's own data by default."""
-    data_path: str | None = None
-    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
-    images: int | None = None
-    """Only the first so many test images."""
-    eps: float | None = None
-    """L-infinity radius, like 8/255. The run's own by default."""
-    draws: int = 100
-    """Scoring draws of the noise, for each image and attack."""
-    batch: int = 256
-    """Images attacked at once."""
-    seed: int = 0
-    out: Path | None = None
-    """Where the result goes, as OUT.json and OUT.npz; RUN/evaluation, or evaluation here, unless told."""
-    keep_images: bool = False
-    """Keep the adversarial examples in the .npz."""
-    name: str | None = None
-    """Of a published .pt: which network it is, like GSeMResNet18."""
-    num_classes: int = 10
-    """Of a published .pt."""
-    levels: int = 6
-    """Of a published .pt: GSeM's alpha."""
-    noise: int = 4
-    """Of a published .pt: GSeM's beta."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
-
-
-@dataclass(frozen=True)
-class StudyOptions:
-    """Train and evaluate variants over seeds: `gsem study ablation` or `gsem study recipes`.
-
-    The ablation takes GSeM apart; recipes trains every named recipe, its schedule scaled to --epochs. What is
-    finished is not computed again: start the same command to go on.
-    """
-
-    recipe: tyro.conf.OmitArgPrefixes[Recipe]
-    seeds: int = 3
-    """Trainings of each variant."""
-    attacks: str = "clean,pgd:steps=50"
-    """As in gsem evaluate."""
-    images: int | None = None
-    """Only the first so many test images."""
-    test_data: str | None = None
-    """Whose test images; those of --data by default."""
-    out: Path | None = None
-    """Directory of the study; runs/study-NAME-DATA unless told."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """Train the small GSeM network on digits by GCAT, evaluate it clean and under PGD-100, print the result."""
-
-    out: Path = Path("runs/demo")
-    """Run directory; a finished or interrupted demo there goes on where it stopped."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """List the data sets, or tell what one holds."""
-
-    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
-    """digits, an image folder, or an .npz file."""
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """This command takes no options."""
-
 
 def _near(kind: str, name: str, known: dict[str, Any]) -> str:
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.4)
@@ -181,27 +62,11 @@ def _near(kind: str, name: str, known: dict[str, Any]) -> str:
     return f"{kind} {name!r} is unknown.{hint} Possible are: {', '.join(known)}"
 
 
-def _parse(kind: Any, command: str, words: list[str], **how: Any) -> Any:
-    boxed = StringIO()
-    config = (tyro.conf.DisallowNone,)  # no "{None}|" before what an option takes
-    try:
-        with redirect_stderr(boxed):
-            return tyro.cli(kind, prog=f"gsem {command}", args=words, registry=registry, config=config, **how)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws a box of several lines; an error here is one line.
-        lines = [line.strip("│ ") for line in boxed.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
-        text = " ".join(line for line in lines if line.strip("─-") and not line.startswith("For full helptext"))
-        text = text.split(" Argument helptext:")[0]
-        raise ValueError(f"{text} (gsem {command} --help tells the options)") from None
-
-
 def _train(words: list[str]) -> None:
     name = words.pop(0) if words and not words[0].startswith("-") else "gcat"
     if name not in RECIPES:
         raise ValueError(_near("recipe", name, RECIPES))
-    options = _parse(TrainOptions, "train", words, default=TrainOptions(RECIPES[name]))
+    options = parse(TrainOptions, "train", words, default=TrainOptions(RECIPES[name]))
     if options.resume is not None:
         recipe, out = resume_recipe(options.resume), options.resume
     else:
@@ -235,7 +100,7 @@ def _run(recipe: Recipe, out: Path | None, device: str | None, *, resume: bool, 
 
 
 def _evaluate(words: list[str]) -> None:
-    o = _parse(EvaluateOptions, "evaluate", words)
+    o = parse(EvaluateOptions, "evaluate", words)
     attacks = parse_attacks(o.attacks)
     device = device_named(o.device)
     model, meta = load_model(o.model, name=o.name, num_classes=o.num_classes, levels=o.levels, noise=o.noise)
@@ -272,7 +137,7 @@ def _attack(
             report=bar,
         )
     result.save(out)
-    _show(result, what)
+    show_result(console, result, what)
     console.print(f"saved in {out.with_suffix('.json')} and {out.with_suffix('.npz')}")
 
 
@@ -286,32 +151,6 @@ def _check_fit(meta: dict[str, Any], x: Tensor, y: Tensor) -> None:
         raise ValueError(f"the model knows {classes} classes, these images have a label {int(y.max())}")
 
 
-def _show(result: Result, what: str) -> None:
-    facts = result.facts
-    console.print(f"\n{what}, eps = {_eps(facts['eps'])} ({facts['norm']})")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("attack", no_wrap=True)
-    for heading in ("expected accuracy", "95% interval", "passes/image", "time"):
-        table.add_column(heading, justify="right")
-    for s in result.scores:
-        mean, low, high = result.expected(s.label)
-        table.add_row(
-            s.label,
-            percent(mean),
-            f"{100 * low:.1f} – {100 * high:.1f}",
-            f"{(s.forwards + s.gradients) / len(result.y):.0f}",
-            duration(s.seconds),
-        )
-    console.print(table)
-    noise = "1 draw: the model is deterministic" if result.draws == 1 else f"{result.draws} scoring draws"
-    console.print(f"{facts['images']} images, {noise}, seed {facts['seed']}")
-
-
-def _eps(eps: float) -> str:
-    pixels = eps * 255
-    return f"{round(pixels)}/255" if abs(pixels - round(pixels)) < 1e-6 else f"{eps:g}"
-
-
 @dataclass(frozen=True)
 class _DemoEvaluation:
     draws: int = 100
@@ -321,7 +160,7 @@ class _DemoEvaluation:
 
 
 def _demo(words: list[str]) -> None:
-    o = _parse(DemoOptions, "demo", words)
+    o = parse(DemoOptions, "demo", words)
     run = _run(RECIPES["gcat"], o.out, o.device, resume=True)
     device = device_named(o.device)
     test = load("digits").test()
@@ -333,7 +172,7 @@ def _demo(words: list[str]) -> None:
 
 
 def _recipes(words: list[str]) -> None:
-    _parse(NoOptions, "recipes", words)
+    parse(NoOptions, "recipes", words)
     console.print("Passes are forward-and-backward passes per image and epoch.\n")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("recipe", no_wrap=True)
@@ -351,7 +190,7 @@ def _study(words: list[str]) -> None:
     name = words.pop(0) if words and not words[0].startswith("-") else "ablation"
     if name not in STUDIES:
         raise ValueError(_near("study", name, STUDIES))
-    o = _parse(StudyOptions, f"study {name}", words, default=StudyOptions(RECIPES["gcat"]))
+    o = parse(StudyOptions, f"study {name}", words, default=StudyOptions(RECIPES["gcat"]))
     attacks = [text.strip() for text in o.attacks.split(",")]
     parse_attacks(o.attacks)  # before the first training starts
     base = replace(o.recipe, model=canonical_name(o.recipe.model))
@@ -376,49 +215,30 @@ def _study(words: list[str]) -> None:
         report=report,
     )
     console.print()
-    console.print(_study_table(rows))
+    console.print(study_table(rows))
     interval = "t-interval over seeds" if o.seeds > 1 else "bootstrap interval over images"
     console.print(f"{rows[0]['images']} test images, {o.seeds} seeds; expected accuracy in per cent, 95% {interval}")
     console.print(f"saved in {out / 'study.json'}")
 
 
-def _study_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("variant")
-    for heading in (*rows[0]["accuracy"], "passes", "training"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        cells = [f"{100 * mean:.1f} ±{100 * (high - low) / 2:4.1f}" for mean, low, high in row["accuracy"].values()]
-        passes = f"{row['attack_passes']:g}+{row['training_passes']:g}"
-        table.add_row(row["variant"], *cells, passes, duration(row["seconds"]))
-    return table
-
-
-def _list(kind: str, entries: dict[str, str]) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(kind, no_wrap=True)
-    table.add_column("what")
-    for name, line in entries.items():
-        table.add_row(name, line)
-    console.print(table)
-
-
 def _models(words: list[str]) -> None:
-    _parse(NoOptions, "models", words)
-    _list("model", MODELS)
+    parse(NoOptions, "models", words)
+    show_list(console, "model", MODELS)
     console.print("\nThe paper's names, like GSeMResNet18, are understood too.")
 
 
 def _data(words: list[str]) -> None:
-    name = _parse(DataOptions, "data", words).name
+    name = parse(DataOptions, "data", words).name
     if name is None:
-        _list("data", SOURCES)
+        show_list(console, "data", SOURCES)
         console.print("\nA path of an image folder or of an .npz file is a name too.")
         return
     source = load(name)
     shape = "×".join(map(str, source.shape))
     console.print(f"{source.name}: {source.description}")
-    console.print(f"images {shape}, eps {_eps(source.eps)}, {len(source.classes)} classes: {', '.join(source.classes)}")
+    console.print(
+        f"images {shape}, eps {pixels(source.eps)}, {len(source.classes)} classes: {', '.join(source.classes)}"
+    )
     if source.read_train is not None:
         training, validation = source.training()
         console.print(f"training {len(training)} and validation {len(validation)} images")

@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gsem.train import Progress as TrainingProgress
+from gsem.run import Progress as TrainingProgress
 
 # A fall of the robust accuracy below its best that is worth showing: robust overfitting (Rice et al. 2020).
 OVERFITTING = 0.02
@@ -57,8 +57,8 @@ class TrainingBar:
         if p.epoch_ended:
             left = f"{duration(p.seconds_left)} left" if p.step < p.steps else "done"
             if p.robust is not None and p.best_robust is not None and p.best_robust - p.robust > OVERFITTING:
-                left += f" (best {percent(p.best_robust).strip()})"
-            self.console.print(f"{text} {p.images_per_second:6.0f} img/s  {left}", highlight=False)
+                left = f"best {percent(p.best_robust).strip()}"
+            self.console.print(f"{text} {p.images_per_second:5.0f} img/s  {left}", highlight=False)
 
 
 class Scalars:

@@ -18,7 +18,8 @@ from gsem.data import load, to_float
 from gsem.evaluate import Result, evaluate
 from gsem.models import canonical_name
 from gsem.recipes import RECIPES, Recipe
-from gsem.train import Progress, train
+from gsem.run import Progress
+from gsem.train import train
 
 DATASETS = ("cifar10", "cifar100", "svhn")
 

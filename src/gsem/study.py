@@ -20,7 +20,8 @@ from gsem.device import device_named
 from gsem.evaluate import Interval, Result, evaluate
 from gsem.module import noise
 from gsem.recipes import RECIPES, Recipe
-from gsem.train import Progress, Run, train
+from gsem.run import Progress, Run
+from gsem.train import train
 
 Report = Callable[[str, Progress | None], None]
 

@@ -6,14 +6,10 @@ anywhere and resumed computes what the uninterrupted one does.
 
 import json
 import platform
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +21,15 @@ from gsem.device import device_named
 from gsem.models import create_model
 from gsem.predict import BATCH, correct_draws, is_stochastic
 from gsem.recipes import Recipe
+from gsem.run import (
+    Progress,
+    Run,
+    TrainingDiverged,
+    TrainingInterrupted,
+    deterministic,
+    finish_step_on_interrupt,
+    read_metrics,
+)
 from gsem.step import DTYPES, Average, Stepper
 from gsem.streams import generator, reseed, split, stream
 from gsem.twin import SearchTwin, search_twin
@@ -33,53 +38,6 @@ CHECK_EVERY = 20  # steps between looks at the guards: each look waits for the d
 SAVE_SECONDS = 60.0
 VALIDATION_STEPS = 10
 VALIDATION_DRAWS = 5
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no longer finite, or exploded; the last good checkpoint is kept."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C: the step was finished and saved; `gsem.train(recipe, resume=True)` goes on from there."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, for whoever shows it."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    """Done and to do, over all rounds."""
-    loss: float
-    images_per_second: float
-    seconds_left: float
-    clean: float | None
-    robust: float | None
-    """Of the last validation, 0 to 1."""
-    best_robust: float | None
-    """Of the best validation so far: above `robust`, it shows robust overfitting."""
-    epoch_ended: bool
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run directory: `recipe.json`, `metrics.jsonl`, `checkpoints/{last,best}.safetensors`."""
-
-    path: Path
-    recipe: Recipe
-    metrics: list[dict[str, Any]] = field(repr=False)
-    """One per epoch: epoch (from 1, over all rounds), loss, clean and robust validation accuracy (0 to 1), …"""
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The metrics of the epoch whose weights are the run's model."""
-        return max((m for m in self.metrics if "robust" in m), key=lambda m: m["robust"])
-
-    def model(self) -> nn.Module:
-        """The model of the best epoch, in eval mode."""
-        return load_model(self.path)[0]
 
 
 def train(
@@ -109,7 +67,7 @@ def train(
     default = f"{recipe.name}-{Path(source.name).stem}-{recipe.model}-seed{recipe.seed}"
     path = Path(out) if out is not None else Path("runs") / default
     where = device_named(device)
-    with stream(split(recipe.seed, "run"), where), _deterministic(recipe.deterministic):
+    with stream(split(recipe.seed, "run"), where), deterministic(recipe.deterministic):
         loop = _Loop(recipe, source, path, where)
         if loop.last.exists() and not resume:
             raise ValueError(f"{path} already holds a run: resume it (--resume {path}) or choose another --out")
@@ -117,61 +75,9 @@ def train(
             loop.restore()
         else:
             loop.begin()
-        with _finish_step_on_interrupt() as interrupted:
+        with finish_step_on_interrupt() as interrupted:
             loop.run(interrupted, report)
-    return Run(path, recipe, _read_metrics(path))
-
-
-def resume_recipe(path: Path) -> Recipe:
-    """The recipe of an existing run directory.
-
-    Raises:
-        FileNotFoundError: no run there.
-    """
-    file = path / "recipe.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
-    try:
-        return Recipe.from_dict(json.loads(file.read_text())["recipe"])
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from None
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    former = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
-        torch.use_deterministic_algorithms(wanted or former[0], warn_only=former[1])
-        yield
-    finally:
-        torch.use_deterministic_algorithms(former[0], warn_only=former[1])
-
-
-@contextmanager
-def _finish_step_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that a step is never torn; the second stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    former = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, former)
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    file = path / "metrics.jsonl"
-    # A run killed while it wrote leaves half a line at the end, which counts as not written.
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    return Run(path, recipe, read_metrics(path))
 
 
 class _Loop:
@@ -414,6 +320,6 @@ class _Loop:
         self.step, self.round, self.seconds = state["step"], state["round"], state["seconds"]
         self.best_robust, self.stale, self.latest = state["best_robust"], state["stale"], state["latest"]
         # Lines that a killed run wrote after this checkpoint will be written again.
-        kept = [line for line in _read_metrics(self.path) if line["step"] <= self.step]
+        kept = [line for line in read_metrics(self.path) if line["step"] <= self.step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self.path / "metrics.jsonl", text.encode())

@@ -1,0 +1,154 @@
+"""What each command takes, and how words become it."""
+
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from fractions import Fraction
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from gsem.recipes import Recipe
+
+# Every number may be written as a fraction: 8/255 is how the field writes an eps.
+registry = tyro.constructors.ConstructorRegistry()
+
+
+@registry.primitive_rule
+def _fraction(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
+    if info.type is not float:
+        return None
+
+    def read(words: list[str]) -> float:
+        try:
+            return float(Fraction(words[0]))
+        except (ValueError, ZeroDivisionError):
+            try:
+                return float(words[0])
+            except ValueError:
+                raise ValueError(f"{words[0]!r} is no number: 0.03 and 8/255 are") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NUMBER",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, (float, int)),
+        str_from_instance=lambda value: [f"{value:g}"],
+    )
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train by a recipe: `gsem train [RECIPE] [OPTIONS]`. Every field of the recipe can be overridden."""
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    out: Path | None = None
+    """Run directory; runs/RECIPE-DATA-MODEL-seedN unless told."""
+    resume: Path | None = None
+    """Go on with the run in this directory. It follows its own recipe: options of the recipe are not read."""
+    tensorboard: Path | None = None
+    """Directory for TensorBoard's event files (needs the extra: pip install 'gsem[tensorboard]')."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Attack a trained model and score it on draws of its noise that no attack has seen."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
+    attacks: str = "clean,pgd:steps=100"
+    """Attacks with commas between, options behind colons: clean,pgd:steps=500:eot=20:restarts=2."""
+    data: str | None = None
+    """Whose test images: digits, an image folder, or an .npz file. The run's own data by default."""
+    data_path: str | None = None
+    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
+    images: int | None = None
+    """Only the first so many test images."""
+    eps: float | None = None
+    """L-infinity radius, like 8/255. The run's own by default."""
+    draws: int = 100
+    """Scoring draws of the noise, for each image and attack."""
+    batch: int = 256
+    """Images attacked at once."""
+    seed: int = 0
+    out: Path | None = None
+    """Where the result goes, as OUT.json and OUT.npz; RUN/evaluation, or evaluation here, unless told."""
+    keep_images: bool = False
+    """Keep the adversarial examples in the .npz."""
+    name: str | None = None
+    """Of a published .pt: which network it is, like GSeMResNet18."""
+    num_classes: int = 10
+    """Of a published .pt."""
+    levels: int = 6
+    """Of a published .pt: GSeM's alpha."""
+    noise: int = 4
+    """Of a published .pt: GSeM's beta."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Train and evaluate variants over seeds: `gsem study ablation` or `gsem study recipes`.
+
+    The ablation takes GSeM apart; recipes trains every named recipe, its schedule scaled to --epochs. What is
+    finished is not computed again: start the same command to go on.
+    """
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    seeds: int = 3
+    """Trainings of each variant."""
+    attacks: str = "clean,pgd:steps=50"
+    """As in gsem evaluate."""
+    images: int | None = None
+    """Only the first so many test images."""
+    test_data: str | None = None
+    """Whose test images; those of --data by default."""
+    out: Path | None = None
+    """Directory of the study; runs/study-NAME-DATA unless told."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Train the small GSeM network on digits by GCAT, evaluate it clean and under PGD-100, print the result."""
+
+    out: Path = Path("runs/demo")
+    """Run directory; a finished or interrupted demo there goes on where it stopped."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """List the data sets, or tell what one holds."""
+
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
+    """digits, an image folder, or an .npz file."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """This command takes no options."""
+
+
+def parse(kind: Any, command: str, words: list[str], **how: Any) -> Any:
+    boxed = StringIO()
+    config = (tyro.conf.DisallowNone,)  # no "{None}|" before what an option takes
+    try:
+        with redirect_stderr(boxed):
+            return tyro.cli(kind, prog=f"gsem {command}", args=words, registry=registry, config=config, **how)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box of several lines; an error here is one line.
+        lines = [line.strip("│ ") for line in boxed.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+        text = " ".join(line for line in lines if line.strip("─-") and not line.startswith("For full helptext"))
+        text = text.split(" Argument helptext:")[0]
+        raise ValueError(f"{text} (gsem {command} --help tells the options)") from None

@@ -1,0 +1,115 @@
+"""What a training leaves behind, what it tells while it runs, and how it ends before its end."""
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gsem.checkpoint import load_model
+from gsem.recipes import Recipe
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer finite, or exploded; the last good checkpoint is kept."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C: the step was finished and saved; `gsem.train(recipe, resume=True)` goes on from there."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for whoever shows it."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    """Done and to do, over all rounds."""
+    loss: float
+    images_per_second: float
+    seconds_left: float
+    clean: float | None
+    robust: float | None
+    """Of the last validation, 0 to 1."""
+    best_robust: float | None
+    """Of the best validation so far: above `robust`, it shows robust overfitting."""
+    epoch_ended: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory: `recipe.json`, `metrics.jsonl`, `checkpoints/{last,best}.safetensors`."""
+
+    path: Path
+    recipe: Recipe
+    metrics: list[dict[str, Any]] = field(repr=False)
+    """One per epoch: epoch (from 1, over all rounds), loss, clean and robust validation accuracy (0 to 1), …"""
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The metrics of the epoch whose weights are the run's model."""
+        return max((m for m in self.metrics if "robust" in m), key=lambda m: m["robust"])
+
+    def model(self) -> nn.Module:
+        """The model of the best epoch, in eval mode."""
+        return load_model(self.path)[0]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    file = path / "metrics.jsonl"
+    # A run killed while it wrote leaves half a line at the end, which counts as not written.
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def resume_recipe(path: Path) -> Recipe:
+    """The recipe of an existing run directory.
+
+    Raises:
+        FileNotFoundError: no run there.
+    """
+    file = path / "recipe.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
+    try:
+        return Recipe.from_dict(json.loads(file.read_text())["recipe"])
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from None
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    former = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(wanted or former[0], warn_only=former[1])
+        yield
+    finally:
+        torch.use_deterministic_algorithms(former[0], warn_only=former[1])
+
+
+@contextmanager
+def finish_step_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, so that a step is never torn; the second stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    former = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, former)
