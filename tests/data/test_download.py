@@ -79,8 +79,10 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, server, monkeypatch):
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line(tmp_path):
+    root = tmp_path / "new"
     with pytest.raises(FileNotFoundError) as told:
-        obtain(Remote("http://127.0.0.1:9/x.tar.gz", "0" * 32), "made", root=tmp_path, folder="x-py")
+        obtain(Remote("http://127.0.0.1:9/x.tar.gz", "0" * 32), "made", root=root, folder="x-py")
+    assert not root.exists()
     message = str(told.value)
     assert "\n" not in message
     for part in (str(tmp_path), "x.tar.gz", "x-py", "http://127.0.0.1:9/x.tar.gz"):

@@ -1,5 +1,6 @@
 """Published files: found where they lie, else downloaded."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,10 +50,14 @@ def obtain(remote: Remote, name: str, *, root: Path | None = None, folder: str |
             return place / folder
         if (place / remote.file).is_file():
             return place / remote.file
+    new = not root.exists()
     try:
         return _download(remote, root)
     # requests raises OSErrors, pooch a ValueError for another checksum.
     except (OSError, ValueError) as error:
+        if new:
+            with suppress(OSError):  # not there, or something is in it
+                root.rmdir()
         either = f"{remote.file} nor its unpacked folder {folder}" if folder else remote.file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(
