@@ -89,18 +89,19 @@ def test_a_published_checkpoint_is_evaluated(capsys, npz, in_tmp, tmp_path):
     assert "w.pt" in message
 
 
-def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path, monkeypatch):
+def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "def net():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))\n"
         "def number():\n    return 3\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
     code, out, _ = run(capsys, "evaluate", "mine:net", "--data", npz, "--attacks", "clean,pgd:steps=2")
     assert code == 0
     assert "the model is deterministic" in out
     assert "pgd2-eot1" in out
     assert "not a torch.nn.Module" in refused(capsys, "evaluate", "mine:number", "--data", npz)
+    assert str(tmp_path) not in sys.path
+    assert "is no run directory" in refused(capsys, "evaluate", npz, "--data", npz)
     assert "nett" in refused(capsys, "evaluate", "mine:nett", "--data", npz)
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ def load_model(
             raise FileNotFoundError(f"there is no file {path}")
         checkpoint = _checkpoint_of(path)
         if checkpoint is None:
+            if path.suffix not in (".pt", ".pth"):
+                raise ValueError(f"{path} is no run directory, no .safetensors checkpoint and no published .pt")
             if name is None:
                 raise ValueError(f"{path} does not say what model it is: give its name (see `gsem models`)")
             published = load_published(path, name=name, num_classes=num_classes, levels=levels, noise=noise)
@@ -120,10 +123,15 @@ def load_model(
 
 def _from_factory(spec: str) -> nn.Module:
     module, _, function = spec.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)  # the caller's own files, as `python -m` would find them
     try:
-        made = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot take a model from {spec!r}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    made = make()
     if not isinstance(made, nn.Module):
         raise ValueError(f"{spec!r} returned a {type(made).__name__}, not a torch.nn.Module")
     return made
