@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks import counting, pgd
+from gsem.attacks import NotFinite, counting, pgd
 from gsem.attacks._core import Norm, check_arguments, check_result, distances
 from gsem.checkpoint import write_atomically
 from gsem.predict import BATCH, correct_draws, is_stochastic
@@ -278,23 +278,9 @@ def evaluate(
     for attack, label in zip(chosen, labels, strict=True):
         started = time.monotonic()
         counted = counting(twin)
-        parts = []
-        for first in range(0, len(x), batch):
-            one, labels_of_one = x[first : first + batch], y[first : first + batch]
-            if attack.name == "pgd":
-                one = pgd(
-                    counted,
-                    one,
-                    labels_of_one,
-                    eps=eps,
-                    norm=norm,
-                    seed=split(seed, "search", label, first),
-                    **attack.resolved(eps=eps, stochastic=stochastic),
-                )
-            parts.append(one)
-            if report is not None:
-                report(label, min(first + batch, len(x)), len(x))
-        x_adv = check_result(torch.cat(parts), x, eps=eps, norm=norm)
+        function = pgd if attack.name == "pgd" else _unchanged
+        how = attack.resolved(eps=eps, stochastic=stochastic) | {"eps": eps, "norm": norm}
+        x_adv = _in_batches(function, counted, x, y, batch, split(seed, "search", label), label, report, how)
         seconds = time.monotonic() - started
         right = correct_draws(model, x_adv, y, draws=draws, seed=split(seed, "scoring", label))
         linf, l2 = (d.cpu().numpy() for d in distances(x_adv, x))
@@ -302,6 +288,34 @@ def evaluate(
         cost = (counted.forwards, counted.gradients, seconds)
         scores.append(Scores(label, right.cpu().numpy(), linf, l2, *cost, kept))
     return Result(scores, y.cpu().numpy(), facts)
+
+
+def _unchanged(model: nn.Module, x: Tensor, y: Tensor, **how: Any) -> Tensor:
+    return x
+
+
+def _in_batches(
+    attack: Callable[..., Tensor],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    batch: int,
+    seed: int,
+    label: str,
+    report: Callable[[str, int, int], None] | None,
+    how: dict[str, Any],
+) -> Tensor:
+    """The attack's points for all images; each batch has its own stream of chance."""
+    parts = []
+    for first in range(0, len(x), batch):
+        one = slice(first, first + batch)
+        try:
+            parts.append(attack(model, x[one], y[one], seed=split(seed, first), **how))
+        except NotFinite as error:
+            raise NotFinite(f"{label}, images from {first}: {error}") from None
+        if report is not None:
+            report(label, min(first + batch, len(x)), len(x))
+    return check_result(torch.cat(parts), x, eps=how["eps"], norm=how["norm"])
 
 
 @torch.no_grad()
