@@ -1,0 +1,70 @@
+"""Your own network and training loop: insert a GSeM, train on PGD examples, evaluate.
+
+    python 03_your_own_network.py          (writes own_network.pt)
+
+and then the same network from the command line, by `module:function`, in the folder of this file:
+
+    gsem evaluate 03_your_own_network:trained --data digits --images 100 --attacks clean,pgd:steps=20:eot=5
+"""
+
+import torch
+from torch import nn
+
+import gsem
+
+
+def make() -> nn.Module:
+    """A network of pixels in [0, 1], although its layers want them normalised: so eps stays in pixels."""
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(64 * 4 * 4, 10)),
+    )
+    # This network takes one size of images only, so an example of them is given.
+    gsem.insert(net, after="2", example=torch.rand(2, 1, 8, 8))
+    return gsem.normalized(net, mean=0.3, std=0.38)
+
+
+def trained() -> nn.Module:
+    """What `gsem evaluate` calls."""
+    net = make()
+    net.load_state_dict(torch.load("own_network.pt", weights_only=True))
+    return net.eval()
+
+
+def train(net: nn.Module, x: torch.Tensor, y: torch.Tensor, *, eps: float, epochs: int) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(1, epochs + 1):
+        total = 0.0
+        for number, rows in enumerate(torch.randperm(len(x)).split(128)):
+            net.eval()  # attacks refuse BatchNorm in training mode: each image would depend on its neighbours
+            seed = 1000 * epoch + number
+            x_adv = gsem.attacks.pgd(net, x[rows], y[rows], eps=eps, step=eps / 4, steps=5, seed=seed)
+            net.train()
+            loss = nn.functional.cross_entropy(net(x_adv), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+        if epoch % 5 == 0:
+            print(f"epoch {epoch:>2}/{epochs}: loss on PGD examples {total / len(x):.3f}")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    source = gsem.data.load("digits")
+    part, _ = source.training()
+    net = make()
+    train(net, gsem.data.to_float(part.x), part.y, eps=source.eps, epochs=15)
+    torch.save(net.state_dict(), "own_network.pt")
+
+    test = source.test()
+    x, y = gsem.data.to_float(test.x[:100]), test.y[:100]
+    result = gsem.evaluate(net.eval(), x, y, ["clean", "pgd:steps=20:eot=5"], eps=source.eps)
+    for scores in result.scores:
+        mean, low, high = result.expected(scores.label)
+        print(f"{scores.label:<11} {100 * mean:5.1f}%   95% interval {100 * low:.1f} to {100 * high:.1f}")
+
+
+if __name__ == "__main__":
+    main()
