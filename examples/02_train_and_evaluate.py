@@ -1,5 +1,7 @@
 """Train a small GSeM network on digits for 8 epochs, then attack it along the semi-masked and the corrected gradient.
 
+On this small network the two attacks do nearly the same. The one along the corrected gradient is the one to report.
+
 python 02_train_and_evaluate.py        (the run is kept in runs/example; run again, it is not trained again)
 """
 

@@ -77,6 +77,10 @@ def test_train_then_evaluate_then_resume(capsys, npz, in_tmp, tmp_path):
     assert result.draws == 7
     assert len(result["pgd3-eot2"].correct) == 8
     assert result["pgd3-eot2"].linf.max() <= 8 / 255 + 1e-6
+    assert "at most 1" in refused(capsys, "evaluate", "r", "--eps", 8)
+    assert run(capsys, "evaluate", "r", "--attacks", "clean")[0] == 0
+    assert gsem.Result.load(tmp_path / "r/evaluation").draws == 7  # not overwritten
+    assert gsem.Result.load(tmp_path / "r/evaluation-2").draws == 100
     code, out, _ = run(capsys, "train", "--resume", "r")
     assert code == 0  # finished already: says so again, computes nothing
     assert "already holds a run" in refused(capsys, "train", "--data", npz, "--out", "r", *TINY)

@@ -116,8 +116,17 @@ def _evaluate(words: list[str]) -> None:
     _check_fit(meta, x, y)
     what = f"{o.model} on {source.name}: " + (f"the first {len(x)} of " if len(x) < len(test) else "")
     run = Path(o.model)
-    out = o.out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
+    out = o.out or _unused(run / "evaluation" if run.is_dir() else Path("evaluation"))
     _attack(model.to(device), x, y, attacks, what + f"{len(test)} test images", out, eps, o)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number behind it: an earlier evaluation is not overwritten."""
+    free, number = path, 1
+    while free.with_name(f"{free.name}.npz").exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def _attack(

@@ -252,6 +252,8 @@ def evaluate(
     """
     if not len(x):
         raise ValueError("there are no images to evaluate on")
+    if norm == "Linf" and eps > 1:
+        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
     check_arguments(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
     attacks = attacks.split(",") if isinstance(attacks, str) else attacks
     chosen = [Attack.parse(a) if isinstance(a, str) else a for a in attacks]

@@ -77,7 +77,8 @@ class EvaluateOptions:
     """Images attacked at once."""
     seed: int = 0
     out: Path | None = None
-    """Where the result goes, as OUT.json and OUT.npz; RUN/evaluation, or evaluation here, unless told."""
+    """Where the result goes, as OUT.json and OUT.npz; RUN/evaluation, or evaluation here, unless told;
+    with a number behind it where there is one already."""
     keep_images: bool = False
     """Keep the adversarial examples in the .npz."""
     name: str | None = None
