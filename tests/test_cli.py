@@ -78,6 +78,10 @@ def test_train_then_evaluate_then_resume(capsys, npz, in_tmp, tmp_path):
     assert len(result["pgd3-eot2"].correct) == 8
     assert result["pgd3-eot2"].linf.max() <= 8 / 255 + 1e-6
     assert "at most 1" in refused(capsys, "evaluate", "r", "--eps", 8)
+    assert "eps must be positive" in refused(capsys, "evaluate", "r", "--eps", 0)
+    code, out, _ = run(capsys, "evaluate", "r", "--attacks", "clean", "--out", "at-0.15")
+    assert "saved in at-0.15.json and at-0.15.npz" in out
+    assert (tmp_path / "at-0.15.npz").exists()
     assert run(capsys, "evaluate", "r", "--attacks", "clean")[0] == 0
     assert gsem.Result.load(tmp_path / "r/evaluation").draws == 7  # not overwritten
     assert gsem.Result.load(tmp_path / "r/evaluation-2").draws == 100

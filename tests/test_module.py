@@ -323,8 +323,10 @@ def test_any_integer_is_a_seed(mode):
 
 
 def test_a_model_without_gsem_has_no_noise_to_set():
-    with noise(nn.Linear(2, 2), "off"):
-        pass
+    layer, x = nn.Linear(2, 2), torch.rand(3, 2)
+    with noise(layer, "off"):
+        inside = layer(x)
+    assert torch.equal(inside, layer(x))
 
 
 def test_copies_are_independent():

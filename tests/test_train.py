@@ -169,7 +169,8 @@ def test_the_test_split_is_never_opened(tmp_path, few_digits):
     def opened() -> Split:
         raise AssertionError("training opened the test split")
 
-    train(TINY, out=tmp_path / "run", data=replace(few_digits, read_test=opened), device="cpu")
+    run = train(TINY, out=tmp_path / "run", data=replace(few_digits, read_test=opened), device="cpu")
+    assert len(run.metrics) == TINY.epochs
 
 
 def test_half_a_line_of_metrics_counts_as_not_written(tmp_path, few_digits):

@@ -176,8 +176,12 @@ class Result:
         ]
         return {"facts": self.facts, "attacks": rows}
 
-    def save(self, path: str | Path) -> None:
-        """`PATH.json`, the summary, and `PATH.npz`, everything per image. PATH may carry either ending."""
+    def save(self, path: str | Path) -> Path:
+        """`PATH.json`, the summary, and `PATH.npz`, everything per image. PATH may carry either ending.
+
+        Returns:
+            PATH without an ending.
+        """
         path = _with_ending(path, "")
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {"y": self.y}
@@ -191,6 +195,7 @@ class Result:
         np.savez_compressed(beside, **arrays)  # type: ignore[arg-type]  # (its stub takes them for its flag)
         beside.replace(_with_ending(path, ".npz"))
         write_atomically(_with_ending(path, ".json"), json.dumps(self.to_dict(), indent=2).encode())
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
