@@ -8,7 +8,7 @@ from scipy import stats
 
 import gsem
 from gsem.evaluate import Result, Scores
-from gsem.study import STUDIES, _over_seeds, ablation, recipes, study
+from gsem.study import _over_seeds, ablation, recipes, study
 from gsem.twin import search_twin
 
 BASE = replace(gsem.RECIPES["gcat"], epochs=1, warmup=0.0, steps=1, batch=128)
@@ -22,8 +22,8 @@ def test_the_ablation_is_matched():
         "quantiser only",
         "noise only",
         "full GSeM",
-        "noise only, noise off at test",
-        "full GSeM, noise off at test",
+        "noise only (noise off at test)",
+        "full GSeM (noise off at test)",
     ]
     # everything but the parts of the module is the same
     alike = {v.recipe.__class__(**v.recipe.to_dict() | {"milestones": ()}) for v in variants.values()}
@@ -80,6 +80,15 @@ def test_recipes_are_all_there_and_scaled():
     assert published.passes == gsem.RECIPES["gcat-published"].passes
 
 
+def test_recipes_at_equal_cost():
+    variants = {v.name: v.recipe for v in recipes(BASE, passes=60)}
+    cost = {name: r.epochs * sum(r.passes) for name, r in variants.items()}
+    assert variants["gcat"].epochs == 10
+    assert variants["gcat-published"].epochs == variants["gcat-awp-published"].epochs == 1
+    for name, passes in cost.items():
+        assert abs(passes - 60) <= sum(variants[name].passes) / 2 or variants[name].epochs == 1, name
+
+
 def test_the_interval_is_student_s():
     def result(share):
         correct = (np.arange(10) < 10 * share).astype(int)
@@ -94,7 +103,7 @@ def test_the_interval_is_student_s():
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    variants = [v for v in STUDIES["ablation"](BASE) if v.name.startswith("full")]
+    variants = [v for v in ablation(BASE) if v.name.startswith("full")]
     how = {
         "seeds": 2,
         "out": tmp_path / "s",
@@ -115,7 +124,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     before = (tmp_path / "s/full-gsem-seed0/checkpoints/best.safetensors").stat().st_mtime_ns
     rows = study(variants, **how)
     assert (tmp_path / "s/full-gsem-seed0/checkpoints/best.safetensors").stat().st_mtime_ns == before
-    assert [row["variant"] for row in rows] == ["full GSeM", "full GSeM, noise off at test"]
+    assert [row["variant"] for row in rows] == ["full GSeM", "full GSeM (noise off at test)"]
     assert set(rows[0]["accuracy"]) == {"clean", "pgd1"}
     saved = json.loads((tmp_path / "s/study.json").read_text())
     assert saved[0]["accuracy"]["clean"] == list(rows[0]["accuracy"]["clean"])

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -32,7 +32,7 @@ from gsem.progress import AttackBar, Scalars, TrainingBar, percent
 from gsem.recipes import ABOUT, RECIPES, Recipe
 from gsem.run import Progress, Run, TrainingInterrupted, resume_recipe
 from gsem.show import pixels, show_list, show_result, study_table
-from gsem.study import STUDIES, study
+from gsem.study import STUDIES, Variant, ablation, recipes, study
 from gsem.train import train
 
 HELP = """\
@@ -56,7 +56,7 @@ console = Console(highlight=False, markup=False)
 errors = Console(stderr=True, highlight=False, markup=False)
 
 
-def _near(kind: str, name: str, known: dict[str, Any]) -> str:
+def _near(kind: str, name: str, known: Collection[str]) -> str:
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"{kind} {name!r} is unknown.{hint} Possible are: {', '.join(known)}"
@@ -197,8 +197,8 @@ def _study(words: list[str]) -> None:
     o = parse(StudyOptions, f"study {name}", words, default=StudyOptions(RECIPES["gcat"]))
     attacks = [text.strip() for text in o.attacks.split(",")]
     parse_attacks(o.attacks)  # before the first training starts
-    base = replace(o.recipe, model=canonical_name(o.recipe.model))
-    out = o.out or Path("runs") / f"study-{name}-{Path(base.data).stem}"
+    variants = _variants(name, replace(o.recipe, model=canonical_name(o.recipe.model)), o)
+    out = o.out or Path("runs") / f"study-{name}-{Path(o.recipe.data).stem}"
 
     def report(what: str, progress: Progress | None) -> None:
         if progress is None:
@@ -209,7 +209,7 @@ def _study(words: list[str]) -> None:
             )
 
     rows = study(
-        STUDIES[name](base),
+        variants,
         seeds=o.seeds,
         out=out,
         attacks=attacks,
@@ -223,6 +223,19 @@ def _study(words: list[str]) -> None:
     interval = "t-interval over seeds" if o.seeds > 1 else "bootstrap interval over images"
     console.print(f"{rows[0]['images']} test images, {o.seeds} seeds; expected accuracy in per cent, 95% {interval}")
     console.print(f"saved in {out / 'study.json'}")
+
+
+def _variants(study: str, base: Recipe, o: StudyOptions) -> list[Variant]:
+    if o.passes is not None and study != "recipes":
+        raise ValueError("--passes belongs to gsem study recipes: the ablation's variants cost the same")
+    if o.passes is not None and not o.passes > 0:
+        raise ValueError(f"--passes must be positive, not {o.passes:g}")
+    variants = {v.name: v for v in (recipes(base, o.passes) if study == "recipes" else ablation(base))}
+    names = list(variants) if o.only is None else [name.strip() for name in o.only.split(",")]
+    for name in names:
+        if name not in variants:
+            raise ValueError(_near("variant", name, variants))
+    return [variants[name] for name in names]
 
 
 def _models(words: list[str]) -> None:

@@ -104,6 +104,11 @@ class StudyOptions:
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
     seeds: int = 3
     """Trainings of each variant."""
+    only: str | None = None
+    """Names of variants with commas between, as the table shows them; all by default."""
+    passes: float | None = None
+    """Of `study recipes`: equal cost instead of equal epochs. Each recipe gets the epochs, at least one, that bring
+    its attack and training passes per image nearest to this number."""
     attacks: str = "clean,pgd:steps=50"
     """As in gsem evaluate."""
     images: int | None = None

@@ -55,8 +55,8 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The metrics of the epoch whose weights are the run's model."""
-        return max((m for m in self.metrics if "robust" in m), key=lambda m: m["robust"])
+        """The metrics of the epoch whose weights are the run's model: the most robust, of equals the cleanest."""
+        return max((m for m in self.metrics if "robust" in m), key=lambda m: (m["robust"], m["clean"]))
 
     def model(self) -> nn.Module:
         """The model of the best epoch, in eval mode."""

@@ -38,12 +38,13 @@ def pixels(eps: float) -> str:
 def study_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("variant")
-    for heading in (*rows[0]["accuracy"], "passes", "training"):
+    # (Per image and epoch; the time is that of the whole training.)
+    for heading in (*rows[0]["accuracy"], "passes", "epochs", "training"):
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [f"{100 * mean:.1f} ±{100 * (high - low) / 2:4.1f}" for mean, low, high in row["accuracy"].values()]
         passes = f"{row['attack_passes']:g}+{row['training_passes']:g}"
-        table.add_row(row["variant"], *cells, passes, duration(row["seconds"]))
+        table.add_row(row["variant"], *cells, passes, str(row["epochs"]), duration(row["seconds"]))
     return table
 
 

@@ -55,21 +55,27 @@ def ablation(base: Recipe) -> list[Variant]:
     }
     variants = [Variant(name, recipe) for name, recipe in parts.items()]
     noisy = [v for v in variants if v.recipe.noise and v.recipe.model.startswith("gsem-")]
-    return variants + [replace(v, name=f"{v.name}, noise off at test", noise="off") for v in noisy]
+    return variants + [replace(v, name=f"{v.name} (noise off at test)", noise="off") for v in noisy]
 
 
-def recipes(base: Recipe) -> list[Variant]:
-    """Every named recipe, its schedule scaled to `base`'s epochs, on its data: GSeM ones on its model, others plain."""
+def recipes(base: Recipe, passes: float | None = None) -> list[Variant]:
+    """Every named recipe, its schedule scaled to `base`'s epochs, on its data: GSeM ones on its model, others plain.
+
+    Args:
+        passes: compare at equal cost instead: each recipe gets the epochs, at least one, that bring its passes per
+            image nearest to this number.
+    """
     variants = []
     for recipe in RECIPES.values():
         gsem = recipe.model.startswith("gsem-")
         model = base.model if gsem else base.model.removeprefix("gsem-")
-        scaled = recipe.scaled(base.epochs)
+        epochs = base.epochs if passes is None else max(1, round(passes / sum(recipe.passes)))
+        scaled = recipe.scaled(epochs)
         variants.append(Variant(recipe.name, replace(scaled, data=base.data, model=model, eps=base.eps)))
     return variants
 
 
-STUDIES: dict[str, Callable[[Recipe], list[Variant]]] = {"ablation": ablation, "recipes": recipes}
+STUDIES = ("ablation", "recipes")
 
 
 def _over_seeds(results: list[Result], label: str) -> Interval:
@@ -137,7 +143,7 @@ def _family(label: str) -> str:
 
 
 def _folder(variant: Variant, seed: int) -> str:
-    words = variant.name.removesuffix(", noise off at test").replace(" ", "-").lower()
+    words = variant.name.removesuffix(" (noise off at test)").replace(" ", "-").lower()
     return f"{words}-seed{seed}"
 
 

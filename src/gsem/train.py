@@ -107,7 +107,7 @@ class _Loop:
         self.stepper = Stepper(recipe, source, self.eps, model, average)
         self.validation_twin: SearchTwin | None = None
         self.step = 0  # done, over all rounds
-        self.best_robust = -1.0
+        self.best_robust = self.best_clean = -1.0
         self.latest: dict[str, float] = {}
         self.round = 0
         self.seconds = 0.0
@@ -247,9 +247,10 @@ class _Loop:
             file.write(json.dumps(line) + "\n")
         if "robust" not in line:
             return
-        self.stale += 1
-        if line["robust"] > self.best_robust:
-            self.best_robust, self.stale = line["robust"], 0
+        self.stale = 0 if line["robust"] > self.best_robust else self.stale + 1
+        # Many epochs tie on a small validation set; of equally robust ones the cleanest is kept.
+        if (line["robust"], line["clean"]) > (self.best_robust, self.best_clean):
+            self.best_robust, self.best_clean = line["robust"], line["clean"]
             tensors = {f"model.{name}": t for name, t in self._chosen.state_dict().items()}
             save_checkpoint(self.best, tensors, self.meta | {"metrics": line})
 
@@ -302,6 +303,7 @@ class _Loop:
             "step": self.step,
             "round": self.round,
             "best_robust": self.best_robust,
+            "best_clean": self.best_clean,
             "stale": self.stale,
             "latest": self.latest,
             "seconds": self.seconds,
@@ -318,7 +320,8 @@ class _Loop:
         state = meta["state"]
         self.stepper.restore(tensors, state["scaler"])
         self.step, self.round, self.seconds = state["step"], state["round"], state["seconds"]
-        self.best_robust, self.stale, self.latest = state["best_robust"], state["stale"], state["latest"]
+        self.best_robust, self.best_clean = state["best_robust"], state["best_clean"]
+        self.stale, self.latest = state["stale"], state["latest"]
         # Lines that a killed run wrote after this checkpoint will be written again.
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
