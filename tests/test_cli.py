@@ -105,7 +105,7 @@ def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path):
     )
     code, out, _ = run(capsys, "evaluate", "mine:net", "--data", npz, "--attacks", "clean,pgd:steps=2")
     assert code == 0
-    assert "the model is deterministic" in out
+    assert "deterministic, one draw" in out
     assert "pgd2-eot1" in out
     assert "not a torch.nn.Module" in refused(capsys, "evaluate", "mine:number", "--data", npz)
     assert str(tmp_path) not in sys.path

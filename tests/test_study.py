@@ -7,9 +7,9 @@ import torch
 from scipy import stats
 
 import gsem
-from gsem.evaluate import Result, Scores
 from gsem.study import _over_seeds, ablation, recipes, study
 from gsem.twin import search_twin
+from planted import planted
 
 BASE = replace(gsem.RECIPES["gcat"], epochs=1, warmup=0.0, steps=1, batch=128)
 
@@ -92,7 +92,7 @@ def test_recipes_at_equal_cost():
 def test_the_interval_is_student_s():
     def result(share):
         correct = (np.arange(10) < 10 * share).astype(int)
-        return Result([Scores("clean", correct, correct, correct, 0, 0, 0.0)], correct, {"draws": 1, "seed": 0})
+        return planted(correct, 1)
 
     shares = [0.5, 0.7, 0.9]
     found = _over_seeds([result(s) for s in shares], "clean")

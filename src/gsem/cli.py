@@ -1,23 +1,19 @@
-"""The command line: gsem demo | train | evaluate | recipes | models | data."""
+"""The command line: gsem demo | train | evaluate | verify | recipes | models | study | data."""
 
 import os
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from gsem.checkpoint import load_model
-from gsem.data import SOURCES, load, to_float
-from gsem.device import device_named
-from gsem.evaluate import evaluate, parse_attacks
+from gsem.cli_evaluate import evaluate_command, evaluate_model, verify_command
+from gsem.data import SOURCES, load
 from gsem.models import MODELS, canonical_name
 from gsem.options import (
     DataOptions,
@@ -28,21 +24,23 @@ from gsem.options import (
     TrainOptions,
     parse,
 )
-from gsem.progress import AttackBar, Scalars, TrainingBar, percent
+from gsem.progress import Scalars, TrainingBar, percent
 from gsem.recipes import ABOUT, RECIPES, Recipe
 from gsem.run import Progress, Run, TrainingInterrupted, resume_recipe
-from gsem.show import pixels, show_list, show_result, study_table
+from gsem.show import pixels, show_list, study_table
 from gsem.study import STUDIES, Variant, ablation, recipes, study
+from gsem.suite import parse_attacks
 from gsem.train import train
 
 HELP = """\
-gsem: train image classifiers by gradient semi-masking, and measure them honestly.
+gsem: image classifiers trained by gradient semi-masking, measured honestly.
 
 usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help tells its options)
 
   demo       train a small GSeM network on digits, attack it, print the result
   train      train by a recipe:      gsem train gcat --data digits
-  evaluate   attack a trained model: gsem evaluate runs/NAME
+  evaluate   attack a trained model: gsem evaluate runs/NAME --suite standard
+  verify     judge saved adversarial examples again
   recipes    list the named recipes, and what they cost
   models     list the networks
   study      compare variants over seeds: gsem study ablation
@@ -99,79 +97,18 @@ def _run(recipe: Recipe, out: Path | None, device: str | None, *, resume: bool, 
         return train(recipe, out=out, device=device, resume=resume, report=report)
 
 
-def _evaluate(words: list[str]) -> None:
-    o = parse(EvaluateOptions, "evaluate", words)
-    attacks = parse_attacks(o.attacks)
-    device = device_named(o.device)
-    model, meta = load_model(o.model, name=o.name, num_classes=o.num_classes, levels=o.levels, noise=o.noise)
-    where = o.data or meta.get("recipe", {}).get("data")
-    if where is None:
-        raise ValueError(f"{o.model} does not tell its data: give --data")
-    source = load(where, o.data_path or (None if o.data else meta.get("recipe", {}).get("data_path")))
-    eps = meta.get("data", {}).get("eps", source.eps) if o.eps is None else o.eps
-    test = source.test()
-    if o.images is not None and o.images < 1:
-        raise ValueError(f"--images must be at least 1, not {o.images}")
-    x, y = to_float(test.x[: o.images]).to(device), test.y[: o.images].to(device)
-    _check_fit(meta, x)
-    what = f"{o.model} on {source.name}: " + (f"the first {len(x)} of " if len(x) < len(test) else "")
-    run = Path(o.model)
-    out = o.out or _unused(run / "evaluation" if run.is_dir() else Path("evaluation"))
-    _attack(model.to(device), x, y, attacks, what + f"{len(test)} test images", out, eps, o)
-
-
-def _unused(path: Path) -> Path:
-    """`path`, or with a number behind it: an earlier evaluation is not overwritten."""
-    free, number = path, 1
-    while free.with_name(f"{free.name}.npz").exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-def _attack(
-    model: torch.nn.Module, x: Tensor, y: Tensor, attacks: list, what: str, out: Path, eps: float, options: Any
-) -> None:
-    with AttackBar(console) as bar:
-        result = evaluate(
-            model,
-            x,
-            y,
-            attacks,
-            eps=eps,
-            draws=options.draws,
-            seed=options.seed,
-            batch=options.batch,
-            keep_images=options.keep_images,
-            report=bar,
-        )
-    saved = result.save(out)
-    show_result(console, result, what)
-    console.print(f"saved in {saved}.json and {saved}.npz")
-
-
-def _check_fit(meta: dict[str, Any], x: Tensor) -> None:
-    if meta and list(x.shape[1:]) != meta["data"]["shape"]:
-        raise ValueError(f"the model was trained on images {meta['data']['shape']}, these are {list(x.shape[1:])}")
-
-
-@dataclass(frozen=True)
-class _DemoEvaluation:
-    draws: int = 100
-    seed: int = 0
-    batch: int = 256
-    keep_images: bool = False
-
-
 def _demo(words: list[str]) -> None:
     o = parse(DemoOptions, "demo", words)
     run = _run(RECIPES["gcat"], o.out, o.device, resume=True)
-    device = device_named(o.device)
-    test = load("digits").test()
-    x, y = to_float(test.x[:200]).to(device), test.y[:200].to(device)
-    attacks = parse_attacks("clean,pgd:steps=100")
-    what = f"{run.path} on digits: the first 200 of {len(test)} test images"
-    _attack(run.model().to(device), x, y, attacks, what, run.path / "evaluation", load("digits").eps, _DemoEvaluation())
+    options = EvaluateOptions(
+        str(run.path),
+        attacks="clean,pgd:steps=100",
+        images=200,
+        frozen=False,
+        out=run.path / "evaluation",
+        device=o.device,
+    )
+    evaluate_model(console, options)
     console.print("Accuracy under one attack is an upper bound: a stronger attack may find more.")
 
 
@@ -266,7 +203,8 @@ def _data(words: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "train": _train,
-    "evaluate": _evaluate,
+    "evaluate": lambda words: evaluate_command(console, words),
+    "verify": lambda words: verify_command(console, words),
     "recipes": _recipes,
     "models": _models,
     "study": _study,

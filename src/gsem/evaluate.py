@@ -1,224 +1,51 @@
 """A list of attacks on a model, judged on draws of its noise that no attack has seen."""
 
-import json
-import math
+import copy
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks import NotFinite, counting, pgd
+from gsem.attacks import Counting, NotFinite, Step, counting
 from gsem.attacks._core import Norm, check_arguments, check_result, distances
-from gsem.checkpoint import write_atomically
-from gsem.predict import BATCH, correct_draws, is_stochastic
+from gsem.ledger import Ledger, fingerprint
+from gsem.module import GSeM, noise
+from gsem.predict import BATCH, answers, is_stochastic, votes_won
+from gsem.result import VOTERS, Result, Scores, joined
 from gsem.streams import split, stream
+from gsem.suite import SUITES, Attack, suite
 from gsem.twin import search_twin
 
-BOOTSTRAP = 10_000
-
-# The options of each attack that a caller may set, and what they are unless set. `None` depends on the model or
-# on eps: see `Attack.resolved`.
-ATTACKS: dict[str, dict[str, Any]] = {
-    "clean": {},
-    "pgd": {"steps": 100, "step": None, "restarts": 1, "eot": None, "loss": "ce", "keep": "best"},
-}
-EOT = 20  # draws per gradient, loss and decision of an attack on a stochastic model, as published
-
-
-class Interval(NamedTuple):
-    """An estimate with its 95% bootstrap interval over images."""
-
-    mean: float
-    low: float
-    high: float
+REPORT_EVERY = 0.2  # seconds
 
 
 @dataclass(frozen=True)
-class Attack:
-    """An attack with the options that were set for it."""
+class Progress:
+    """Where an evaluation stands, for whoever shows it."""
 
     name: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        known = _options_of(self.name)
-        for option in self.options:
-            if option not in known:
-                names = ", ".join(known) or "it has none"
-                raise ValueError(f"attack {self.name!r} has no option {option!r}: {names}")
-
-    @classmethod
-    def parse(cls, text: str) -> "Attack":
-        """`"pgd:steps=100:eot=20"` → `Attack("pgd", {"steps": 100, "eot": 20})`.
-
-        Raises:
-            ValueError: an unknown attack, option or value.
-        """
-        name, *settings = text.strip().split(":")
-        known = _options_of(name)
-        options: dict[str, Any] = {}
-        for setting in settings:
-            key, equals, value = setting.partition("=")
-            if not equals or key not in known:
-                names = ", ".join(known) or "none"
-                raise ValueError(f"attack {text!r}: {setting!r} is no option=value; options of {name}: {names}")
-            options[key] = _value(key, value, text)
-        return cls(name, options)
-
-    def resolved(self, *, eps: float, stochastic: bool) -> dict[str, Any]:
-        """All options, with those that were not set."""
-        options = ATTACKS[self.name] | self.options
-        if options.get("eot", 0) is None:
-            options["eot"] = EOT if stochastic else 1
-        if options.get("step", 0) is None:
-            options["step"] = eps / 4
-        return options
-
-    def label(self, *, eps: float, stochastic: bool) -> str:
-        """Made from the arguments that run, so that it cannot say anything else: `pgd100-eot20`."""
-        if self.name == "clean":
-            return "clean"
-        o = self.resolved(eps=eps, stochastic=stochastic)
-        label = f"{self.name}{o['steps']}-eot{o['eot']}"
-        label += f"-{o['loss']}" if o["loss"] != "ce" else ""
-        label += f"-x{o['restarts']}" if o["restarts"] > 1 else ""
-        label += "-last" if o["keep"] == "last" else ""
-        return label + ("" if math.isclose(o["step"], eps / 4) else f"-step{o['step']:.4g}")
+    """Of the attack, with the noise unless it is fresh."""
+    done: int
+    """Images finished with this attack, of `images`."""
+    images: int
+    standing: int
+    """Images of the current batch that this attack still works on."""
+    accuracy: float | None
+    """Share of the images so far, 0 to 1, that stand: those finished, and those of the current batch."""
+    gradients_per_second: float
+    """Image rows forward and back, in the current batch."""
+    seconds_left: float | None
+    """Of this attack."""
 
 
-def _options_of(name: str) -> dict[str, Any]:
-    if name not in ATTACKS:
-        raise ValueError(f"attack {name!r} is unknown: it is one of {', '.join(ATTACKS)}")
-    return ATTACKS[name]
-
-
-def _value(key: str, value: str, text: str) -> int | float | str:
-    try:
-        if key in ("steps", "restarts", "eot"):
-            return int(value)
-        if key == "step":
-            top, _, bottom = value.partition("/")
-            return float(top) / float(bottom or 1)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"attack {text!r}: {key} = {value!r} is not a number") from None
-    return value
-
-
-def parse_attacks(text: str) -> list[Attack]:
-    """`"clean,pgd:steps=100"`: attacks with commas between, each with its options behind colons."""
-    return [Attack.parse(one) for one in text.split(",")]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one attack did, per image."""
-
-    label: str
-    correct: Int[np.ndarray, " n"]
-    """Scoring draws in which the image was still classified as its label."""
-    linf: Float[np.ndarray, " n"]
-    l2: Float[np.ndarray, " n"]
-    forwards: int
-    gradients: int
-    """Image rows passed through the network by the attack: without and with a gradient."""
-    seconds: float
-    x_adv: Float[np.ndarray, "n c h w"] | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """An evaluation: for each attack, per image, how many scoring draws stayed right."""
-
-    scores: list[Scores]
-    y: Int[np.ndarray, " n"]
-    facts: dict[str, Any]
-    """eps, norm, draws, seed, stochastic, images, options of each attack, versions."""
-
-    @property
-    def draws(self) -> int:
-        return self.facts["draws"]
-
-    def __getitem__(self, label: str) -> Scores:
-        for scores in self.scores:
-            if scores.label == label:
-                return scores
-        raise KeyError(f"no attack {label!r} in this result: {', '.join(s.label for s in self.scores)}")
-
-    def expected(self, label: str) -> Interval:
-        """Expected accuracy under an attack: the mean of 1 − p over images, p the share of wrong scoring draws."""
-        right = self[label].correct / self.draws
-        chance = np.random.Generator(np.random.PCG64(split(self.facts["seed"], "bootstrap")))
-        # A resample of n images is a multinomial count of each; in blocks, so that memory stays small.
-        n, means = len(right), []
-        for _ in range(BOOTSTRAP // 500):
-            means.append(chance.multinomial(n, np.full(n, 1 / n), size=500) @ right / n)
-        low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-        return Interval(float(right.mean()), float(low), float(high))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The summary: facts, and each attack's accuracy with its interval and cost."""
-        rows = [
-            {
-                "attack": s.label,
-                **self.expected(s.label)._asdict(),
-                "forwards": s.forwards,
-                "gradients": s.gradients,
-                "seconds": s.seconds,
-            }
-            for s in self.scores
-        ]
-        return {"facts": self.facts, "attacks": rows}
-
-    def save(self, path: str | Path) -> Path:
-        """`PATH.json`, the summary, and `PATH.npz`, everything per image. PATH may carry either ending.
-
-        Returns:
-            PATH without an ending.
-        """
-        path = _with_ending(path, "")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, np.ndarray] = {"y": self.y}
-        for number, s in enumerate(self.scores):
-            arrays |= {f"{number}.correct": s.correct, f"{number}.linf": s.linf, f"{number}.l2": s.l2}
-            if s.x_adv is not None:
-                arrays[f"{number}.x_adv"] = s.x_adv
-        meta = json.dumps(self.to_dict())
-        beside = path.with_name(f".{path.name}.writing.npz")
-        arrays["meta"] = np.array(meta)
-        np.savez_compressed(beside, **arrays)  # type: ignore[arg-type]  # (its stub takes them for its flag)
-        beside.replace(_with_ending(path, ".npz"))
-        write_atomically(_with_ending(path, ".json"), json.dumps(self.to_dict(), indent=2).encode())
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Result":
-        """What `save` wrote."""
-        with np.load(_with_ending(path, ".npz"), allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
-            scores = [
-                Scores(
-                    label=row["attack"],
-                    **{key: file[f"{number}.{key}"] for key in ("correct", "linf", "l2")},
-                    **{key: row[key] for key in ("forwards", "gradients", "seconds")},
-                    x_adv=file.get(f"{number}.x_adv"),
-                )
-                for number, row in enumerate(meta["attacks"])
-            ]
-            return cls(scores, file["y"], meta["facts"])
-
-
-def _with_ending(path: str | Path, ending: str) -> Path:
-    # Not with_suffix alone: of "pgd-eps0.15" it would take ".15" for an ending.
-    path = Path(path)
-    path = path.with_suffix("") if path.suffix in (".json", ".npz") else path
-    return path.with_name(path.name + ending)
+Report = Callable[[Progress], None]
 
 
 def evaluate(
@@ -232,39 +59,52 @@ def evaluate(
     draws: int = 100,
     seed: int = 0,
     batch: int = BATCH,
+    sources: Mapping[str, nn.Module] | None = None,
+    frozen: bool = True,
     keep_images: bool = False,
-    report: Callable[[str, int, int], None] | None = None,
+    save: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
+    report: Report | None = None,
 ) -> Result:
     """Attack `model`, then score what the attacks returned on noise that they have not seen.
 
     The attacks search on the model's float32 twin; the score is the true model's, in float32. A stochastic model
-    is noticed by itself: attacks then average over 20 draws (their `eot`), and every point is scored on `draws`
-    fresh ones. For a deterministic model one draw is used.
+    is noticed by itself: attacks then average over 20 draws (their `eot`), every point is judged on `draws` fresh
+    ones, and among the attacks the worst point of each image is chosen on `draws` others (`result["worst"]`). For a
+    deterministic model one draw is used. Images as they are ("clean") are always among the attacks.
 
     Args:
         model: images [b, c, h, w] in [0, 1] → logits, in eval mode.
         x, y: images in [0, 1], and their labels (int64).
-        attacks: `Attack`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`.
+        attacks: `Attack`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`; or the
+            name of a suite: quick, standard, paper, published.
         eps: radius of the threat model, in the unit of the images.
-        draws: scoring draws for each image and attack.
+        draws: selection draws, and scoring draws, for each image and attack.
         seed: of every random stream used; the caller's random state is not changed.
         batch: images attacked at once.
+        sources: other models, by name, for the transfer attack. Of a GSeM model, itself without noise and itself
+            without the quantiser are always among them.
+        frozen: whether a stochastic GSeM model is attacked and scored also with its noise frozen by a seed that the
+            attacker knows, and with its noise off.
         keep_images: keep the adversarial examples in the result.
-        report: called as (label, images done, images) while an attack goes on.
+        save: where the result goes (`Result.save`). Every finished batch is kept beside it meanwhile, and the same
+            call goes on from there after an interruption, to the same result.
+        about: what the caller wants to be kept in the result's facts (values as JSON takes them).
+        report: called with a `Progress` while it runs.
 
     Raises:
-        ValueError: an unknown attack or option, arguments out of range, logits that are not finite.
+        ValueError: an unknown attack or option, arguments out of range, logits that are not finite; at `save`, an
+            unfinished evaluation of another question.
     """
     if not len(x):
         raise ValueError("there are no images to evaluate on")
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
     check_arguments(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
-    attacks = attacks.split(",") if isinstance(attacks, str) else attacks
-    chosen = [Attack.parse(a) if isinstance(a, str) else a for a in attacks]
+    chosen = _chosen(attacks, transferable=bool(sources) or _defended(model))
     _check_labels(model, x, y)
     stochastic = is_stochastic(model, x[:batch])
-    draws = draws if stochastic else 1
+    modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
     labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
     if len(set(labels)) < len(labels):
         raise ValueError(f"the same attack twice: {', '.join(labels)}")
@@ -272,57 +112,201 @@ def evaluate(
         "images": len(x),
         "eps": eps,
         "norm": norm,
-        "draws": draws,
+        "draws": draws if stochastic else 1,
         "stochastic": stochastic,
         "seed": seed,
+        "noise": modes,
         "options": {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, chosen, strict=True)},
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(x.device),
-    }
-    twin = search_twin(model)
+    } | ({} if about is None else {"about": dict(about)})
+    asked = {key: facts[key] for key in ("images", "eps", "norm", "draws", "seed", "noise", "options")}
+    ledger = None if save is None else Ledger(save, asked | {"batch": batch, "data": fingerprint(x, y, model)})
+    evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, report)
     scores = []
-    for attack, label in zip(chosen, labels, strict=True):
+    for mode in modes:
+        with _mode(model, mode, seed, len(modes) > 1), evaluation.ready(mode, facts["draws"], sources or {}):
+            for attack in chosen:
+                # What others are broken by, and unbounded points, are questions about the model as it is used.
+                if mode == "fresh" or (attack.bounded and attack.name != "transfer"):
+                    scores.append(evaluation.score(attack))
+    result = Result(scores, y.cpu().numpy(), facts)
+    if save is not None:
+        result.save(save)
+        assert ledger is not None
+        ledger.discard()
+    return result
+
+
+def _chosen(attacks: str | Sequence[Attack | str], *, transferable: bool) -> list[Attack]:
+    if isinstance(attacks, str) and attacks in SUITES:
+        chosen = suite(attacks)
+        if attacks in ("standard", "paper") and transferable:
+            chosen.append(Attack("transfer"))
+        return chosen
+    listed = attacks.split(",") if isinstance(attacks, str) else attacks
+    chosen = [Attack.parse(a) if isinstance(a, str) else a for a in listed]
+    return chosen if any(a.name == "clean" for a in chosen) else [Attack("clean"), *chosen]
+
+
+def _defended(model: nn.Module) -> bool:
+    return any(isinstance(m, GSeM) for m in model.modules())
+
+
+def _noisy(model: nn.Module) -> bool:
+    return any(isinstance(m, GSeM) and m.noise > 0 for m in model.modules())
+
+
+def _mode(model: nn.Module, mode: str, seed: int, several: bool) -> Any:
+    # (Where only one is evaluated, the model stays as the caller set it.)
+    return noise(model, mode, seed=seed if mode == "frozen" else None) if several else nullcontext()  # type: ignore[arg-type]
+
+
+class _Evaluation:
+    """The attacks on one model, batch by batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        norm: Norm,
+        seed: int,
+        batch: int,
+        keep_images: bool,
+        ledger: Ledger | None,
+        report: Report | None,
+    ):
+        self.model, self.x, self.y, self.eps, self.norm, self.seed = model, x, y, eps, norm, seed
+        self.batch, self.keep_images, self.ledger, self.report = batch, keep_images, ledger, report
+        self.mode, self.draws = "fresh", 1
+        self.twin: nn.Module = model
+        self.sources: dict[str, nn.Module] = {}
+
+    @contextmanager
+    def ready(self, mode: str, draws: int, sources: Mapping[str, nn.Module]) -> Iterator[None]:
+        """The noise was set: what follows from it."""
+        self.mode, self.draws = mode, draws if mode == "fresh" else 1
+        self.twin = search_twin(self.model)
+        self.sources = {name: search_twin(source) for name, source in (_undefended(self.model) | dict(sources)).items()}
+        yield
+
+    @property
+    def stochastic(self) -> bool:
+        return self.draws > 1
+
+    def score(self, attack: Attack) -> Scores:
+        """All images under one attack."""
+        label = attack.label(eps=self.eps, stochastic=self.stochastic)
+        name = label if self.mode == "fresh" else f"{label}@{self.mode}"
+        parts: list[Scores] = []
+        for first in range(0, len(self.x), self.batch):
+            watch = _Watch(self.report, name, len(self.x), parts, min(self.batch, len(self.x) - first))
+            part = self.ledger.read(name, first) if self.ledger is not None else None
+            if part is None:
+                part = self._batch(attack, label, name, first, watch)
+                if self.ledger is not None:
+                    self.ledger.write(name, first, part)
+            parts.append(part)
+            watch.finished()
+        return joined(parts, keep_images=self.keep_images)
+
+    def _batch(self, attack: Attack, label: str, name: str, first: int, watch: "_Watch") -> Scores:
+        one = slice(first, first + self.batch)
+        x, y = self.x[one], self.y[one]
+        # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
+        names = (name, first)
         started = time.monotonic()
-        counted = counting(twin)
-        function = pgd if attack.name == "pgd" else _unchanged
-        how = attack.resolved(eps=eps, stochastic=stochastic) | {"eps": eps, "norm": norm}
-        x_adv = _in_batches(function, counted, x, y, batch, split(seed, "search", label), label, report, how)
-        seconds = time.monotonic() - started
-        right = correct_draws(model, x_adv, y, draws=draws, seed=split(seed, "scoring", label))
-        linf, l2 = (d.cpu().numpy() for d in distances(x_adv, x))
-        kept = x_adv.cpu().numpy() if keep_images else None
-        cost = (counted.forwards, counted.gradients, seconds)
-        scores.append(Scores(label, right.cpu().numpy(), linf, l2, *cost, kept))
-    return Result(scores, y.cpu().numpy(), facts)
-
-
-def _unchanged(model: nn.Module, x: Tensor, y: Tensor, **how: Any) -> Tensor:
-    return x
-
-
-def _in_batches(
-    attack: Callable[..., Tensor],
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    batch: int,
-    seed: int,
-    label: str,
-    report: Callable[[str, int, int], None] | None,
-    how: dict[str, Any],
-) -> Tensor:
-    """The attack's points for all images; each batch has its own stream of chance."""
-    parts = []
-    for first in range(0, len(x), batch):
-        one = slice(first, first + batch)
+        watch.model = counted = counting(self.twin)
+        how: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "stochastic": self.stochastic}
         try:
-            parts.append(attack(model, x[one], y[one], seed=split(seed, first), **how))
+            x_adv = attack.run(
+                counted,
+                x,
+                y,
+                **how,
+                seed=split(self.seed, "search", *names),
+                sources=self.sources,
+                observe=watch.observe if self.report is not None else None,
+            )
+            if attack.bounded:
+                check_result(x_adv, x, eps=self.eps, norm=self.norm)
         except NotFinite as error:
-            raise NotFinite(f"{label}, images from {first}: {error}") from None
-        if report is not None:
-            report(label, min(first + batch, len(x)), len(x))
-    return check_result(torch.cat(parts), x, eps=how["eps"], norm=how["norm"])
+            raise NotFinite(f"{name}, images from {first}: {error}") from None
+        seconds = time.monotonic() - started
+        selection, scoring = (
+            answers(self.model, x_adv, draws=self.draws, seed=split(self.seed, stream, *names), first=first)
+            for stream in ("selection", "scoring")
+        )
+        linf, l2 = distances(x_adv, x)
+        right = scoring == y
+        arrays = {
+            "correct": right.sum(0),
+            "votes": votes_won(scoring, y, VOTERS),
+            "selection": (selection == y).sum(0),
+            "single": torch.stack([selection[0] == y, right[0]], dim=1),
+            "linf": linf,
+            "l2": l2,
+            "x_adv": x_adv,
+        }
+        return Scores(
+            label=label,
+            **{key: value.cpu().numpy() for key, value in arrays.items()},
+            forwards=counted.forwards,
+            gradients=counted.gradients,
+            seconds=seconds,
+            noise=self.mode,
+            bounded=attack.bounded,
+        )
+
+
+def _undefended(model: nn.Module) -> dict[str, nn.Module]:
+    """Of a GSeM model, itself without its noise, and itself without its quantiser too: what an attacker would try."""
+    if not _defended(model):
+        return {}
+    copies = {"noise off": copy.deepcopy(model), "quantiser off": copy.deepcopy(model)}
+    for name, other in copies.items():
+        for module in other.modules():
+            if isinstance(module, GSeM):
+                module.offsets.mode = "off"
+                module.quantiser = module.quantiser and name == "noise off"
+    return copies
+
+
+class _Watch:
+    """One batch under one attack, as its observer sees it."""
+
+    def __init__(self, report: Report | None, name: str, images: int, parts: list[Scores], size: int):
+        self.report, self.name, self.images, self.size = report, name, images, size
+        self.done = sum(len(p.correct) for p in parts)
+        self.stood = sum(int((p.selection > 0).sum()) for p in parts)
+        self.seconds = sum(p.seconds for p in parts)
+        self.parts = parts
+        self.started = self.told = time.monotonic()
+        self.model: Counting | None = None
+
+    def observe(self, step: Step) -> None:
+        now = time.monotonic()
+        if now - self.told >= REPORT_EVERY:
+            self.told = now
+            self._tell(self.done, len(step.rows), (self.stood + len(step.rows)) / (self.done + self.size))
+
+    def finished(self) -> None:
+        """The batch is in `parts` now."""
+        done = self.done + self.size
+        stood = sum(int((p.selection > 0).sum()) for p in self.parts)
+        self.seconds = sum(p.seconds for p in self.parts)
+        self._tell(done, 0, stood / done)
+
+    def _tell(self, done: int, standing: int, accuracy: float) -> None:
+        if self.report is None:
+            return
+        passed = max(time.monotonic() - self.started, 1e-9)
+        rate = 0.0 if self.model is None else self.model.gradients / passed
+        left = self.seconds / done * (self.images - done) if done else None
+        self.report(Progress(self.name, done, self.images, standing, accuracy, rate, left))
 
 
 @torch.no_grad()

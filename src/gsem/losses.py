@@ -38,6 +38,39 @@ def dlr(logits: Logits, y: Labels) -> Values:
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def dlr_towards(target: Labels) -> Loss:
+    """The targeted DLR loss, (z_t − z_y) / (z_(1) − (z_(3) + z_(4)) / 2) (Croce & Hein 2020, equation 7).
+
+    Where an attack folds several draws into its batch, draw after draw, the targets are repeated alike.
+
+    Args:
+        target: [b] the class of each image that is to gain, not its label.
+
+    Raises:
+        ValueError: from the loss, where there are fewer than four classes.
+    """
+
+    def loss(logits: Logits, y: Labels) -> Values:
+        if logits.shape[1] < 4:
+            raise ValueError(f"the targeted DLR loss needs at least 4 classes, not {logits.shape[1]}: use 'margin'")
+        top = logits.topk(4, dim=1).values
+        to = target.repeat(len(logits) // len(target))
+        gain = logits.gather(1, to[:, None]) - logits.gather(1, y[:, None])
+        return gain[:, 0] / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+    return loss
+
+
+def margin_towards(target: Labels) -> Loss:
+    """z_t − z_y for a target class t of each image: the targeted loss where there are too few classes for DLR."""
+
+    def loss(logits: Logits, y: Labels) -> Values:
+        to = target.repeat(len(logits) // len(target))
+        return (logits.gather(1, to[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+
+    return loss
+
+
 def divergence(logits: Logits, logits_adv: Logits) -> Values:
     """KL(p ‖ p') in nats, p the softmax of `logits`, p' that of `logits_adv`."""
     log_p, log_adv = F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -57,22 +57,36 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Attack a trained model and score it on draws of its noise that no attack has seen."""
+    """Attack a trained model and score it on draws of its noise that no attack has seen.
+
+    An interrupted evaluation goes on when the same command is started again.
+    """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
-    attacks: str = "clean,pgd:steps=100"
-    """Attacks with commas between, options behind colons: clean,pgd:steps=500:eot=20:restarts=2."""
+    suite: str | None = None
+    """quick, standard (AutoAttack), paper (its five attacks), or published (with the budgets its code ran)."""
+    attacks: str | None = None
+    """Instead of a suite: attacks with commas between, options behind colons, like
+    clean,pgd:steps=500:eot=20,apgd:loss=dlr,apgd:targets=9,cw,fab:targets=9,square,rays,transfer,autoattack."""
+    source: tuple[str, ...] = ()
+    """More models (as MODEL) whose adversarial examples are tried on this one: adds the transfer attack."""
     data: str | None = None
-    """Whose test images: digits, an image folder, or an .npz file. The run's own data by default."""
+    """Whose test images: a data set's name, an image folder, or an .npz file. The run's own data by default."""
     data_path: str | None = None
     """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     images: int | None = None
-    """Only the first so many test images."""
+    """Only so many test images: a fixed subset with as many of each class, whatever the order of the data."""
+    first: bool = False
+    """With --images: the first ones instead."""
     eps: float | None = None
-    """L-infinity radius, like 8/255. The run's own by default."""
+    """Radius, like 8/255. The run's own by default (L-infinity), 0.5 for L2."""
+    norm: Literal["Linf", "L2"] = "Linf"
+    """Of the perturbation."""
     draws: int = 100
-    """Scoring draws of the noise, for each image and attack."""
+    """Scoring draws of the noise, for each image and attack; as many others choose the worst attack."""
+    frozen: bool = True
+    """Attack a stochastic GSeM also with its noise frozen by a known seed, and with its noise off."""
     batch: int = 256
     """Images attacked at once."""
     seed: int = 0
@@ -81,6 +95,9 @@ class EvaluateOptions:
     with a number behind it where there is one already."""
     keep_images: bool = False
     """Keep the adversarial examples in the .npz."""
+    normalize: str | None = None
+    """For a network that wants normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD with commas between
+    channels, like 0.49,0.48,0.45/0.2,0.2,0.2. eps stays in pixels."""
     name: str | None = None
     """Of a published .pt: which network it is, like GSeMResNet18."""
     num_classes: int = 10
@@ -89,6 +106,36 @@ class EvaluateOptions:
     """Of a published .pt: GSeM's alpha."""
     noise: int = 4
     """Of a published .pt: GSeM's beta."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Judge saved adversarial examples again: bounds, labels, fresh draws."""
+
+    result: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULT")]
+    """The .npz of gsem evaluate --keep-images."""
+    model: str
+    """What was evaluated, as in gsem evaluate."""
+    data: str | None = None
+    """As in gsem evaluate; what the result names by default."""
+    data_path: str | None = None
+    """As in gsem evaluate."""
+    draws: int = 100
+    """Fresh draws of the noise, for each image and attack."""
+    seed: int = 1
+    """Of these draws."""
+    normalize: str | None = None
+    """As in gsem evaluate."""
+    name: str | None = None
+    """As in gsem evaluate."""
+    num_classes: int = 10
+    """As in gsem evaluate."""
+    levels: int = 6
+    """As in gsem evaluate."""
+    noise: int = 4
+    """As in gsem evaluate."""
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one."""
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from gsem.evaluate import Progress as AttackProgress
 from gsem.run import Progress as TrainingProgress
 
 # A fall of the robust accuracy below its best that is worth showing: robust overfitting (Rice et al. 2020).
@@ -89,16 +90,15 @@ class AttackBar:
 
     def __init__(self, console: Console):
         self.bar = Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=20),
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
-            TextColumn("images"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[news]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self.tasks: dict[str, int] = {}
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "AttackBar":
         self.bar.start()
@@ -107,7 +107,11 @@ class AttackBar:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
 
-    def __call__(self, label: str, done: int, total: int) -> None:
-        if label not in self.tasks:
-            self.tasks[label] = self.bar.add_task(label, total=total)
-        self.bar.update(self.tasks[label], completed=done)  # type: ignore[arg-type]
+    def __call__(self, p: AttackProgress) -> None:
+        if p.name not in self.tasks:
+            self.tasks[p.name] = self.bar.add_task(p.name, total=p.images, news="")
+        news = f"{percent(p.accuracy).strip()} so far"
+        if p.done < p.images:
+            news += f", {p.standing} stand, {p.gradients_per_second:.0f} grad/s"
+            news += "" if p.seconds_left is None else f", {duration(p.seconds_left)}"
+        self.bar.update(self.tasks[p.name], completed=p.done, news=news)

@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 import tyro
+from rich.console import Console
 
 from gsem.checkpoint import load_model
 from gsem.data import load, to_float
-from gsem.evaluate import Result, evaluate
+from gsem.evaluate import evaluate
 from gsem.models import canonical_name
+from gsem.progress import AttackBar
 from gsem.recipes import RECIPES, Recipe
+from gsem.result import Result
 from gsem.run import Progress
+from gsem.show import show_as_published, show_result
+from gsem.suite import ATTACKS, Attack, suite
 from gsem.train import train
 
 DATASETS = ("cifar10", "cifar100", "svhn")
@@ -79,6 +84,8 @@ class EvaluateOptions:
     """GSeM's noise."""
     att_eot_num: int = 20
     """Draws of the noise per attack gradient."""
+    suite: str = "paper"
+    """Not in the paper's script: paper, standard, quick, or published (the budgets that its code really ran)."""
     device: str = "0"
     """Number of the GPU, or cpu."""
 
@@ -178,7 +185,7 @@ def run_training(options: TrainOptions, published: str) -> Path | None:
 
 
 def run_evaluation(options: EvaluateOptions) -> Result:
-    """Clean accuracy and PGD500, with EOT, on the whole test set; the result is saved beside the .pt."""
+    """The suite `paper`, unless told, on the whole test set; the result is saved beside the .pt."""
     o = options
     device = device_of(o.device)
     source = load(o.dataset_name, root=o.data_path)
@@ -187,12 +194,17 @@ def run_evaluation(options: EvaluateOptions) -> Result:
     )
     test = source.test()
     x, y = to_float(test.x).to(device), test.y.to(device)
-    attacks = ["clean", f"pgd:steps=500:step=2/255:eot={o.att_eot_num}"]
-    result = evaluate(model.to(device), x, y, attacks, eps=8 / 255, batch=o.batch_size)
-    for s in result.scores:
-        mean, low, high = result.expected(s.label)
-        print(f"{s.label:<32} {mean:7.2%}  (95% interval {low:.2%} – {high:.2%})")
-    result.save(Path(o.model_load_path.removesuffix(".pt")))
+    attacks = [
+        replace(a, options=a.options | ({"eot": o.att_eot_num} if "eot" in ATTACKS[a.name] else {}))
+        for a in (*suite(o.suite), *([Attack("transfer")] if o.suite in ("paper", "standard") else []))
+    ]
+    console = Console(highlight=False, markup=False)
+    out = Path(o.model_load_path.removesuffix(".pt"))
+    with AttackBar(console) as bar:
+        result = evaluate(model.to(device), x, y, attacks, eps=8 / 255, batch=o.batch_size, save=out, report=bar)
+    show_result(console, result, f"{o.model_load_path} on {o.dataset_name}: {len(test)} test images")
+    if result.facts["stochastic"]:
+        show_as_published(console, result)
     return result
 
 

@@ -2,32 +2,92 @@
 
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gsem.evaluate import Result
 from gsem.progress import duration, percent
+from gsem.result import Interval, Result, Scores
 
 
 def show_result(console: Console, result: Result, what: str) -> None:
+    """The accuracies of every attack, the worst case, and what stands beside them."""
     facts = result.facts
-    console.print(f"\n{what}, eps = {pixels(facts['eps'])} ({facts['norm']})")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    console.print(f"\n{what}, eps = {pixels(facts['eps'])} ({facts['norm']})", soft_wrap=True)
+    fresh = [s for s in result.scores if s.noise == "fresh" and s.bounded]
+    several = result.draws > 1
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("attack", no_wrap=True)
-    for heading in ("expected accuracy", "95% interval", "passes/image", "time"):
-        table.add_column(heading, justify="right")
-    for s in result.scores:
-        mean, low, high = result.expected(s.label)
-        table.add_row(
-            s.label,
-            percent(mean),
-            f"{100 * low:.1f} – {100 * high:.1f}",
-            f"{(s.forwards + s.gradients) / len(result.y):.0f}",
-            duration(s.seconds),
-        )
+    headings = ("expected", "95% interval", *(("vote", "sent ×10") if several else ()), "passes", "time")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for s in fresh:
+        table.add_row(s.label, *_accuracies(result, s.name, several), *_cost(s))
+    if len(fresh) > 1:
+        table.add_row("worst of all", *_accuracies(result, "worst", several), "", "")
     console.print(table)
-    noise = "1 draw: the model is deterministic" if result.draws == 1 else f"{result.draws} scoring draws"
-    console.print(f"{facts['images']} images, {noise}, seed {facts['seed']}")
+    for s in result.scores:
+        if not s.bounded:
+            _show_unbounded(console, result, s)
+    _show_known_noise(console, result)
+    console.print(f"{facts['images']} images, seed {facts['seed']}; accuracy in per cent, passes per image")
+    if several:
+        console.print(
+            f"{result.draws} scoring draws. expected: of one answer; vote: of the plurality of 11;\n"
+            "sent ×10: against someone who sends the image ten times"
+        )
+    else:
+        console.print("deterministic, one draw")
+
+
+def _accuracies(result: Result, name: str, several: bool) -> list[str]:
+    mean, low, high = result.expected(name)
+    cells = [percent(mean), f"{100 * low:.1f} – {100 * high:.1f}"]
+    if several:
+        cells += [_cell(result.vote(name)), _cell(result.persistent(name, 10))]
+    return cells
+
+
+def _cell(interval: Interval | None) -> str:
+    return percent(None if interval is None else interval.mean)
+
+
+def _cost(s: Scores) -> tuple[str, str]:
+    return f"{(s.forwards + s.gradients) / len(s.correct):.0f}", duration(s.seconds)
+
+
+def _show_unbounded(console: Console, result: Result, s: Scores) -> None:
+    reached = s.l2[result.broken(s.name)]
+    distance = f" at a median L2 distance of {np.median(reached):.3g}" if len(reached) else ""
+    console.print(
+        f"{s.label} has no bound: it breaks {percent(len(reached) / len(s.correct)).strip()}{distance}, "
+        "which is no robust accuracy"
+    )
+
+
+def _show_known_noise(console: Console, result: Result) -> None:
+    modes = [mode for mode in ("frozen", "off") if any(s.noise == mode for s in result.scores)]
+    if not modes:
+        return
+    told = {"frozen": "noise frozen by a seed that the attacker knows", "off": "noise off"}
+    for mode in modes:
+        known = [s for s in result.scores if s.noise == mode and s.bounded]
+        cells = [f"{s.label} {percent(result.expected(s.name).mean).strip()}" for s in known]
+        worst = percent(result.expected(f"worst@{mode}").mean).strip()
+        console.print(f"{told[mode]}: {', '.join(cells)}, worst {worst}")
+
+
+def show_as_published(console: Console, result: Result) -> None:
+    """The block that stands beside the honest figures, and is no estimate of robustness."""
+    cells = [
+        f"{s.label} {percent(result.as_published(s.name).mean).strip()}"
+        for s in result.scores
+        if s.noise == "fresh" and s.bounded
+    ]
+    console.print(
+        "\nas published (success and score on one draw each, an image not broken scored\nas its clean self; not an "
+        f"estimate of robustness): {', '.join(cells)}"
+    )
 
 
 def pixels(eps: float) -> str:

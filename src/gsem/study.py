@@ -17,9 +17,10 @@ from scipy import stats
 from gsem.checkpoint import write_atomically
 from gsem.data import load, to_float
 from gsem.device import device_named
-from gsem.evaluate import Interval, Result, evaluate
+from gsem.evaluate import evaluate
 from gsem.module import noise
 from gsem.recipes import RECIPES, Recipe
+from gsem.result import Interval, Result
 from gsem.run import Progress, Run
 from gsem.train import train
 

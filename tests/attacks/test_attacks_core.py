@@ -8,10 +8,10 @@ from gsem.attacks import NotFinite, counting
 from gsem.attacks._core import (
     FOLDED_ROWS,
     Worst,
-    _folds,
     ascend,
     check_result,
     distances,
+    folds,
     project,
     random_start,
     resolve_loss,
@@ -113,7 +113,7 @@ def test_the_worst_point_is_that_of_sorting_all_of_them():
     loss = torch.randint(-3, 4, (9, 200), generator=chance()).float()
     wrong = torch.tensor([0.0, 0.5, 0.9, 1.0])[torch.randint(0, 4, (9, 200), generator=chance(1))]
     for number in range(9):
-        worst.update(torch.full_like(x, number), loss[number], wrong[number])
+        worst.update(torch.full_like(x, number), loss[number], wrong[number] == 1)
     for image in range(200):
         keys = [(bool(wrong[n, image] == 1), float(loss[n, image]), -n) for n in range(9)]
         first = max(range(9), key=lambda n: keys[n])  # of equals the earliest
@@ -131,10 +131,10 @@ def test_the_worst_of_nothing_is_the_image():
 @pytest.mark.parametrize("draws", [1, 2, 20, 1000])
 @pytest.mark.parametrize("rows", [1, 7, 256, 512, 5000])
 def test_folds_share_out_all_draws_without_overflowing_a_pass(draws, rows):
-    folds = _folds(draws, rows)
-    assert sum(folds) == draws
-    assert all(fold == 1 or fold * rows <= FOLDED_ROWS for fold in folds)
-    assert len(folds) <= draws * rows / FOLDED_ROWS * 2 + 1  # and no pass is nearly empty without need
+    passes = folds(draws, rows)
+    assert sum(passes) == draws
+    assert all(fold == 1 or fold * rows <= FOLDED_ROWS for fold in passes)
+    assert len(passes) <= draws * rows / FOLDED_ROWS * 2 + 1  # and no pass is nearly empty without need
 
 
 def test_a_loss_is_a_name_or_a_function():

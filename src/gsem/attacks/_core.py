@@ -18,6 +18,8 @@ Norm = Literal["Linf", "L2"]
 # Draws are folded into the batch up to this many rows, so that a small batch does not starve the machine.
 FOLDED_ROWS = 512
 
+NOT_FINITE = "the model's loss is NaN or infinite there"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -42,10 +44,10 @@ class NotFinite(ValueError):
 
 
 class Worst:
-    """The worst point of each image among those seen: one that every draw misclassifies, then the highest loss.
+    """The worst point of each image among those seen: one that is broken for good, then the highest loss.
 
-    Wrong in every draw comes first because a misclassified point may have the lower loss; among the others the
-    mean loss decides, not the share of wrong draws, whose maximum over a path would mostly pick luck.
+    Broken (every draw misclassifies it) comes first because such a point may have the lower loss; among the others
+    the mean loss decides, not the share of wrong draws, whose maximum over a path would mostly pick luck.
     """
 
     def __init__(self, x: Images):
@@ -53,12 +55,15 @@ class Worst:
         self.value = x.new_full((len(x),), float("-inf"))
         self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-    def update(self, x: Images, value: Float[Tensor, " b"], wrong: Float[Tensor, " b"]) -> None:
-        broken = wrong == 1
-        better = torch.where(broken == self.broken, value > self.value, broken)
-        self.x = torch.where(better[:, None, None, None], x, self.x)
-        self.value = torch.where(better, value, self.value)
-        self.broken |= broken
+    def update(
+        self, x: Images, value: Float[Tensor, " r"], broken: Bool[Tensor, " r"], rows: Int[Tensor, " r"] | None = None
+    ) -> None:
+        """Compare points of the images numbered `rows`, all unless told, with the worst so far."""
+        at = slice(None) if rows is None else rows
+        better = torch.where(broken == self.broken[at], value > self.value[at], broken)
+        self.x[at] = torch.where(better[:, None, None, None], x, self.x[at])
+        self.value[at] = torch.where(better, value, self.value[at])
+        self.broken[at] |= broken
 
 
 class Counting(nn.Module):
@@ -92,7 +97,8 @@ def resolve_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
-def _folds(draws: int, rows: int) -> list[int]:
+def folds(draws: int, rows: int) -> list[int]:
+    """How many draws go into each pass over a batch of so many rows."""
     per_pass = max(1, min(draws, FOLDED_ROWS // max(1, rows)))
     full, rest = divmod(draws, per_pass)
     return [per_pass] * full + ([rest] if rest else [])
@@ -104,7 +110,7 @@ def _averaged(
     values, wrong = x.new_zeros(len(x)), x.new_zeros(len(x))
     grad: Tensor | None = None
     x = x.detach().requires_grad_(differentiate)
-    for fold in _folds(eot, len(x)):
+    for fold in folds(eot, len(x)):
         with torch.set_grad_enabled(differentiate):
             logits = model(x.repeat(fold, 1, 1, 1) if fold > 1 else x)
             labels = y.repeat(fold)
@@ -135,6 +141,17 @@ def expected_gradient(
     return values, wrong, grad
 
 
+@torch.no_grad()
+def expected_logits(model: nn.Module, x: Images, eot: int) -> Float[Tensor, "b k"]:
+    """Logits averaged over `eot` forward passes."""
+    total: Tensor | float = 0.0
+    for fold in folds(eot, len(x)):
+        logits = model(x.repeat(fold, 1, 1, 1) if fold > 1 else x)
+        total = total + logits.view(fold, len(x), -1).sum(0)
+    assert isinstance(total, Tensor)
+    return total / eot
+
+
 def _length(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)[:, None, None, None]
 
@@ -151,8 +168,10 @@ def random_start(x: Images, eps: float, norm: Norm, generator: torch.Generator) 
     return (x + offset).clamp(0, 1)
 
 
-def ascend(x_adv: Images, x: Images, grad: Images, step: float, eps: float, norm: Norm) -> Images:
-    """One step of length `step` along the steepest ascent of the norm, then back into the ball and [0, 1]."""
+def ascend(
+    x_adv: Images, x: Images, grad: Images, step: float | Float[Tensor, "b 1 1 1"], eps: float, norm: Norm
+) -> Images:
+    """One step of length `step` (one, or each image's own) along the steepest ascent, then into the ball and [0, 1]."""
     if norm == "Linf":
         return project(x_adv + step * grad.sign(), x, eps, norm)
     return project(x_adv + step * grad / _length(grad).clamp_min(1e-12), x, eps, norm)
@@ -229,7 +248,7 @@ def check_result(
             raise error(f"image {int(bad.nonzero()[0])} of the attacked batch: {what}")
 
     if finite is not None:
-        first(~finite, "the model's loss is NaN or infinite there", NotFinite)
+        first(~finite, NOT_FINITE, NotFinite)
     flat = x_adv.flatten(1)
     first(~flat.isfinite().all(1), "the attack returned NaN or infinite pixels", NotFinite)
     first(((flat < 0) | (flat > 1)).any(1), "the attack left [0, 1]")

@@ -10,3 +10,4 @@ from gsem.data.registry import SOURCES as SOURCES
 from gsem.data.registry import load as load
 from gsem.data.source import Source as Source
 from gsem.data.source import Split as Split
+from gsem.data.subset import balanced as balanced

@@ -1,0 +1,260 @@
+"""Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum that halves its own step; with targets, APGD-T."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gsem.attacks._core import (
+    NOT_FINITE,
+    Images,
+    Labels,
+    Norm,
+    NotFinite,
+    Observer,
+    Step,
+    ascend,
+    check_arguments,
+    check_result,
+    expected,
+    expected_gradient,
+    expected_logits,
+    project,
+    random_start,
+    resolve_loss,
+)
+from gsem.attacks._standing import Run, Settling, cascade, confirmation
+from gsem.losses import Loss, dlr_towards, margin_towards
+from gsem.streams import generator, split, stream
+
+# The paper's constants: share of rising steps below which the step is halved, momentum, first and last checkpoint.
+RHO = 0.75
+MOMENTUM = 0.75
+FIRST, LESS, LEAST = 0.22, 0.03, 0.06
+
+
+def apgd(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    steps: int = 100,
+    restarts: int = 1,
+    loss: str | Loss = "ce",
+    targets: int | None = None,
+    eot: int = 1,
+    settle: bool = True,
+    seed: int = 0,
+    init: Images | None = None,
+    observe: Observer | None = None,
+) -> Images:
+    """Auto-PGD: no step size to tune. Gradients, the losses that steer the step, and decisions average over draws.
+
+    Args:
+        model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode.
+        x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
+        eps: radius of the ball, in the unit of the images.
+        steps: gradients per restart (and target).
+        restarts: independent random starts; later ones work on the images that still stand.
+        loss: "ce", "margin", "dlr", or a function (logits [b, k], y [b]) → [b], to be raised.
+        targets: APGD-T: instead of `loss`, the targeted DLR loss towards each of the so many wrong classes with the
+            highest clean logits (the standard's 9), one after the other.
+        eot: draws of the model's noise that every gradient, loss and decision is averaged over.
+        settle: whether an image is left alone once it is broken; False follows every path to its end.
+        seed: of the random starts and of the model's noise. The caller's random state is not changed.
+        init: starting points [b, c, h, w] instead of random ones.
+        observe: called with a `Step` at every iterate.
+
+    Returns:
+        x_adv [b, c, h, w], within eps of x and within [0, 1]: a broken point of each image where one was found,
+        else that with the highest loss of the path.
+
+    Raises:
+        ValueError: arguments out of range, BatchNorm in train mode, too few classes for the loss, NaN logits.
+
+    Warns:
+        UserWarning: where fewer than four classes leave no targeted DLR, and the targeted margin is used.
+    """
+    counts = {"steps": steps, "restarts": restarts, "eot": eot} | ({} if targets is None else {"targets": targets})
+    check_arguments(model, x, y, eps=eps, norm=norm, **counts)
+    if init is not None and (init.shape != x.shape or restarts != 1):
+        raise ValueError(f"init must have x's shape {tuple(x.shape)} and goes with restarts=1")
+    objective = resolve_loss(loss)
+    if not len(x):
+        return x.clone()
+    how: dict[str, Any] = {"eps": eps, "norm": norm, "steps": steps, "eot": eot}
+    with stream(split(seed, "model"), x.device):
+        confirm = confirmation(model, x) if settle else None
+        classes = [None] if targets is None else _targets(model, x, y, targets, eot)
+
+        def run(target: Tensor | None) -> Run:
+            def climb(rows: Tensor, seed: int, observe: Observer | None) -> Images:
+                if init is None:
+                    start = random_start(x[rows], eps, norm, generator(seed, "start", device=x.device))
+                else:
+                    start = project(init[rows], x[rows], eps, norm)
+                path = _Path.begin(start, x[rows], y[rows], None if target is None else target[rows], eps)
+                with stream(split(seed, "model"), x.device):
+                    return _climb(model, path, objective, confirm=confirm, observe=observe, **how)
+
+            return climb
+
+        runs = [run(target) for _ in range(restarts) for target in classes]
+        x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm or 0, settle=settle, seed=seed, observe=observe)
+    return check_result(x_adv, x, eps=eps, norm=norm)
+
+
+def _targets(model: nn.Module, x: Images, y: Labels, targets: int, eot: int) -> list[Tensor]:
+    """For the 1st, 2nd, … target: [b] the wrong class whose mean logit on the clean image comes 1st, 2nd, …"""
+    logits = expected_logits(model, x, eot).scatter(1, y[:, None], float("-inf"))
+    if logits.shape[1] < 4:
+        warnings.warn(
+            f"the targeted DLR loss needs 4 classes, the model has {logits.shape[1]}: the targeted margin is used",
+            stacklevel=3,
+        )
+    return list(logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices.T)
+
+
+def checkpoints(steps: int) -> Iterator[int]:
+    """Numbers of gradients after which the step may be halved: 22, 41, 57, 70, 80, 87, 93, 99 of 100 (section 3.1)."""
+    at, gap = 0, max(1, int(FIRST * steps))
+    while at + gap < steps:
+        at += gap
+        yield at
+        gap = max(gap - max(1, int(LESS * steps)), max(1, int(LEAST * steps)))
+
+
+@dataclass
+class _Path:
+    """APGD's state, a row per image: settled ones leave it."""
+
+    rows: Tensor
+    x: Tensor
+    y: Tensor
+    target: Tensor | None
+    x_adv: Tensor
+    before: Tensor
+    """The iterate before x_adv."""
+    value: Tensor
+    """Loss at x_adv."""
+    best: Tensor
+    best_grad: Tensor
+    best_value: Tensor
+    checked: Tensor
+    """Best loss at the last checkpoint."""
+    step: Tensor
+    halved: Tensor
+    """Whether the step was halved at the last checkpoint."""
+    rose: Tensor
+    """Steps since then at which the loss rose."""
+
+    @classmethod
+    def begin(cls, start: Images, x: Images, y: Labels, target: Tensor | None, eps: float) -> "_Path":
+        low = x.new_full((len(x),), float("-inf"))
+        return cls(
+            rows=torch.arange(len(x), device=x.device),
+            x=x,
+            y=y,
+            target=target,
+            x_adv=start,
+            before=start,
+            value=low,
+            best=start,
+            best_grad=torch.zeros_like(x),
+            best_value=low,
+            checked=low,
+            step=x.new_full((len(x), 1, 1, 1), 2 * eps),
+            halved=torch.ones(len(x), dtype=torch.bool, device=x.device),
+            rose=torch.zeros(len(x), dtype=torch.int64, device=x.device),
+        )
+
+    def keep(self, which: Tensor) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                setattr(self, field.name, value[which])
+
+    def loss(self, objective: Loss) -> Loss:
+        target = self.target
+        if target is None:
+            return objective
+        return lambda logits, y: (dlr_towards if logits.shape[1] > 3 else margin_towards)(target)(logits, y)
+
+    def judged(self, value: Tensor, grad: Tensor | None) -> None:
+        """Take in the loss (and its gradient) at x_adv."""
+        self.rose += (value > self.value) & self.value.isfinite()  # (the start has nothing to rise from)
+        self.value = value
+        better = value > self.best_value
+        self.best_value = torch.where(better, value, self.best_value)
+        pick = better[:, None, None, None]
+        self.best = torch.where(pick, self.x_adv, self.best)
+        if grad is not None:
+            self.best_grad = torch.where(pick, grad, self.best_grad)
+
+    def check(self, since: int, grad: Tensor) -> Tensor:
+        """At a checkpoint, `since` steps after the last: halve the steps that no longer pay, and go back to the best
+        point there. Returns the gradient at the points from which the path goes on."""
+        stuck = ~self.halved & (self.checked >= self.best_value)
+        halve = (self.rose <= RHO * since) | stuck
+        pick = halve[:, None, None, None]
+        self.step = torch.where(pick, self.step / 2, self.step)
+        self.x_adv = torch.where(pick, self.best, self.x_adv)
+        self.halved, self.checked = halve, self.best_value
+        self.rose = torch.zeros_like(self.rose)
+        return torch.where(pick, self.best_grad, grad)
+
+
+def _climb(
+    model: nn.Module,
+    path: _Path,
+    objective: Loss,
+    *,
+    eps: float,
+    norm: Norm,
+    steps: int,
+    eot: int,
+    confirm: int | None,
+    observe: Observer | None,
+) -> Images:
+    """One restart. `confirm` None follows every path to its end."""
+    result = path.x_adv.clone()
+    settling = None if confirm is None else Settling(model, path.x, path.y, confirm)
+    marks, last = checkpoints(steps), 0
+    mark = next(marks, None)
+    for number in range(steps + 1):
+        ends = number == steps
+        grad: Tensor | None = None
+        if ends:
+            value, wrong = expected(model, path.x_adv, path.y, path.loss(objective), eot)
+        else:
+            value, wrong, grad = expected_gradient(model, path.x_adv, path.y, path.loss(objective), eot)
+        if not bool(value.isfinite().all()):
+            raise NotFinite(
+                f"image {int(path.rows[(~value.isfinite()).nonzero()[0, 0]])} of the attacked batch: {NOT_FINITE}"
+            )
+        if observe is not None:
+            observe(Step(path.rows, number, path.x_adv, value, wrong))
+        path.judged(value, grad)
+        if settling is not None:
+            broken = settling(path.x_adv, value, wrong, path.rows)
+            if bool(broken.any()):
+                result[path.rows[broken]] = path.x_adv[broken]
+                path.keep(~broken)
+                grad = None if grad is None else grad[~broken]
+        if grad is None or not len(path.rows):
+            break
+        if number == mark:
+            grad, last, mark = path.check(number - last, grad), number, next(marks, None)
+        ahead = ascend(path.x_adv, path.x, grad, path.step, eps, norm)
+        if number:
+            # (The first step has no momentum: nothing came before it.)
+            ahead = path.x_adv + MOMENTUM * (ahead - path.x_adv) + (1 - MOMENTUM) * (path.x_adv - path.before)
+            ahead = project(ahead, path.x, eps, norm)
+        path.before, path.x_adv = path.x_adv, ahead
+    result[path.rows] = path.best
+    return result

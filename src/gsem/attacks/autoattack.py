@@ -1,0 +1,122 @@
+"""AutoAttack (Croce & Hein, ICML 2020): a fixed ensemble that asks for no tuning, each part on what still stands."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gsem.attacks._core import Images, Labels, Norm, Observer, check_arguments, check_result
+from gsem.attacks._standing import Run, cascade, confirmation, draw_schedule
+from gsem.attacks.apgd import apgd
+from gsem.attacks.fab import fab
+from gsem.attacks.square import square
+from gsem.streams import split, stream
+
+Version = Literal["standard", "plus", "rand"]
+Part = tuple[str, Callable[..., Images]]
+
+
+def parts(version: Version, classes: int, steps: int = 100, queries: int = 5000) -> list[Part]:
+    """The attacks of a version, in their order, with the reference's budgets.
+
+    standard: APGD-CE, APGD-T and FAB-T towards 9 classes, Square. plus: APGD-CE and APGD-DLR of 5 restarts, FAB of 5,
+    Square, APGD-T, FAB-T. rand: APGD-CE and APGD-DLR. Losses that need more classes than there are give way to the
+    margin (untargeted DLR needs 3 classes) or to fewer targets.
+    """
+    dlr = "dlr" if classes > 2 else "margin"
+    targets = min(9, classes - 1)
+    ce = partial(apgd, steps=steps)
+    targeted = [
+        (f"apgd-t{steps}", partial(apgd, steps=steps, targets=targets)),
+        (f"fab-t{steps}", partial(fab, steps=steps, targets=targets)),
+    ]
+    boxed: Part = (f"square{queries}", partial(square, queries=queries))
+    if version == "standard":
+        return [(f"apgd-ce{steps}", ce), *targeted, boxed]
+    if version == "rand":
+        return [(f"apgd-ce{steps}", ce), (f"apgd-{dlr}{steps}", partial(ce, loss=dlr))]
+    return [
+        (f"apgd-ce{steps}", partial(ce, restarts=5)),
+        (f"apgd-{dlr}{steps}", partial(ce, loss=dlr, restarts=5)),
+        (f"fab{steps}", partial(fab, steps=steps, restarts=5)),
+        boxed,
+        *targeted,
+    ]
+
+
+def autoattack(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    version: Version = "standard",
+    steps: int = 100,
+    queries: int = 5000,
+    eot: int = 1,
+    seed: int = 0,
+    batch_size: int | None = None,
+    observe: Observer | None = None,
+    report: Callable[[str, int], None] | None = None,
+) -> Images:
+    """The standard ensemble of parameter-free attacks, also for stochastic models.
+
+    Each attack works on the images that stand after those before it. With more than five draws the whole ensemble
+    runs with five first, and again with more on what is left then.
+
+    Args:
+        model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode.
+        x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
+        eps: radius of the ball, in the unit of the images.
+        version: "standard" (APGD-CE, APGD-T, FAB-T, Square), "plus" (more attacks and restarts), or "rand"
+            (APGD-CE and APGD-DLR: the reference's for stochastic models, where it sets eot=20).
+        steps: of APGD and FAB, per target and restart: 100 is the standard. queries: of Square: 5000 is.
+        eot: draws of the model's noise that every gradient, loss and decision is averaged over.
+        seed: of all chance. The caller's random state is not changed.
+        batch_size: images attacked at once, regrouped from those that stand; all unless told.
+        observe: called with a `Step` at every iterate.
+        report: called with each attack's name when it ends, and how many images stand.
+
+    Returns:
+        x_adv [b, c, h, w], within eps of x and within [0, 1]; an image that the model gets wrong already is itself.
+
+    Raises:
+        ValueError: arguments out of range, BatchNorm in train mode, NaN logits.
+    """
+    counts = {"steps": steps, "queries": queries, "eot": eot, "batch_size": 1 if batch_size is None else batch_size}
+    check_arguments(model, x, y, eps=eps, norm=norm, **counts)
+    if version not in ("standard", "plus", "rand"):
+        raise ValueError(f"version {version!r} is unknown: it is 'standard', 'plus' or 'rand'")
+    if not len(x):
+        return x.clone()
+
+    def run(attack: Callable[..., Images], draws: int) -> Run:
+        def on(rows: Tensor, seed: int, observe: Observer | None) -> Images:
+            return attack(model, x[rows], y[rows], eps=eps, norm=norm, eot=draws, seed=seed, observe=observe)
+
+        return on
+
+    with stream(split(seed, "model"), x.device):
+        with torch.no_grad():
+            classes = model(x[:1]).shape[1]
+        schedule = [
+            (name, attack, draws)
+            for draws in draw_schedule(eot)
+            for name, attack in parts(version, classes, steps, queries)
+        ]
+        x_adv = cascade(
+            model,
+            x,
+            y,
+            [run(attack, draws) for _, attack, draws in schedule],
+            eot=eot,
+            confirm=confirmation(model, x),
+            seed=seed,
+            batch=batch_size,
+            observe=observe,
+            told=None if report is None else lambda number, stand: report(schedule[number][0], stand),
+        )
+    return check_result(x_adv, x, eps=eps, norm=norm)

@@ -1,0 +1,185 @@
+"""Carlini & Wagner (2017): the L2 form, which minimises the perturbation itself, and the bounded margin form."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gsem.attacks._core import (
+    NOT_FINITE,
+    Images,
+    Labels,
+    NotFinite,
+    Observer,
+    Step,
+    Worst,
+    check_arguments,
+    check_result,
+    expected,
+    expected_gradient,
+    project,
+)
+from gsem.attacks._standing import confirmation, settled
+from gsem.attacks.pgd import pgd
+from gsem.losses import margin
+from gsem.streams import split, stream
+
+TOP = 1 - 1e-6  # of tanh, so that black and white pixels keep a gradient and a finite inverse
+
+
+def cw(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    *,
+    eps: float | None = None,
+    norm: str = "L2",
+    steps: int = 100,
+    c: float = 1.0,
+    searches: int = 1,
+    lr: float = 0.01,
+    kappa: float = 0.0,
+    eot: int = 1,
+    seed: int = 0,
+    observe: Observer | None = None,
+) -> Images:
+    """Carlini & Wagner's attack.
+
+    L2 form (their section V): minimise |x_adv − x|² + c · max(−margin, −kappa) by Adam over w, x_adv = (tanh w + 1)/2;
+    with several `searches`, c is searched by bisection for each image.
+
+    L∞ form, as the field uses their name with a bound: PGD on the margin, best point of the path, step eps/4.
+
+    Args:
+        model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode.
+        x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
+        eps: radius of the ball. None (L2 only): no bound; the smallest perturbation that breaks is returned.
+        norm: "L2" or "Linf".
+        steps: gradients per search.
+        c: weight of the margin in the first search.
+        searches: of c; 1 keeps the given one (the published form of the paper that this package implements).
+        lr: Adam's, in w. kappa: the margin, in logits, up to which a broken point is pushed on.
+        eot: draws of the model's noise that every gradient, loss and decision is averaged over.
+        seed: of the model's noise. The caller's random state is not changed.
+        observe: called with a `Step` at every iterate; its loss is the margin.
+
+    Returns:
+        x_adv [b, c, h, w] in [0, 1]. Bounded: within eps, a broken point of each image where one was found (points
+        that lie farther are brought into the ball and judged there), else that with the highest margin. Unbounded:
+        the nearest broken point, else the image itself.
+
+    Raises:
+        ValueError: arguments out of range, no eps for L∞, BatchNorm in train mode, NaN logits.
+    """
+    radius = math.inf if eps is None else eps
+    check_arguments(model, x, y, eps=1.0 if eps is None else eps, norm=norm, steps=steps, searches=searches, eot=eot)
+    if norm == "Linf":
+        if eps is None:
+            raise ValueError("the L∞ form of C&W is bounded: give eps (8/255 is the field's standard)")
+        how = {"eps": eps, "step": eps / 4, "steps": steps, "loss": "margin", "keep": "best"}
+        return pgd(model, x, y, **how, eot=eot, seed=seed, observe=observe)  # type: ignore[arg-type]
+    for name, value in (("c", c), ("lr", lr)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, not {value}")
+    if not kappa >= 0:
+        raise ValueError(f"kappa must be at least 0, in logits, not {kappa}")
+    if not len(x):
+        return x.clone()
+    with stream(split(seed, "model"), x.device):
+        search = _Search(model, x, y, radius, eot, kappa, observe)
+        weight, low = x.new_full((len(x),), c), x.new_zeros(len(x))
+        high = x.new_full((len(x),), math.inf)
+        for _ in range(searches):
+            if not len(search.standing):
+                break
+            reached = search.descend(weight, steps, lr)
+            high = torch.where(reached, torch.minimum(high, weight), high)
+            low = torch.where(reached, low, torch.maximum(low, weight))
+            weight = torch.where(high.isinf(), weight * 10, (low + high) / 2)
+    if eps is None:
+        return search.nearest
+    return check_result(search.worst.x, x, eps=eps, norm="L2")
+
+
+class _Search:
+    """The points found so far for each image, over all searches of c."""
+
+    def __init__(
+        self, model: nn.Module, x: Images, y: Labels, radius: float, eot: int, kappa: float, observe: Observer | None
+    ):
+        self.model, self.x, self.y = model, x, y
+        self.radius, self.eot, self.kappa, self.observe = radius, eot, kappa, observe
+        self.confirm = confirmation(model, x)
+        self.worst = Worst(x)
+        self.nearest, self.distance = x.clone(), x.new_full((len(x),), math.inf)
+        values, wrong = expected(model, x, y, margin, eot)
+        clean = settled(model, x, y, wrong, self.confirm)
+        self.worst.update(x, values, clean)
+        self.distance[clean] = 0.0
+        self.number = 0
+
+    @property
+    def standing(self) -> Tensor:
+        """Numbers of the images that are still worked on: with a bound, those not broken within it."""
+        open_ = self.distance > 0 if math.isinf(self.radius) else ~self.worst.broken
+        return open_.nonzero()[:, 0]
+
+    def descend(self, weight: Tensor, steps: int, lr: float) -> Tensor:
+        """One search: Adam from each image. Returns [b], whether it broke the image at all."""
+        rows = self.standing
+        reached = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
+        w = torch.atanh((2 * self.x[rows] - 1) * TOP)
+        first, second = torch.zeros_like(w), torch.zeros_like(w)
+        for number in range(1, steps + 1):
+            x_adv = (torch.tanh(w) + 1) / 2
+            margins, grad = self._judge(x_adv, rows, reached)
+            # d/dx_adv of |x_adv − x|² + c · max(−margin, −kappa); then through tanh.
+            pulled = (margins < self.kappa) * weight[rows]
+            slope = 2 * (x_adv - self.x[rows]) - pulled[:, None, None, None] * grad
+            slope = slope * 2 * x_adv * (1 - x_adv)
+            first = 0.9 * first + 0.1 * slope
+            second = 0.999 * second + 0.001 * slope.square()
+            stride = lr * (first / (1 - 0.9**number)) / ((second / (1 - 0.999**number)).sqrt() + 1e-8)
+            w = w - stride
+            if not math.isinf(self.radius):
+                open_ = ~self.worst.broken[rows]
+                if not bool(open_.all()):
+                    rows, w, first, second = rows[open_], w[open_], first[open_], second[open_]
+            if not len(rows):
+                return reached
+        self._judge((torch.tanh(w) + 1) / 2, rows, reached)
+        return reached
+
+    def _judge(self, x_adv: Images, rows: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep what the points are worth. Returns their margins and the margins' gradient."""
+        margins, wrong, grad = expected_gradient(self.model, x_adv, self.y[rows], margin, self.eot)
+        if not bool(margins.isfinite().all()):
+            image = int(rows[(~margins.isfinite()).nonzero()[0, 0]])
+            raise NotFinite(f"image {image} of the attacked batch: {NOT_FINITE}")
+        if self.observe is not None:
+            self.observe(Step(rows, self.number, x_adv, margins, wrong))
+            self.number += 1
+        # Only a point nearer than the nearest so far (or, bounded, any) is worth the draws that confirm it.
+        length = (x_adv - self.x[rows]).flatten(1).norm(dim=1)
+        closer = (length < self.distance[rows]) & (wrong == 1)
+        broken = torch.zeros_like(closer)
+        if bool(closer.any()):
+            at = closer.nonzero()[:, 0]
+            broken[at] = settled(self.model, x_adv[at], self.y[rows[at]], wrong[at], self.confirm)
+        self.nearest[rows[broken]] = x_adv[broken]
+        self.distance[rows[broken]] = length[broken]
+        reached[rows] |= broken | (wrong == 1)
+        if not math.isinf(self.radius):
+            self._bound(x_adv, margins, broken, length, rows)
+        return margins, grad
+
+    def _bound(self, x_adv: Images, margins: Tensor, broken: Tensor, length: Tensor, rows: Tensor) -> None:
+        """Judge within the ball. A point beyond it is brought to it, once it is broken where it is."""
+        inside = length <= self.radius
+        self.worst.update(x_adv[inside], margins[inside], broken[inside], rows[inside])
+        far = broken & ~inside
+        if bool(far.any()):
+            at = rows[far]
+            point = project(x_adv[far], self.x[at], self.radius, "L2")
+            values, wrong = expected(self.model, point, self.y[at], margin, self.eot)
+            self.worst.update(point, values, settled(self.model, point, self.y[at], wrong, self.confirm), at)

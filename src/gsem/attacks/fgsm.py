@@ -1,0 +1,29 @@
+"""The fast gradient (sign) method (Goodfellow et al. 2015): one step of full length."""
+
+from torch import nn
+
+from gsem.attacks._core import Images, Labels, Norm, Observer
+from gsem.attacks.pgd import pgd
+from gsem.losses import Loss
+
+
+def fgsm(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    loss: str | Loss = "ce",
+    eot: int = 1,
+    seed: int = 0,
+    observe: Observer | None = None,
+) -> Images:
+    """x + eps · sign of the loss's gradient (L2: eps along the gradient), clipped to [0, 1].
+
+    A weak attack: use it to compare with older figures, not to judge a model.
+
+    Args, returns and errors: as in `pgd`, with one step from the image itself.
+    """
+    how = {"eps": eps, "step": eps, "steps": 1, "init": x, "norm": norm, "loss": loss}
+    return pgd(model, x, y, **how, eot=eot, seed=seed, observe=observe)  # type: ignore[arg-type]

@@ -1,0 +1,308 @@
+"""Square Attack (Andriushchenko et al., ECCV 2020): a random search that asks the model for margins only."""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gsem.attacks._core import (
+    NOT_FINITE,
+    Images,
+    Labels,
+    Norm,
+    NotFinite,
+    Observer,
+    Step,
+    check_arguments,
+    check_result,
+    expected,
+)
+from gsem.attacks._standing import cascade, confirmation, settled
+from gsem.losses import margin
+from gsem.streams import generator, reseed, split, stream
+
+# The share of the image that a square covers is halved after each of these proposals: the paper's schedule for
+# 10000 queries, which the standard suite leaves as it is for its 5000.
+HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+# Queries of a stochastic model between two draws of fresh noise; see `_search`.
+REDRAW = 25
+
+Flat = Float[Tensor, "b d"]  # an image as one row: d = c·h·w
+
+
+def square(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    queries: int = 5000,
+    p_init: float = 0.8,
+    restarts: int = 1,
+    eot: int = 1,
+    seed: int = 0,
+    observe: Observer | None = None,
+) -> Images:
+    """Random search without gradients: squares are repainted at random, and kept where the margin rises.
+
+    The margin of a stochastic model is averaged over `eot` draws. Proposal and incumbent are compared on the same
+    draws, and every 25 queries the incumbent is asked again on new ones, which costs it that query: so neither a
+    lucky draw nor a point that fits one set of draws holds the search for long.
+
+    Args:
+        model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode; it need not be differentiable.
+        x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
+        eps: radius of the ball, in the unit of the images.
+        norm: "Linf" (perturbations of ±eps) or "L2".
+        queries: evaluations of the draw-averaged margin, for each image and restart. An image leaves with the
+            query that breaks it for good: every draw of it is wrong, and a hundred more if the model is stochastic
+            (these come on top, and so do one evaluation of each image and one of each restart's result).
+        p_init: share of the image that the first squares cover, in (0, 1].
+        restarts: independent runs, each on the images that the former left standing.
+        eot: draws of the model's noise that every margin is averaged over.
+        seed: of the squares and of the model's noise. The caller's random state is not changed.
+        observe: called with a `Step` at every query: the queried points, their margins, the share of wrong draws.
+
+    Returns:
+        x_adv [b, c, h, w], within eps of x and within [0, 1]; the point with the highest margin where none is
+        broken; x itself where the model is wrong already.
+
+    Raises:
+        ValueError: arguments out of range, BatchNorm in train mode, NaN logits (the image is named).
+
+    Source: algorithms 1 to 3 of the paper. As in its authors' code a square that would change nothing is not asked
+    for; squares reach every row and column, where that code spares the last ones.
+    """
+    check_arguments(model, x, y, eps=eps, norm=norm, queries=queries, restarts=restarts, eot=eot)
+    if not 0 < p_init <= 1:
+        raise ValueError(f"p_init must be a share of the image in (0, 1], not {p_init}")
+    x = x.detach()
+    confirm = confirmation(model, x)
+    squares = (_Linf if norm == "Linf" else _L2)(eps, p_init)
+
+    how: dict[str, Any] = {"queries": queries, "eot": eot, "confirm": confirm}
+
+    def run(rows: Tensor, seed: int, observe: Observer | None) -> Images:
+        return _search(model, x[rows], y[rows], squares, **how, seed=seed, observe=observe)
+
+    runs = [run] * restarts
+    x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, observe=_only_finite(observe))
+    return check_result(x_adv, x, eps=eps, norm=norm)
+
+
+def _only_finite(observe: Observer | None) -> Observer:
+    """The search compares margins, and a NaN would pass for a low one; observers know the image's number."""
+
+    def see(step: Step) -> None:
+        bad = ~step.loss.isfinite()
+        if bool(bad.any()):
+            raise NotFinite(f"image {int(step.rows[bad][0])} of the attacked batch: {NOT_FINITE}")
+        if observe is not None:
+            observe(replace(step, x=step.x.clone()))  # the search works in place
+
+    return see
+
+
+def _share(p_init: float, proposal: int) -> float:
+    """The share of the image that the proposal of this number, from 0, covers."""
+    return p_init / 2 ** bisect_left(HALVED_AFTER, proposal)
+
+
+@dataclass
+class _Patch:
+    """Pixels to repaint in each image: their numbers in its row, their values now and their proposed ones."""
+
+    at: Int[Tensor, "b n"]
+    old: Float[Tensor, "b n"]
+    new: Float[Tensor, "b n"]
+
+
+def _search(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    squares: "_Squares",
+    *,
+    queries: int,
+    eot: int,
+    confirm: int,
+    seed: int,
+    observe: Observer | None,
+) -> Images:
+    """One run on images that stand; `confirm` is 0 for a deterministic model.
+
+    A stochastic model gets the same noise, query after query, until it is redrawn. Two points that differ by a
+    small square then differ by that square's effect, and not by the far larger one of their noise. With the noise
+    the incumbent's margin is measured anew: the maximum over many draws, kept, would freeze the search. The same
+    holds, with less precision, for a model whose noise does not come from torch's stream.
+
+    Only the square's own pixels are read and written; no query costs a pass over the images but the model's.
+    """
+    chance = generator(seed, "squares", device=x.device)
+    shape = x.shape[1:]
+    found = squares.start(x, chance).flatten(1)
+    rows = torch.arange(len(x), device=x.device)
+    x, z = x.flatten(1), found.clone()
+    best = x.new_full((len(x),), float("-inf"))
+    drawn = 0
+    with stream(split(seed, "model"), x.device):
+        for number in range(queries):
+            if confirm and number - drawn == REDRAW:
+                drawn = number
+            patches: list[_Patch] = []
+            if number == drawn:
+                best = torch.full_like(best, float("-inf"))  # the incumbent is the proposal
+            elif number:
+                patches = squares.propose(z, x, shape, number - 1, chance)
+            for patch in patches:
+                z.scatter_(1, patch.at, patch.new)
+            if confirm:
+                reseed(split(seed, "noise", drawn), x.device)
+            point = z.view(-1, *shape)
+            values, wrong = expected(model, point, y, margin, eot)
+            if observe is not None:
+                observe(Step(rows, number, point, values, wrong))
+            if confirm:
+                reseed(split(seed, "confirm", number), x.device)
+            broken = settled(model, point, y, wrong, confirm)
+            better = broken | (values > best)
+            best = torch.where(better, values, best)
+            for patch in patches:
+                z.scatter_(1, patch.at, torch.where(better[:, None], patch.new, patch.old))
+            if bool(broken.any()):
+                found[rows[broken]] = z[broken]
+                rows, x, y, z, best = (t[~broken] for t in (rows, x, y, z, best))
+                if not len(rows):
+                    break
+                # Noise belongs to places in the batch: those who moved up meet other noise.
+                drawn = number + 1 if confirm else drawn
+    found[rows] = z
+    return found.view(-1, *shape)
+
+
+@dataclass
+class _Squares:
+    """What is proposed, for one norm. The places of a square's pixels are kept from query to query."""
+
+    eps: float
+    p_init: float
+    side: int = 0
+    offsets: Int[Tensor, " n"] = field(default_factory=lambda: torch.empty(0))
+
+    def start(self, x: Images, chance: torch.Generator) -> Images:
+        """The first points [b, c, h, w], on the ball's surface but for the clipping to [0, 1]."""
+        raise NotImplementedError
+
+    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, chance: torch.Generator) -> list[_Patch]:
+        """Patches of the points z around the images x, to be laid one over the other."""
+        raise NotImplementedError
+
+    def fit(self, side: int, shape: torch.Size, device: torch.device) -> None:
+        """Squares have this many pixels a side from now on."""
+        c, h, w = shape
+        self.side = side
+        channel, line, column = (torch.arange(n, device=device) for n in (c, side, side))
+        self.offsets = (channel[:, None, None] * h * w + line[:, None] * w + column).flatten()
+
+
+def _corners(b: int, side: int, shape: torch.Size, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Top and left [b, 1] of a random square in each image."""
+    _, h, w = shape
+    top, left = (torch.randint(n - side + 1, (b, 1), generator=chance, device=chance.device) for n in (h, w))
+    return top, left
+
+
+def _signs(*shape: int, like: Tensor, chance: torch.Generator) -> Tensor:
+    return torch.randint(2, shape, generator=chance, device=chance.device).to(like.dtype) * 2 - 1
+
+
+class _Linf(_Squares):
+    """Squares of one colour: in every channel x + eps or x − eps."""
+
+    def start(self, x: Images, chance: torch.Generator) -> Images:
+        """Vertical stripes, one pixel wide."""
+        b, c, _, w = x.shape
+        return (x + self.eps * _signs(b, c, 1, w, like=x, chance=chance)).clamp(0, 1)
+
+    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, chance: torch.Generator) -> list[_Patch]:
+        c, h, w = shape
+        side = min(max(round((_share(self.p_init, proposal) * h * w) ** 0.5), 1), h, w)
+        if side != self.side:
+            self.fit(side, shape, z.device)
+        top, left = _corners(len(z), side, shape, chance)
+        at = top * w + left + self.offsets
+        old, under = z.gather(1, at), x.gather(1, at)
+        offset = (self.eps * _signs(len(z), c, like=z, chance=chance)).repeat_interleave(side * side, 1)
+        new = (under + offset).clamp(0, 1)
+        # Nothing is learnt from a square that is painted so already: it gets the opposite colour.
+        idle = (new == old).all(1, keepdim=True)
+        return [_Patch(at, old, torch.where(idle, (under - offset).clamp(0, 1), new))]
+
+
+class _L2(_Squares):
+    """Squares with a positive and a negative bump, paid for by the perturbation of another square (algorithm 3)."""
+
+    tile: Float[Tensor, "2 n"]  # the bumps one above the other, and side by side
+
+    def start(self, x: Images, chance: torch.Generator) -> Images:
+        """About five by five squares, each with a sign of its own."""
+        b, c, h, w = x.shape
+        side = max(1, min(h, w) // 5)
+        high, wide = h // side, w // side
+        upright = torch.randint(2, (b, 1, high, 1, wide, 1), generator=chance, device=x.device) > 0
+        tile = _bumps(side).to(x)
+        tiles = torch.where(upright, tile[:, None], tile.T[:, None])  # [b, 1, high, side, wide, side]
+        tiles = tiles * _signs(b, c, high, 1, wide, 1, like=x, chance=chance)
+        offset = torch.zeros_like(x)
+        top, left = (h - high * side) // 2, (w - wide * side) // 2
+        offset[:, :, top : top + high * side, left : left + wide * side] = tiles.reshape(b, c, high * side, -1)
+        length = offset.flatten(1).norm(dim=1)[:, None, None, None]
+        return (x + offset * (self.eps / length)).clamp(0, 1)
+
+    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, chance: torch.Generator) -> list[_Patch]:
+        (b, _), (c, h, w) = z.shape, shape
+        side = max(round((_share(self.p_init, proposal) * h * w) ** 0.5), 3)
+        side = min(side + 1 - side % 2, h, w)
+        if side != self.side:
+            self.fit(side, shape, z.device)
+            self.tile = torch.stack([_bumps(side), _bumps(side).T]).flatten(1).to(z)
+        (top, left), (top2, left2) = (_corners(b, side, shape, chance) for _ in range(2))
+        at, at2 = top * w + left + self.offsets, top2 * w + left2 + self.offsets
+        old, old2, under, under2 = z.gather(1, at), z.gather(1, at2), x.gather(1, at), x.gather(1, at2)
+        offset, offset2 = (old - under).view(b, c, -1), (old2 - under2).view(b, c, -1)
+
+        # The second square is wiped out; what both held, and what clipping had left of eps, goes to the first.
+        line = torch.arange(side, device=z.device)
+        lines, columns = ((line + d >= 0) & (line + d < side) for d in (top2 - top, left2 - left))
+        shared = (lines[:, :, None] & columns[:, None, :]).view(b, 1, -1)
+        held = offset.square().sum(2) + offset2.square().masked_fill(shared, 0).sum(2)
+        spare = (self.eps**2 - (z - x).square().sum(1, keepdim=True)).clamp_min(0)
+        which = torch.randint(2, (b,), generator=chance, device=z.device)
+        bumps = self.tile[which][:, None] * _signs(b, c, 1, like=z, chance=chance)
+        paint = _unit(bumps + _unit(offset)) * (held + spare / c).sqrt()[:, :, None]
+        return [_Patch(at2, old2, under2), _Patch(at, old, (under + paint.flatten(1)).clamp(0, 1))]
+
+
+def _unit(offset: Float[Tensor, "b c n"]) -> Float[Tensor, "b c n"]:
+    return offset / offset.norm(dim=2, keepdim=True).clamp_min(1e-12)
+
+
+def _bumps(side: int) -> Float[Tensor, "side side"]:
+    """A bump above its negative, of length 1: the paper's equation 2."""
+    half = side // 2
+    tile = torch.cat([_bump(half, side), -_bump(side - half, side)])
+    return tile / tile.norm()
+
+
+def _bump(high: int, wide: int) -> Float[Tensor, "high wide"]:
+    """A peak in the middle: at distance r (in rows or columns, the larger) the sum of 1/k² for all k > r; length 1."""
+    if not high:
+        return torch.empty(0, wide)
+    height = (1 / torch.arange(1.0, max(high, wide) // 2 + 2).square()).flip(0).cumsum(0).flip(0)
+    line, column = ((torch.arange(n) - n // 2).abs() for n in (high, wide))
+    bump = height[torch.maximum(line[:, None], column)]
+    return bump / bump.norm()

@@ -1,0 +1,55 @@
+"""Points that other models are broken by: what an attacker reaches without this model's gradient."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from gsem.attacks._core import Images, Labels, Norm, Observer, check_arguments, check_eval_mode, check_result
+from gsem.attacks._standing import Run, cascade, confirmation
+from gsem.attacks.apgd import apgd
+from gsem.streams import split, stream
+
+
+def transfer(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    *,
+    sources: Sequence[nn.Module],
+    eps: float,
+    norm: Norm = "Linf",
+    steps: int = 100,
+    losses: Sequence[str] = ("ce", "margin"),
+    eot: int = 1,
+    seed: int = 0,
+    observe: Observer | None = None,
+) -> Images:
+    """APGD on every source with every loss, to the path's end; the points are judged by `model`.
+
+    Args:
+        sources: models of the same images and classes, each of them in eval mode: another network, another
+            checkpoint, this one without its noise. The attack does not stop when the source is broken: a point
+            that breaks it barely does not transfer.
+        steps: gradients on a source, for each loss.
+        eot: draws of `model`'s noise that decide, and of a source's that its gradients are averaged over.
+
+    The other arguments, what is returned and raised: as in `apgd`.
+    """
+    check_arguments(model, x, y, eps=eps, norm=norm, steps=steps, eot=eot)
+    if not sources:
+        raise ValueError("transfer needs at least one source: a model whose adversarial examples are tried on this one")
+    for source in sources:
+        check_eval_mode(source)
+
+    def run(source: nn.Module, loss: str) -> Run:
+        def climb(rows: Tensor, seed: int, observe: Observer | None) -> Images:
+            how = {"eps": eps, "norm": norm, "steps": steps, "loss": loss, "eot": eot}
+            return apgd(source, x[rows], y[rows], **how, settle=False, seed=seed, observe=observe)  # type: ignore[arg-type]
+
+        return climb
+
+    with stream(split(seed, "model"), x.device):
+        runs = [run(source, loss) for source in sources for loss in losses]
+        confirm = confirmation(model, x)
+        x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, observe=observe)
+    return check_result(x_adv, x, eps=eps, norm=norm)

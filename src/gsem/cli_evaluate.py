@@ -1,0 +1,179 @@
+"""gsem evaluate and gsem verify: from what a user names to model, images and attacks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from gsem.checkpoint import load_model
+from gsem.data import Split, balanced, load, to_float
+from gsem.device import device_named
+from gsem.evaluate import evaluate
+from gsem.insert import normalized
+from gsem.options import EvaluateOptions, VerifyOptions, parse
+from gsem.progress import AttackBar, percent
+from gsem.result import Result, with_ending
+from gsem.show import show_as_published, show_result
+from gsem.suite import SUITES, Attack, parse_attacks
+from gsem.verify import verify
+
+DEFAULT = "clean,pgd:steps=100"
+# Means and standard deviations of the training pixels in [0, 1], as the field's code normalises with.
+NORMALIZATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def evaluate_command(console: Console, words: list[str]) -> None:
+    if "--model" in words[:-1]:  # as an option too: gsem evaluate --model package.module:function
+        at = words.index("--model")
+        words = [words[at + 1], *words[:at], *words[at + 2 :]]
+    evaluate_model(console, parse(EvaluateOptions, "evaluate", words))
+
+
+def evaluate_model(console: Console, o: EvaluateOptions) -> Result:
+    """Attack, show and save, as the options say."""
+    attacks = _attacks(o)
+    model, meta = _model(o.model, o)
+    sources = {spec: _model(spec, o)[0] for spec in o.source}
+    where = o.data or meta.get("recipe", {}).get("data")
+    if where is None:
+        raise ValueError(f"{o.model} does not tell its data: give --data")
+    data_path = o.data_path or (None if o.data else meta.get("recipe", {}).get("data_path"))
+    source = load(where, data_path)
+    eps = o.eps
+    if eps is None:
+        eps = 0.5 if o.norm == "L2" else meta.get("data", {}).get("eps", source.eps)
+    test = source.test()
+    subset = {"kind": "all" if o.images is None else "first" if o.first else "balanced", "images": o.images}
+    chosen = _subset(test, subset)
+    x, y = to_float(chosen.x), chosen.y
+    _check_fit(meta, x)
+    told = f"{o.model} on {source.name}: {_told(subset, len(x), len(test))}"
+    run = Path(o.model)
+    out = o.out or _unused(run / "evaluation" if run.is_dir() else Path("evaluation"))
+    device = device_named(o.device)
+    with AttackBar(console) as bar:
+        result = evaluate(
+            model.to(device),
+            x.to(device),
+            y.to(device),
+            attacks,
+            eps=eps,
+            norm=o.norm,
+            draws=o.draws,
+            seed=o.seed,
+            batch=o.batch,
+            sources={name: other.to(device) for name, other in sources.items()},
+            frozen=o.frozen,
+            keep_images=o.keep_images,
+            save=out,
+            about={"model": o.model, "data": where, "data_path": data_path, "subset": subset},
+            report=bar,
+        )
+    show_result(console, result, told)
+    if o.suite in ("paper", "published") and result.facts["stochastic"]:
+        show_as_published(console, result)
+    saved = with_ending(out, "")
+    console.print(f"saved in {saved}.json and {saved}.npz", soft_wrap=True)
+    return result
+
+
+def verify_command(console: Console, words: list[str]) -> None:
+    o = parse(VerifyOptions, "verify", words)
+    result = Result.load(o.result)
+    model, meta = _model(o.model, o)
+    about = result.facts.get("about", {})
+    where = o.data or about.get("data") or meta.get("recipe", {}).get("data")
+    if where is None:
+        raise ValueError(f"{o.result} does not tell its data: give --data")
+    test = load(where, o.data_path or about.get("data_path")).test()
+    chosen = _subset(test, about.get("subset", {"kind": "first", "images": len(result.y)}))
+    device = device_named(o.device)
+    x, y = to_float(chosen.x).to(device), chosen.y.to(device)
+    found = verify(result, model.to(device), x, y, draws=o.draws, seed=o.seed)
+    problems = 0
+    for one in found:
+        console.print(
+            f"{one.name:<32} saved {percent(one.saved)}  again {percent(one.again)}  " + _verdict(one.problems)
+        )
+        for problem in one.problems:
+            console.print(f"  {problem}")
+            problems += 1
+    if problems:
+        raise ValueError(f"{o.result}: {problems} of its claims do not hold (above)")
+    console.print(f"{len(result.y)} images: bounds, labels, distances and accuracies hold")
+
+
+def _verdict(problems: list[str]) -> str:
+    return "does not hold:" if problems else "holds"
+
+
+def _attacks(o: EvaluateOptions) -> list[Attack] | str:
+    """Of the suite (by name: `evaluate` completes it for the model) or of the list."""
+    if o.suite is not None and o.attacks is not None:
+        raise ValueError("give --suite or --attacks, not both")
+    if o.suite is not None and o.suite not in SUITES:
+        raise ValueError(f"suite {o.suite!r} is unknown: it is one of {', '.join(SUITES)}")
+    if o.suite is not None:
+        return o.suite
+    attacks = parse_attacks(o.attacks or DEFAULT)
+    if o.source and not any(a.name == "transfer" for a in attacks):
+        attacks.append(Attack("transfer"))
+    return attacks
+
+
+def _model(spec: str, o: Any) -> tuple[nn.Module, dict[str, Any]]:
+    model, meta = load_model(spec, name=o.name, num_classes=o.num_classes, levels=o.levels, noise=o.noise)
+    if o.normalize is None or meta:  # (a model of this package takes pixels)
+        return model, meta
+    return normalized(model, *_normalization(o.normalize)).eval(), meta
+
+
+def _normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if text in NORMALIZATION:
+        return NORMALIZATION[text]
+    try:
+        mean, std = (tuple(float(word) for word in part.split(",")) for part in text.split("/"))
+    except ValueError:
+        known = ", ".join(NORMALIZATION)
+        raise ValueError(
+            f"--normalize {text!r} is none of {known}, nor MEAN/STD like 0.5,0.5,0.5/0.2,0.2,0.2"
+        ) from None
+    return mean, std
+
+
+def _subset(test: Split, subset: dict[str, Any]) -> Split:
+    kind, images = subset["kind"], subset["images"]
+    if images is not None and images < 1:
+        raise ValueError(f"--images must be at least 1, not {images}")
+    if kind == "all" or images >= len(test):
+        return test
+    picked = torch.arange(images) if kind == "first" else balanced(test.y, images)
+    return Split(test.x[picked], test.y[picked])
+
+
+def _told(subset: dict[str, Any], images: int, of: int) -> str:
+    if images == of:
+        return f"{of} test images"
+    kind = "the first" if subset["kind"] == "first" else "a fixed, class-balanced subset of"
+    return f"{kind} {images} of {of} test images"
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number behind it: an earlier evaluation is not overwritten."""
+    free, number = path, 1
+    while free.with_name(f"{free.name}.npz").exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _check_fit(meta: dict[str, Any], x: Tensor) -> None:
+    if meta and list(x.shape[1:]) != meta["data"]["shape"]:
+        raise ValueError(f"the model was trained on images {meta['data']['shape']}, these are {list(x.shape[1:])}")

@@ -1,0 +1,336 @@
+"""RayS on models whose answer is known, and against a slow, image-by-image account of its blocks."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import gsem
+from gsem.attacks import NotFinite, Step, counting
+from gsem.attacks.rays import rays
+from gsem.attacks.square import square
+from gsem.predict import correct_draws
+
+module = import_module("gsem.attacks.rays")  # in gsem.attacks the name is the function's
+
+
+class Landscape(nn.Module):
+    """Two classes whose margin, for label 0, is f(x): wrong where f > 0."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.f(x.flatten(1))
+        return torch.stack([torch.zeros_like(value), value], dim=1)
+
+
+class Quantised(nn.Module):
+    """What is in front of `model` has no gradient, and hardly changes an image."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((x.detach() * 31).round() / 31)
+
+
+def chance(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(b: int = 16, c: int = 1, side: int = 8, seed: int = 1) -> Tensor:
+    return torch.rand((b, c, side, side), generator=chance(seed))
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), dtype=torch.int64)
+
+
+def size(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
+    offset = (x_adv - x).flatten(1).double()
+    return offset.abs().amax(1) if norm == "Linf" else offset.norm(dim=1)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network trained for two seconds, and 120 test digits that it gets right."""
+    source = gsem.data.load("digits")
+    train, test = source.training()[0], source.test()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 32), nn.ReLU())
+    model.append(nn.Linear(32, 10))
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(400):
+        rows = torch.randint(len(train.x), (128,))
+        optimiser.zero_grad()
+        F.cross_entropy(model(train.x[rows].float() / 255), train.y[rows]).backward()
+        optimiser.step()
+    x, y = test.x.float() / 255, test.y
+    with torch.no_grad():
+        right = (model.eval()(x).argmax(1) == y).nonzero()[:120, 0]
+    return model.requires_grad_(False), x[right], y[right]
+
+
+# --- how strong it is --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.3), ("L2", 2.4)])
+def test_a_network_without_gradient_is_broken(digits, norm, eps):
+    model, x, y = digits
+    masked = Quantised(model)
+    x_adv = rays(masked, x, y, eps=eps, norm=norm, queries=600)
+    assert (masked(x_adv).argmax(1) == y).double().mean() < 0.05
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_shortest_ray_of_a_linear_model_is_found(norm):
+    """Along a sign direction of radius r, the best gain is r·‖w‖₁ (L2: divided by √d), where nothing is clipped."""
+    w = torch.randn(48, generator=chance())
+    x = 0.4 + 0.2 * images(40, 3, 4)
+    bias = (x.flatten(1) @ w).max() + 0.3
+    depth = bias - x.flatten(1) @ w
+    amount = (depth / w.abs().sum()).median().item()
+    radius = amount if norm == "Linf" else amount * 48**0.5
+    model = Landscape(lambda x: x @ w - bias)
+    x_adv = rays(model, x, zeros(x), eps=radius, norm=norm, queries=2000)
+    wrong = model(x_adv).argmax(1) == 1
+    shortest = depth / w.abs().sum()
+    near, far = shortest < 0.97 * amount, shortest > 1.0001 * amount
+    assert near.sum() > 10 and wrong[near].all()
+    assert far.sum() > 10 and not wrong[far].any()
+    # Where it fails, the ray is nearly the best there is, at radius eps.
+    assert ((x_adv - x).flatten(1)[far] @ w > 0.98 * amount * w.abs().sum()).all()
+
+
+def test_what_square_finds_with_margins_rays_finds_with_labels(digits):
+    model, x, y = digits
+    by_margin = model(square(model, x, y, eps=0.1, queries=600)).argmax(1) != y
+    by_label = model(rays(model, x, y, eps=0.1, queries=600)).argmax(1) != y
+    assert by_label.double().mean() > 0.2 and by_label.sum() > 0.6 * by_margin.sum()
+
+
+# --- blocks and binary search ------------------------------------------------------------------------------------
+
+
+def test_blocks_are_halved_down_to_pixels_and_then_begin_anew_in_another_order():
+    x = 0.5 * torch.ones(2, 1, 3, 4)
+    seen: list[Step] = []
+    rays(Landscape(lambda x: -1 - x[:, 0]), x, zeros(x), eps=0.1, queries=51, observe=seen.append)
+    assert torch.equal(seen[0].x, x)
+    blocks = []
+    for width in (12, 6, 3, 2, 1):
+        blocks += [range(first, first + width) for first in range(0, 12, width)]
+    assert len(blocks) == 25
+    for s, block in zip(seen[1:26], blocks, strict=True):
+        for point in s.x.flatten(1):  # nothing is known to be wrong: at radius 1, the corners of the cube
+            assert [i for i in range(12) if point[i] == 0] == list(block)
+            assert set(point.tolist()) <= {0.0, 1.0}
+    again = torch.stack([s.x.flatten(1) == 0 for s in seen[26:]])  # [25, 2, 12]
+    widths = torch.tensor([len(block) for block in blocks])
+    assert torch.equal(again.sum(2), widths[:, None].expand(25, 2))
+    for level in (again[1:3], again[3:7], again[13:]):
+        assert (level.sum(0) == 1).all()  # blocks of a level share out the pixels
+    assert not torch.equal(again[13:, 0], again[13:, 1])  # each image has an order of its own
+
+
+def test_the_radius_is_found_by_halving():
+    """Two pixels, wrong where the first exceeds 0.7: the radius is 0.2 where it goes up."""
+    x = torch.full((1, 1, 1, 2), 0.5)
+    seen: list[Step] = []
+    rays(Landscape(lambda x: x[:, 0] - 0.7), x, zeros(x), eps=0.15, queries=13, observe=seen.append)
+    asked = [s.x.flatten().tolist() for s in seen]
+    # The image; both flipped, the first, the second: that one is wrong at radius 1.
+    assert asked[:4] == [[0.5, 0.5], [0, 0], [0, 1], [1, 0]]
+    low, high = 0.0, 1.0
+    for first, second in asked[4:]:
+        middle = (low + high) / 2
+        assert (first, second) == pytest.approx((0.5 + middle, 0.5 - middle))
+        low, high = (low, middle) if first > 0.7 else (middle, high)
+    assert high - low < 0.002 and low < 0.2 < high
+
+
+def test_a_kept_flip_shortens_the_ray(digits):
+    """A slow account, image by image, of what was asked: the final ray is the shortest wrong one."""
+    model, x, y = digits
+    x, y = x[:20], y[:20]
+    seen: list[Step] = []
+    eps = 0.04
+    x_adv = rays(model, x, y, eps=eps, queries=300, observe=seen.append)
+    shortest, point = torch.full((20,), 9.0), x.clone()
+    for s in seen[1:]:
+        radius = (s.x - x[s.rows]).flatten(1).abs().amax(1)
+        for i, row in enumerate(s.rows.tolist()):
+            if s.wrong[i] == 1 and radius[i] < shortest[row]:
+                shortest[row], point[row] = radius[i], s.x[i]
+    broken = model(x_adv).argmax(1) != y
+    assert torch.equal(broken, shortest <= eps) and not broken.all()
+    assert torch.equal(x_adv[broken], point[broken])
+    # Elsewhere the point lies at eps, on the side of the shortest wrong point.
+    offset, towards = (x_adv - x)[~broken], (point - x)[~broken]
+    assert ((offset * towards >= 0) | (towards.abs() < 1e-6)).double().mean() > 0.99
+    torch.testing.assert_close(offset.abs().flatten(1).amax(1), torch.full((len(offset),), eps))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    eps=st.floats(1e-4, 2.0),
+    norm=st.sampled_from(["Linf", "L2"]),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)),
+    edge=st.sampled_from([0.0, 0.5, 1.0]),
+    noise=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 2**40),
+)
+def test_every_point_keeps_to_the_threat_model(eps, norm, shape, edge, noise, seed):
+    x = (torch.rand((3, *shape), generator=chance(seed)) * 2 - 1 + edge).clamp(0, 1)
+    w = torch.randn(x[0].numel(), generator=chance(seed))
+    model = Landscape(lambda x: x @ w - 0.5 + noise * torch.rand(len(x)))
+    seen: list[Step] = []
+    x_adv = rays(model, x, zeros(x), eps=eps, norm=norm, queries=90, seed=seed, observe=seen.append)
+    assert x_adv.shape == x.shape and x_adv.min() >= 0 and x_adv.max() <= 1
+    offset = (x_adv - x).flatten(1).double()
+    size = offset.abs().amax(1) if norm == "Linf" else offset.norm(dim=1)
+    assert (size <= eps * (1 + 1e-5) + 1e-6).all()
+    assert all(s.x.min() >= 0 and s.x.max() <= 1 for s in seen)
+
+
+# --- what it costs, and what is left alone -----------------------------------------------------------------------
+
+
+def test_broken_images_leave_as_soon_as_they_are(digits):
+    model, x, y = digits
+    y = y.clone()
+    y[::5] = (y[::5] + 1) % 10
+    seen: list[Step] = []
+    x_adv = rays(model, x, y, eps=0.1, queries=200, observe=seen.append)
+    assert torch.equal(x_adv[::5], x[::5])
+    standing = torch.ones(len(x), dtype=torch.bool)
+    for s in seen:
+        assert torch.equal(s.rows, standing.nonzero()[:, 0])
+        assert torch.equal(s.loss, s.wrong)
+        radius = (s.x - x[s.rows]).flatten(1).abs().amax(1)
+        standing[s.rows] = (s.wrong == 0) | (radius > 0.1)
+    assert 0 < standing.sum() < 0.8 * len(x)
+    assert torch.equal(model(x_adv).argmax(1) == y, standing)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("eot", [1, 4])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_the_cost_is_exact(norm, eot, noise):
+    x = images(5)
+    counted = counting(Landscape(lambda x: -9 + noise * torch.rand(len(x)) + x[:, 0]))
+    rays(counted, x, zeros(x), eps=0.1, norm=norm, queries=60, eot=eot)
+    probes = 2 if noise else 4  # is it stochastic?
+    assert counted.forwards == 5 * (probes + eot * 60)
+    assert counted.gradients == 0
+
+
+def test_the_result_does_not_depend_on_neighbours_before_the_orders_are_random(digits):
+    model, x, y = digits
+    together = rays(model, x[:12], y[:12], eps=0.06, queries=120)
+    alone = torch.cat([rays(model, x[i : i + 1], y[i : i + 1], eps=0.06, queries=120) for i in range(12)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+
+
+def test_the_process_and_the_arguments_are_left_alone():
+    model, x = gsem.create_model("gsem-resnet10x16", in_channels=1).eval(), images()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    before, copies = torch.get_rng_state(), x.clone()
+    first = rays(model, x, y, eps=0.1, queries=60, eot=2, seed=4)
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(x, copies)
+    torch.rand(3)
+    assert torch.equal(first, rays(model, x, y, eps=0.1, queries=60, eot=2, seed=4))
+
+
+# --- the expectation ---------------------------------------------------------------------------------------------
+
+
+def test_a_point_that_is_wrong_in_most_draws_is_not_broken():
+    """Wrong in nine draws of ten from a gain of 0.5 on, in all from 0.9 on: the search stops only there."""
+    w = torch.randn(64, generator=chance())
+    x = 0.5 * torch.ones(12, 1, 8, 8)
+    full = 0.1 * w.abs().sum()
+
+    def f(x: Tensor) -> Tensor:
+        gain = (x - 0.5) @ w / full
+        return torch.where(gain > 0.9, 1.0, torch.where((gain > 0.5) & (torch.rand(len(x)) < 0.9), 1.0, -1.0))
+
+    model = Landscape(f)
+    x_adv = rays(model, x, zeros(x), eps=0.1, queries=2500, eot=5)
+    correct = correct_draws(model, x_adv, zeros(x), draws=100, seed=1)
+    assert (correct == 0).double().mean() > 0.8
+    assert correct.double().mean() < 3
+
+
+def test_a_lucky_radius_does_not_stop_the_search(monkeypatch):
+    """One answer in two hundred is wrong by luck, at whatever radius."""
+    w = torch.randn(64, generator=chance())
+    x = 0.5 * torch.ones(16, 1, 8, 8)
+
+    def f(x: Tensor) -> Tensor:
+        lucky = torch.rand(len(x)) < 0.005
+        return torch.maximum((x - 0.5) @ w - 1, 1.0 * lucky - 0.5 + 0.001 * torch.rand(len(x)))
+
+    gain = {}
+    for recheck in (module.RECHECK, 10**9):
+        monkeypatch.setattr(module, "RECHECK", recheck)
+        x_adv = rays(Landscape(f), x, zeros(x), eps=0.015, queries=2000)
+        gain[recheck] = ((x_adv - x).flatten(1) @ w).mean() / (0.015 * w.abs().sum())
+    assert gain[20] > 0.75 > 0.5 > gain[10**9]
+
+
+def test_a_flipper_of_labels_gains_nothing():
+    """30% of the answers are wrong whatever the image: no image is broken, none becomes worse."""
+    model = Landscape(lambda x: torch.where(torch.rand(len(x)) < 0.3, 1.0, -1.0))
+    x = images(40)
+    seen: list[Step] = []
+    x_adv = rays(model, x, zeros(x), eps=0.1, queries=60, eot=3, observe=seen.append)
+    assert len(seen[-1].rows) == 40
+    accuracy = correct_draws(model, x_adv, zeros(x), draws=200, seed=3).double().mean() / 200
+    assert abs(accuracy - 0.7) < 0.02
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": images() * 2}, r"\[0, 1\].*gsem.normalized"),
+        ({"y": torch.zeros(16)}, "int64"),
+        ({"eps": 0.0}, "eps must be positive"),
+        ({"norm": "L1"}, "norm 'L1' is unknown"),
+        ({"queries": 0}, "queries must be an integer of at least 1, not 0"),
+        ({"eot": 1.0}, "eot must be"),
+    ],
+)
+def test_what_it_refuses(change, message):
+    x = images()
+    with pytest.raises(ValueError, match=message):
+        rays(Landscape(lambda x: -x[:, 0]), **({"x": x, "y": zeros(x), "eps": 0.1, "queries": 2} | change))
+
+
+def test_a_nan_is_an_error_that_names_the_image():
+    """Only proposals are NaN, and numbers have shifted: the first images are wrong already."""
+    x = images()
+    x[:4, 0, 0, 0] = 1.0
+    x[4:, 0, 0, 0] = 0.3
+    x[11, 0, 0, 0] = 0.6
+
+    def f(x: Tensor) -> Tensor:
+        first, second = x[:, 0], x[:, 1]
+        wrong = (first == 1) & (second > 0) & (second < 1)
+        return torch.where(wrong, 1.0, torch.where((second == 0) & (first == 0), float("nan"), -1.0))
+
+    x[4:, 0, 0, 1] = 0.5
+    with pytest.raises(NotFinite, match=r"image 4 of the attacked batch.*NaN or infinite"):
+        rays(Landscape(f), x, zeros(x), eps=0.08, queries=300)
