@@ -98,7 +98,8 @@ def test_the_persistent_attacker_is_the_chance_that_n_draws_without_replacement_
     assert result.persistent("clean", 101) is None
 
 
-def test_the_persistent_attacker_is_not_biased_as_the_plug_in_is():
+def test_the_persistent_attacker_is_not_biased_as_the_plug_in_is(monkeypatch):
+    monkeypatch.setattr(module, "BOOTSTRAP", 500)  # the interval is not asked for
     rng = np.random.default_rng(0)
     p = 0.905  # right in 0.905 of the draws: 0.905^10 = 0.369
     correct = rng.binomial(20, p, size=40_000)
@@ -134,7 +135,8 @@ def test_a_plurality_wins_a_vote_and_a_tie_loses_it():
     assert votes_won(votes[:1], torch.tensor([0, 1, 1]), 11).tolist() == [1.0, 0.0, 1.0]
 
 
-def test_the_worst_is_chosen_by_the_selection_and_scored_by_the_score():
+def test_the_worst_is_chosen_by_the_selection_and_scored_by_the_score(monkeypatch):
+    monkeypatch.setattr(module, "BOOTSTRAP", 500)  # the interval is not asked for
     rng = np.random.default_rng(0)
     each = [scores(rng.binomial(100, 0.5, 4000), f"a{i}", selection=rng.binomial(100, 0.5, 4000)) for i in range(6)]
     result = Result(each, np.zeros(4000, dtype=int), {"draws": 100, "seed": 0})
