@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import gsem
-from gsem.cli import main
+from gsem.cli import _scaled, main
+from gsem.options import TrainOptions, parse
 
 TINY = ["--epochs", "1", "--warmup", "0", "--steps", "1", "--batch", "64"]
 
@@ -111,6 +112,25 @@ def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path):
     assert str(tmp_path) not in sys.path
     assert "is no run directory" in refused(capsys, "evaluate", npz, "--data", npz)
     assert "nett" in refused(capsys, "evaluate", "mine:nett", "--data", npz)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "found"),
+    [
+        ("gcat", ["--epochs", "1"], (1, 1 / 30, ())),
+        ("pgd-at", ["--epochs=20"], (20, 0.0, (10, 15))),
+        ("gcat", ["--epochs", "6", "--warmup", "2"], (6, 2.0, ())),
+        ("pgd-at", ["--batch", "8"], (200, 0.0, (100, 150))),
+    ],
+)
+def test_epochs_alone_scale_the_schedule(recipe, words, found):
+    scaled = _scaled(gsem.RECIPES[recipe], words)
+    made = parse(TrainOptions, "train", words, default=TrainOptions(scaled)).recipe
+    assert (made.epochs, pytest.approx(made.warmup), made.milestones) == found
+
+
+def test_published_rounds_are_kept():
+    assert _scaled(gsem.RECIPES["gcat-published"], ["--epochs", "15"]).rounds == 5
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def _train(words: list[str]) -> None:
     name = words.pop(0) if words and not words[0].startswith("-") else "gcat"
     if name not in RECIPES:
         raise ValueError(_near("recipe", name, RECIPES))
-    options = parse(TrainOptions, "train", words, default=TrainOptions(RECIPES[name]))
+    options = parse(TrainOptions, "train", words, default=TrainOptions(_scaled(RECIPES[name], words)))
     if options.resume is not None:
         recipe, out = resume_recipe(options.resume), options.resume
     else:
@@ -74,15 +75,24 @@ def _train(words: list[str]) -> None:
     best = run.best
     console.print(
         f"best: epoch {best['epoch']}, validation clean {percent(best['clean']).strip()}, "
-        f"robust {percent(best['robust']).strip()} (PGD-10 on held-out training images)\n"
-        f"saved in {run.path}; next: gsem evaluate {run.path}"
+        f"robust {percent(best['robust']).strip()} (PGD-10 on held-out training images)"
     )
+    console.print(f"saved; next: gsem evaluate {run.path}", soft_wrap=True)
+
+
+def _scaled(recipe: Recipe, words: list[str]) -> Recipe:
+    """The recipe with its schedule scaled to `--epochs`, where that is told and the schedule is not."""
+    told = dict(pairwise(words)) | dict(w.split("=", 1) for w in words if "=" in w)
+    epochs = told.get("--epochs", "")
+    if not epochs.isdigit() or int(epochs) < 1 or not told.keys().isdisjoint({"--milestones", "--warmup"}):
+        return recipe
+    return replace(recipe.scaled(int(epochs)), rounds=recipe.rounds)
 
 
 def _run(recipe: Recipe, out: Path | None, device: str | None, *, resume: bool, tensorboard: Path | None = None) -> Run:
     scalars = Scalars(tensorboard) if tensorboard is not None else None
     attack, training = recipe.passes
-    console.print(
+    heading = (
         f"{recipe.name}: {recipe.model} on {recipe.data}, {recipe.epochs} epochs"
         + (f" × {recipe.rounds} rounds" if recipe.rounds > 1 else "")
         + f" of\n{attack:g} attack and {training:g} training passes per image"
@@ -90,6 +100,10 @@ def _run(recipe: Recipe, out: Path | None, device: str | None, *, resume: bool, 
     with TrainingBar(console) as bar:
 
         def report(p: Progress) -> None:
+            nonlocal heading
+            if heading:  # not before the run is known to begin
+                console.print(heading)
+                heading = ""
             bar(p)
             if scalars is not None:
                 scalars(p)

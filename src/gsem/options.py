@@ -42,7 +42,10 @@ def _fraction(
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train by a recipe: `gsem train [RECIPE] [OPTIONS]`. Every field of the recipe can be overridden."""
+    """Train by a recipe: `gsem train [RECIPE] [OPTIONS]`. Every field of the recipe can be overridden.
+
+    With --epochs alone, milestones and warm-up are scaled with it.
+    """
 
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
     out: Path | None = None
