@@ -69,12 +69,15 @@ def _show_known_noise(console: Console, result: Result) -> None:
     modes = [mode for mode in ("frozen", "off") if any(s.noise == mode for s in result.scores)]
     if not modes:
         return
-    told = {"frozen": "noise frozen by a seed that the attacker knows", "off": "noise off"}
+    told = {"frozen": "noise frozen by a known seed", "off": "noise off"}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("\nexpected, with the", no_wrap=True)
     for mode in modes:
-        known = [s for s in result.scores if s.noise == mode and s.bounded]
-        cells = [f"{s.label} {percent(result.expected(s.name).mean).strip()}" for s in known]
-        worst = percent(result.expected(f"worst@{mode}").mean).strip()
-        console.print(f"{told[mode]}: {', '.join(cells)}, worst {worst}")
+        table.add_column(f"\n{told[mode]}", justify="right")
+    for label in [s.label for s in result.scores if s.noise == modes[0]]:
+        table.add_row(label, *(percent(result.expected(f"{label}@{mode}").mean) for mode in modes))
+    table.add_row("worst of all", *(percent(result.expected(f"worst@{mode}").mean) for mode in modes))
+    console.print(table)
 
 
 def show_as_published(console: Console, result: Result) -> None:

@@ -1,0 +1,207 @@
+"""AutoAttack's standard parts: ours against pyautoattack on the same network and images, in one run.
+
+    python benchmarks/autoattack.py RUN --data DATA [--images 1000] [--attacks apgd-ce,apgd-t,fab-t,square,standard]
+
+Each attack alone, on the images that the network classifies rightly, then the whole suite. Three sides: ours (on the
+float32 search twin, which counts in its time), pyautoattack on the model as it is, and pyautoattack on our folded
+twin, so that what the twin gives and what the attacks give can be told apart. A GSeM network is made deterministic
+by switching its noise off; with --stochastic it is attacked as it is, by our standard suite and by pyautoattack's
+`rand` and `standard`, and all three are judged by the same scoring draws.
+
+Needs `pip install pyautoattack`. Prints a table and writes JSON. `--steps` and `--queries` shorten both sides alike.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from pyautoattack import AutoAttack
+from torch import Tensor, nn
+
+import gsem
+from gsem.attacks import apgd, autoattack, counting, fab, square
+from gsem.predict import answers
+
+logging.disable(logging.WARNING)
+PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+
+def ours(name: str, o: argparse.Namespace) -> Callable[..., Tensor]:
+    classes = {"targets": 9}
+    return {
+        "apgd-ce": partial(apgd, steps=o.steps),
+        "apgd-t": partial(apgd, steps=o.steps, **classes),
+        "fab-t": partial(fab, steps=o.steps, **classes),
+        "square": partial(square, queries=o.queries),
+        "standard": partial(autoattack, steps=o.steps, queries=o.queries, batch_size=o.batch),
+    }[name]
+
+
+def theirs(model: nn.Module, name: str, eps: float, o: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
+    version = name if name in ("standard", "rand") else "custom"
+    attacks = None if version != "custom" else [name]
+    peer = AutoAttack(model, norm=o.norm, eps=eps, seed=o.seed, version=version, attacks=attacks, device=o.device)
+    peer.verbose = False
+    # (The library's own defaults for a part alone are those of the standard, but for FAB's restarts.)
+    peer.apgd.n_restarts = 1
+    peer.apgd.n_iter = peer.apgd_targeted.n_iter = peer.fab.n_iter = o.steps
+    peer.square.n_queries = o.queries
+    return lambda x, y: peer.run_standard_evaluation(x, y, batch_size=o.batch)[0]
+
+
+def wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(part).argmax(1) for part in x.split(256)]) != y
+
+
+def timed(model: nn.Module, attack: Callable[[nn.Module], Tensor]) -> tuple[Tensor, dict]:
+    counted = counting(model)
+    started = time.perf_counter()
+    x_adv = attack(counted)
+    if x_adv.is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return x_adv, {"seconds": seconds, "forwards": counted.forwards, "gradients": counted.gradients}
+
+
+def compare(model: nn.Module, x: Tensor, y: Tensor, name: str, eps: float, o: argparse.Namespace) -> dict:
+    """One attack, three sides, on rightly classified images."""
+    right = ~wrong(model, x, y)
+    x, y = x[right].contiguous(), y[right]
+
+    def attack_ours(counted: nn.Module) -> Tensor:
+        found = [
+            ours(name, o)(counted, *part, eps=eps, norm=o.norm, seed=o.seed)
+            for part in ([(x, y)] if name == "standard" else zip(x.split(o.batch), y.split(o.batch), strict=True))
+        ]
+        return torch.cat(found)
+
+    twin = gsem.search_twin(model)
+    sides = {"ours": timed(twin, attack_ours)}
+    if "reference" in o.sides:
+        sides["reference"] = timed(model, lambda m: theirs(m, name, eps, o)(x, y))
+    if "twin" in o.sides:
+        sides["on our twin"] = timed(Contiguous(twin), lambda m: theirs(m, name, eps, o)(x, y))
+    row = {"attack": name, "images": len(x), "sides": {}}
+    broken = {side: wrong(model, x_adv, y) for side, (x_adv, _) in sides.items()}
+    for side, (_, cost) in sides.items():
+        standing = max(1, int((~broken[side]).sum()))
+        row["sides"][side] = cost | {
+            "broken": float(broken[side].double().mean()),
+            "standing": standing,
+            "forwards_per_survivor": cost["forwards"] / standing,
+            "gradients_per_survivor": cost["gradients"] / standing,
+            "only_here": int((broken[side] & ~broken["ours"]).sum()),
+            "only_ours": int((broken["ours"] & ~broken[side]).sum()),
+        }
+    return row
+
+
+class Contiguous(nn.Module):
+    """pyautoattack's APGD-T calls `view` on gradients, which the twin's layout does not allow."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.clone(memory_format=torch.contiguous_format))
+
+
+def stochastic(model: nn.Module, x: Tensor, y: Tensor, eps: float, o: argparse.Namespace) -> list[dict]:
+    """Who finds more on a network with its noise on, at what cost: judged by the same 100 scoring draws."""
+    twin = gsem.search_twin(model)
+    sides = {
+        "clean": (x, {"seconds": 0.0, "forwards": 0, "gradients": 0}),
+        "ours, standard, eot 20": timed(
+            twin, lambda m: ours("standard", o)(m, x, y, eps=eps, norm=o.norm, eot=20, seed=o.seed)
+        ),
+        "pyautoattack rand": timed(model, lambda m: theirs(m, "rand", eps, o)(x, y)),
+        "pyautoattack standard": timed(model, lambda m: theirs(m, "standard", eps, o)(x, y)),
+    }
+    rows = []
+    for side, (x_adv, cost) in sides.items():
+        found = answers(model, x_adv, draws=100, seed=1234)
+        rows.append({"side": side, "expected": float((found == y).double().mean()), "images": len(x)} | cost)
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    print(
+        f"{'attack':<9} {'side':<12} {'broken':>7} {'only':>5} {'-':>5} {'fwd/surv':>9} {'grad/surv':>9} {'s':>8} {'×':>5}"
+    )
+    for row in rows:
+        for side, s in row["sides"].items():
+            speed = s["seconds"] / row["sides"]["ours"]["seconds"]
+            print(
+                f"{row['attack']:<9} {side:<12} {s['broken']:7.1%} {s['only_here']:>5} {s['only_ours']:>5} "
+                f"{s['forwards_per_survivor']:9.0f} {s['gradients_per_survivor']:9.0f} {s['seconds']:8.1f} {speed:5.1f}"
+            )
+    print("only: broken here and not by ours; -: by ours and not here; ×: its time over ours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run directory or checkpoint, or package.module:function")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--attacks", default=",".join((*PARTS, "standard")))
+    parser.add_argument("--sides", default="ours,reference,twin")
+    parser.add_argument("--norm", default="Linf")
+    parser.add_argument("--eps", type=float)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--queries", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stochastic", action="store_true")
+    parser.add_argument("--json", type=Path, default=Path("autoattack.json"))
+    o = parser.parse_args()
+    model, meta = gsem.load_model(o.run)
+    model = model.to(o.device, memory_format=torch.contiguous_format)
+    source = gsem.data.load(o.data)
+    test = source.test()
+    rows_ = gsem.data.balanced(test.y, min(o.images, len(test)))
+    x, y = gsem.data.to_float(test.x[rows_]).to(o.device), test.y[rows_].to(o.device)
+    eps = o.eps or meta.get("data", {}).get("eps", source.eps)
+    print(
+        f"{o.run} on {len(x)} images of {source.name}, eps {eps:.4f} ({o.norm}), steps {o.steps}, queries {o.queries}"
+    )
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, {o.device}")
+    noisy = any(isinstance(m, gsem.GSeM) for m in model.modules())
+    if o.stochastic:
+        rows = stochastic(model, x, y, eps, o)
+        for r in rows:
+            print(
+                f"{r['side']:<24} expected accuracy {r['expected']:6.1%}  forwards/image {r['forwards'] / len(x):8.0f}  "
+                f"gradients/image {r['gradients'] / len(x):7.0f}  {r['seconds']:8.1f} s"
+            )
+    else:
+        with gsem.noise(model, "off") if noisy else nullcontext():
+            rows = []
+            for name in o.attacks.split(","):
+                rows.append(compare(model, x, y, name, eps, o))
+                show(rows[-1:])
+        print()
+        show(rows)
+    facts = {
+        "run": str(o.run),
+        "data": o.data,
+        "images": len(x),
+        "eps": eps,
+        "norm": o.norm,
+        "torch": torch.__version__,
+    }
+    facts |= {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": o.device, "seed": o.seed}
+    o.json.write_text(json.dumps({"facts": facts | {"steps": o.steps, "queries": o.queries}, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

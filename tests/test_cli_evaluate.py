@@ -1,0 +1,156 @@
+"""gsem evaluate and gsem verify on files, factories and suites, and the fixed subset of images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import gsem
+from gsem.cli import main
+from gsem.data import balanced
+
+FACTORY = '''
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    """Class 0 where the left half is brighter; wants pixels minus 0.5, or says so."""
+    def __init__(self, shift=0.0, noise=0.0):
+        super().__init__()
+        self.shift, self.noise = shift, noise
+    def forward(self, x):
+        x = x + self.shift
+        left, right = x[..., :4].clamp_min(0).mean((1, 2, 3)), x[..., 4:].clamp_min(0).mean((1, 2, 3))
+        logits = torch.stack([left, right, 0 * left - 1], 1)
+        return logits + self.noise * torch.randn_like(logits)
+
+def net():
+    return Net()
+
+def normal():
+    return Net(shift=0.5)
+
+def noisy():
+    return Net(noise=0.02)
+'''
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a factory and 24 images of two classes, stored class by class."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FACTORY)
+    monkeypatch.delitem(__import__("sys").modules, "mine", raising=False)
+    y = np.repeat([0, 1], 12)
+    x = np.full((24, 8, 8, 1), 100, dtype=np.uint8)
+    x[:12, :, :4] += np.arange(8, 104, 8, dtype=np.uint8)[:, None, None, None]
+    x[12:, :, 4:] += np.arange(8, 104, 8, dtype=np.uint8)[:, None, None, None]
+    np.savez(tmp_path / "images.npz", x_test=x, y_test=y, x_train=x, y_train=y)
+    return tmp_path
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def evaluated(capsys, *words) -> str:
+    code, out, err = run(capsys, "evaluate", *words, "--data", "images.npz", "--eps", "0.05")
+    assert code == 0, err
+    return out
+
+
+def refused(capsys, *words) -> str:
+    code, _, err = run(capsys, *words)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("gsem: ")
+    return err
+
+
+@pytest.mark.filterwarnings("ignore:the targeted DLR loss needs 4 classes")
+def test_a_suite_on_a_factory_named_by_an_option(capsys, here):
+    out = evaluated(capsys, "--model", "mine:net", "--suite", "quick", "--draws", "5")
+    assert "24 test images" in out and "worst of all" in out
+    for label in ("clean", "apgd20-eot1", "apgd20-t3-eot1", "square300-eot1"):
+        assert label in out
+    assert max(len(line) for line in out.splitlines()[2:]) <= 80
+    facts = json.loads((here / "evaluation.json").read_text())["facts"]
+    assert facts["about"]["model"] == "mine:net"
+
+
+def test_normalised_input_keeps_eps_in_pixels(capsys, here):
+    """The network adds 0.5 again: with its normalisation it is the other one, point for point."""
+    evaluated(capsys, "mine:net", "--attacks", "pgd:steps=4", "--out", "plain")
+    evaluated(capsys, "mine:normal", "--attacks", "pgd:steps=4", "--normalize", "0.5/1", "--out", "normal")
+    plain, normal = (gsem.Result.load(name)["pgd4-eot1"] for name in ("plain", "normal"))
+    assert (plain.correct == normal.correct).all() and 0 < plain.correct.sum() < 24
+    assert "none of cifar10" in refused(capsys, "evaluate", "mine:net", "--data", "images.npz", "--normalize", "x")
+
+
+def test_the_subset_is_balanced_or_the_first_and_says_so(capsys, here):
+    out = evaluated(capsys, "mine:net", "--attacks", "clean", "--images", "6")
+    assert "a fixed, class-balanced subset of 6 of 24 test images" in " ".join(out.split())
+    assert np.bincount(gsem.Result.load("evaluation").y).tolist() == [3, 3]
+    out = evaluated(capsys, "mine:net", "--attacks", "clean", "--images", "6", "--first")
+    assert "the first 6 of 24 test images" in " ".join(out.split())
+    assert gsem.Result.load("evaluation-2").y.tolist() == [0] * 6
+    assert "--images must be at least 1" in refused(
+        capsys, "evaluate", "mine:net", "--data", "images.npz", "--images", "0"
+    )
+
+
+def test_balanced_takes_as_many_of_each_class_and_the_same_ones_every_time():
+    y = torch.cat([torch.zeros(50), torch.ones(20), torch.full((5,), 2)]).long()
+    for count, each in ((3, [1, 1, 1]), (15, [5, 5, 5]), (25, [10, 10, 5]), (40, [18, 17, 5])):
+        rows = balanced(y, count)
+        assert sorted(torch.bincount(y[rows]).tolist()) == sorted(each)
+        assert torch.equal(rows, rows.unique()) and torch.equal(rows, balanced(y, count))
+    assert balanced(y, 3)[0] != 0  # not the first of its class
+    assert set(balanced(y, 10).tolist()) <= set(balanced(y, 20).tolist())
+
+
+@pytest.mark.filterwarnings("ignore:search_twin runs")
+def test_other_models_become_sources_of_transfer(capsys, here):
+    out = evaluated(capsys, "mine:noisy", "--attacks", "clean,fgsm", "--source", "mine:net", "--draws", "20")
+    assert "transfer100-eot20" in out and "sent ×10" in out
+    assert "needs at least one source" in refused(
+        capsys, "evaluate", "mine:net", "--data", "images.npz", "--attacks", "transfer", "--out", "t"
+    )
+
+
+def test_saved_points_are_verified_and_a_changed_one_is_found(capsys, here):
+    evaluated(capsys, "mine:net", "--attacks", "pgd:steps=4", "--images", "10", "--keep-images")
+    code, out, _ = run(capsys, "verify", "evaluation.npz", "--model", "mine:net")
+    assert code == 0 and "10 images: bounds, labels, distances and accuracies hold" in out
+    result = gsem.Result.load("evaluation")
+    result.scores[1].x_adv[2] += 0.2
+    result.save("changed")
+    code, out, err = run(capsys, "verify", "changed.npz", "--model", "mine:net")
+    assert code == 2 and "image 2 lies" in out and "do not hold" in err
+    assert "holds no adversarial examples" in _without_images(capsys)
+
+
+def _without_images(capsys) -> str:
+    evaluated(capsys, "mine:net", "--attacks", "clean", "--out", "bare")
+    return refused(capsys, "verify", "bare.npz", "--model", "mine:net")
+
+
+def test_an_unfinished_evaluation_of_another_question_is_not_touched(capsys, here):
+    (here / "evaluation.unfinished").mkdir()
+    (here / "evaluation.unfinished" / "question.json").write_text('{"eps": 0.3}')
+    err = refused(capsys, "evaluate", "mine:net", "--data", "images.npz", "--attacks", "clean")
+    assert "asked something else" in err and "choose another --out" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--suite", "hard"), "suite 'hard' is unknown: it is one of quick, standard, paper, published"),
+        (("--suite", "quick", "--attacks", "clean"), "give --suite or --attacks, not both"),
+        (("--attacks", "cw:form=l2"), "cw:form=l2 bounds the L2 norm"),
+        (("--attacks", "apgd:loss=hinge"), "loss 'hinge' is unknown"),
+    ],
+)
+def test_what_it_refuses(capsys, here, words, told):
+    assert told in refused(capsys, "evaluate", "mine:net", "--data", "images.npz", *words)
