@@ -13,7 +13,7 @@ import torch
 import gsem
 from gsem.checkpoint import read_checkpoint
 from gsem.data import Split
-from gsem.run import TrainingDiverged, TrainingInterrupted
+from gsem.run import Run, TrainingDiverged, TrainingInterrupted
 from gsem.step import attacked_rows
 from gsem.train import train
 from killed_training import RECIPE
@@ -239,3 +239,22 @@ def test_extra_images_are_mixed_in(tmp_path, few_digits):
     assert said[0] > 0.9 > said[1]
     with pytest.raises(ValueError, match="extra_share"):
         replace(TINY, extra_share=0.5)
+
+
+def test_the_best_epoch_is_the_most_robust_then_the_cleanest_and_without_attacks_the_cleanest():
+    metrics = [
+        {"epoch": 1, "robust": 0.3, "clean": 0.2},
+        {"epoch": 2, "robust": 0.5, "clean": 0.6},
+        {"epoch": 3, "robust": 0.5, "clean": 0.7},
+        {"epoch": 4, "robust": 0.4, "clean": 0.9},
+        {"epoch": 5, "loss": 1.0},
+    ]
+    for recipe, epoch in (("gcat", 3), ("standard", 4)):
+        assert Run(Path("x"), gsem.RECIPES[recipe], metrics).best["epoch"] == epoch
+
+
+def test_the_checkpoint_kept_is_that_of_the_best_epoch(tmp_path, few_digits):
+    for recipe in (TINY, replace(TINY, attacked=0.0)):
+        run = train(replace(recipe, epochs=4), out=tmp_path / str(recipe.attacked), data=few_digits)
+        _, meta = read_checkpoint(run.path / "checkpoints/best.safetensors")
+        assert meta["metrics"] == run.best

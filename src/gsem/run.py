@@ -55,12 +55,22 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The metrics of the epoch whose weights are the run's model: the most robust, of equals the cleanest."""
-        return max((m for m in self.metrics if "robust" in m), key=lambda m: (m["robust"], m["clean"]))
+        """The metrics of the epoch whose weights are the run's model (see `rank`)."""
+        return max((m for m in self.metrics if "robust" in m), key=lambda m: rank(self.recipe, m))
 
     def model(self) -> nn.Module:
         """The model of the best epoch, in eval mode."""
         return load_model(self.path)[0]
+
+
+def rank(recipe: Recipe, metrics: dict[str, Any]) -> tuple[float, float]:
+    """By what epochs are compared: the most robust is best, of equals the cleanest.
+
+    Many tie on a small validation set. A training without attacks is judged by its clean accuracy: its robust one
+    is highest where nothing was learnt yet.
+    """
+    robust, clean = metrics["robust"], metrics["clean"]
+    return (robust, clean) if recipe.attacked > 0 else (clean, robust)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from gsem.run import (
     TrainingInterrupted,
     deterministic,
     finish_step_on_interrupt,
+    rank,
     read_metrics,
 )
 from gsem.step import DTYPES, Average, Stepper
@@ -107,7 +108,8 @@ class _Loop:
         self.stepper = Stepper(recipe, source, self.eps, model, average)
         self.validation_twin: SearchTwin | None = None
         self.step = 0  # done, over all rounds
-        self.best_robust = self.best_clean = -1.0
+        self.best_robust = -1.0
+        self.best_rank = (-1.0, -1.0)
         self.latest: dict[str, float] = {}
         self.round = 0
         self.seconds = 0.0
@@ -248,9 +250,9 @@ class _Loop:
         if "robust" not in line:
             return
         self.stale = 0 if line["robust"] > self.best_robust else self.stale + 1
-        # Many epochs tie on a small validation set; of equally robust ones the cleanest is kept.
-        if (line["robust"], line["clean"]) > (self.best_robust, self.best_clean):
-            self.best_robust, self.best_clean = line["robust"], line["clean"]
+        self.best_robust = max(self.best_robust, line["robust"])
+        if rank(self.recipe, line) > self.best_rank:
+            self.best_rank = rank(self.recipe, line)
             tensors = {f"model.{name}": t for name, t in self._chosen.state_dict().items()}
             save_checkpoint(self.best, tensors, self.meta | {"metrics": line})
 
@@ -303,7 +305,7 @@ class _Loop:
             "step": self.step,
             "round": self.round,
             "best_robust": self.best_robust,
-            "best_clean": self.best_clean,
+            "best_rank": self.best_rank,
             "stale": self.stale,
             "latest": self.latest,
             "seconds": self.seconds,
@@ -320,7 +322,7 @@ class _Loop:
         state = meta["state"]
         self.stepper.restore(tensors, state["scaler"])
         self.step, self.round, self.seconds = state["step"], state["round"], state["seconds"]
-        self.best_robust, self.best_clean = state["best_robust"], state["best_clean"]
+        self.best_robust, self.best_rank = state["best_robust"], tuple(state["best_rank"])
         self.stale, self.latest = state["stale"], state["latest"]
         # Lines that a killed run wrote after this checkpoint will be written again.
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.step]
