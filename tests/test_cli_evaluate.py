@@ -154,3 +154,21 @@ def test_an_unfinished_evaluation_of_another_question_is_not_touched(capsys, her
 )
 def test_what_it_refuses(capsys, here, words, told):
     assert told in refused(capsys, "evaluate", "mine:net", "--data", "images.npz", *words)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_for_people(capsys, here):
+    _, _, err = run(
+        capsys, "evaluate", "mine:net", "--data", "images.npz", "--attacks", "apgd:steps=2:targets=9", "--eps", "0.05"
+    )
+    assert err == "gsem: note: the targeted DLR loss needs 4 classes, the model has 3: the targeted margin is used\n"
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, here, monkeypatch):
+    def stop(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gsem.cli_evaluate.evaluate", stop)
+    code, _, err = run(capsys, "evaluate", "mine:net", "--data", "images.npz")
+    assert code == 130
+    assert err == "stopped; what is finished is kept: the same command goes on from there\n"

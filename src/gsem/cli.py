@@ -2,12 +2,14 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -226,6 +228,13 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+RESUMED = ("evaluate", "study")
+
+
+def _note(message: Warning | str, *where: Any) -> None:
+    errors.print(f"gsem: note: {' '.join(str(message).split())}", soft_wrap=True)
+
+
 def main(words: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for an error (one line on stderr), 130 for Ctrl-C."""
     words = list(sys.argv[1:] if words is None else words)
@@ -241,13 +250,16 @@ def main(words: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ValueError(_near("command", command, COMMANDS))
-        COMMANDS[command](rest)
+        with warnings.catch_warnings():
+            warnings.showwarning = _note  # type: ignore[assignment]  # (who warned is not for people)
+            COMMANDS[command](rest)
         return 0
     except TrainingInterrupted as stopped:
         errors.print(f"stopped; saved. Go on with: gsem train --resume {stopped}", soft_wrap=True)
         return 130
     except KeyboardInterrupt:
-        errors.print("stopped")
+        kept = "; what is finished is kept: the same command goes on from there" if command in RESUMED else ""
+        errors.print(f"stopped{kept}", soft_wrap=True)
         return 130
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
