@@ -40,8 +40,8 @@ def noisy():
 def here(tmp_path, monkeypatch):
     """A working directory with a factory and 24 images of two classes, stored class by class."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(FACTORY)
-    monkeypatch.delitem(__import__("sys").modules, "mine", raising=False)
+    (tmp_path / "halfnet.py").write_text(FACTORY)
+    monkeypatch.delitem(__import__("sys").modules, "halfnet", raising=False)
     y = np.repeat([0, 1], 12)
     x = np.full((24, 8, 8, 1), 100, dtype=np.uint8)
     x[:12, :, :4] += np.arange(8, 104, 8, dtype=np.uint8)[:, None, None, None]
@@ -70,33 +70,33 @@ def refused(capsys, *words) -> str:
 
 @pytest.mark.filterwarnings("ignore:the targeted DLR loss needs 4 classes")
 def test_a_suite_on_a_factory_named_by_an_option(capsys, here):
-    out = evaluated(capsys, "--model", "mine:net", "--suite", "quick", "--draws", "5")
+    out = evaluated(capsys, "--model", "halfnet:net", "--suite", "quick", "--draws", "5")
     assert "24 test images" in out and "worst of all" in out
     for label in ("clean", "apgd20-eot1", "apgd20-t3-eot1", "square300-eot1"):
         assert label in out
     assert max(len(line) for line in out.splitlines()[2:]) <= 80
     facts = json.loads((here / "evaluation.json").read_text())["facts"]
-    assert facts["about"]["model"] == "mine:net"
+    assert facts["about"]["model"] == "halfnet:net"
 
 
 def test_normalised_input_keeps_eps_in_pixels(capsys, here):
     """The network adds 0.5 again: with its normalisation it is the other one, point for point."""
-    evaluated(capsys, "mine:net", "--attacks", "pgd:steps=4", "--out", "plain")
-    evaluated(capsys, "mine:normal", "--attacks", "pgd:steps=4", "--normalize", "0.5/1", "--out", "normal")
+    evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", "--out", "plain")
+    evaluated(capsys, "halfnet:normal", "--attacks", "pgd:steps=4", "--normalize", "0.5/1", "--out", "normal")
     plain, normal = (gsem.Result.load(name)["pgd4-eot1"] for name in ("plain", "normal"))
     assert (plain.correct == normal.correct).all() and 0 < plain.correct.sum() < 24
-    assert "none of cifar10" in refused(capsys, "evaluate", "mine:net", "--data", "images.npz", "--normalize", "x")
+    assert "none of cifar10" in refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--normalize", "x")
 
 
 def test_the_subset_is_balanced_or_the_first_and_says_so(capsys, here):
-    out = evaluated(capsys, "mine:net", "--attacks", "clean", "--images", "6")
+    out = evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6")
     assert "a fixed, class-balanced subset of 6 of 24 test images" in " ".join(out.split())
     assert np.bincount(gsem.Result.load("evaluation").y).tolist() == [3, 3]
-    out = evaluated(capsys, "mine:net", "--attacks", "clean", "--images", "6", "--first")
+    out = evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6", "--first")
     assert "the first 6 of 24 test images" in " ".join(out.split())
     assert gsem.Result.load("evaluation-2").y.tolist() == [0] * 6
     assert "--images must be at least 1" in refused(
-        capsys, "evaluate", "mine:net", "--data", "images.npz", "--images", "0"
+        capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--images", "0"
     )
 
 
@@ -112,34 +112,34 @@ def test_balanced_takes_as_many_of_each_class_and_the_same_ones_every_time():
 
 @pytest.mark.filterwarnings("ignore:search_twin runs")
 def test_other_models_become_sources_of_transfer(capsys, here):
-    out = evaluated(capsys, "mine:noisy", "--attacks", "clean,fgsm", "--source", "mine:net", "--draws", "20")
+    out = evaluated(capsys, "halfnet:noisy", "--attacks", "clean,fgsm", "--source", "halfnet:net", "--draws", "20")
     assert "transfer100-eot20" in out and "sent ×10" in out
     assert "needs at least one source" in refused(
-        capsys, "evaluate", "mine:net", "--data", "images.npz", "--attacks", "transfer", "--out", "t"
+        capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--attacks", "transfer", "--out", "t"
     )
 
 
 def test_saved_points_are_verified_and_a_changed_one_is_found(capsys, here):
-    evaluated(capsys, "mine:net", "--attacks", "pgd:steps=4", "--images", "10", "--keep-images")
-    code, out, _ = run(capsys, "verify", "evaluation.npz", "--model", "mine:net")
+    evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", "--images", "10", "--keep-images")
+    code, out, _ = run(capsys, "verify", "evaluation.npz", "--model", "halfnet:net")
     assert code == 0 and "10 images: bounds, labels, distances and accuracies hold" in out
     result = gsem.Result.load("evaluation")
     result.scores[1].x_adv[2] += 0.2
     result.save("changed")
-    code, out, err = run(capsys, "verify", "changed.npz", "--model", "mine:net")
+    code, out, err = run(capsys, "verify", "changed.npz", "--model", "halfnet:net")
     assert code == 2 and "image 2 lies" in out and "do not hold" in err
     assert "holds no adversarial examples" in _without_images(capsys)
 
 
 def _without_images(capsys) -> str:
-    evaluated(capsys, "mine:net", "--attacks", "clean", "--out", "bare")
-    return refused(capsys, "verify", "bare.npz", "--model", "mine:net")
+    evaluated(capsys, "halfnet:net", "--attacks", "clean", "--out", "bare")
+    return refused(capsys, "verify", "bare.npz", "--model", "halfnet:net")
 
 
 def test_an_unfinished_evaluation_of_another_question_is_not_touched(capsys, here):
     (here / "evaluation.unfinished").mkdir()
     (here / "evaluation.unfinished" / "question.json").write_text('{"eps": 0.3}')
-    err = refused(capsys, "evaluate", "mine:net", "--data", "images.npz", "--attacks", "clean")
+    err = refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--attacks", "clean")
     assert "asked something else" in err and "choose another --out" in err
 
 
@@ -153,13 +153,21 @@ def test_an_unfinished_evaluation_of_another_question_is_not_touched(capsys, her
     ],
 )
 def test_what_it_refuses(capsys, here, words, told):
-    assert told in refused(capsys, "evaluate", "mine:net", "--data", "images.npz", *words)
+    assert told in refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", *words)
 
 
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line_for_people(capsys, here):
     _, _, err = run(
-        capsys, "evaluate", "mine:net", "--data", "images.npz", "--attacks", "apgd:steps=2:targets=9", "--eps", "0.05"
+        capsys,
+        "evaluate",
+        "halfnet:net",
+        "--data",
+        "images.npz",
+        "--attacks",
+        "apgd:steps=2:targets=9",
+        "--eps",
+        "0.05",
     )
     assert err == "gsem: note: the targeted DLR loss needs 4 classes, the model has 3: the targeted margin is used\n"
 
@@ -169,6 +177,6 @@ def test_ctrl_c_says_how_to_go_on(capsys, here, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gsem.cli_evaluate.evaluate", stop)
-    code, _, err = run(capsys, "evaluate", "mine:net", "--data", "images.npz")
+    code, _, err = run(capsys, "evaluate", "halfnet:net", "--data", "images.npz")
     assert code == 130
     assert err == "stopped; what is finished is kept: the same command goes on from there\n"
