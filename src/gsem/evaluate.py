@@ -3,8 +3,8 @@
 import copy
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,14 @@ def evaluate(
     asked = {key: facts[key] for key in ("images", "eps", "norm", "draws", "seed", "noise", "options")}
     ledger = None if save is None else Ledger(save, asked | {"batch": batch, "data": fingerprint(x, y, model)})
     evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, report)
-    scores = []
+    scores: list[Scores] = []
     for mode in modes:
-        with _mode(model, mode, seed, len(modes) > 1), evaluation.ready(mode, facts["draws"], sources or {}):
-            for attack in chosen:
-                # What others are broken by, and unbounded points, are questions about the model as it is used.
-                if mode == "fresh" or (attack.bounded and attack.name != "transfer"):
-                    scores.append(evaluation.score(attack))
+        # What others are broken by, and unbounded points, are questions about the model as it is used.
+        asked_now = [a for a in chosen if mode == "fresh" or (a.bounded and a.name != "transfer")]
+        with _mode(model, mode, seed, len(modes) > 1):
+            transfers = any(a.name == "transfer" for a in asked_now)
+            evaluation.ready(mode, facts["draws"], dict(sources or {}) if transfers else None)
+            scores += [evaluation.score(attack) for attack in asked_now]
     result = Result(scores, y.cpu().numpy(), facts)
     if save is not None:
         result.save(save)
@@ -185,13 +186,12 @@ class _Evaluation:
         self.twin: nn.Module = model
         self.sources: dict[str, nn.Module] = {}
 
-    @contextmanager
-    def ready(self, mode: str, draws: int, sources: Mapping[str, nn.Module]) -> Iterator[None]:
-        """The noise was set: what follows from it."""
+    def ready(self, mode: str, draws: int, sources: Mapping[str, nn.Module] | None) -> None:
+        """The noise was set: what follows from it. `sources` is None where nothing is transferred."""
         self.mode, self.draws = mode, draws if mode == "fresh" else 1
         self.twin = search_twin(self.model)
-        self.sources = {name: search_twin(source) for name, source in (_undefended(self.model) | dict(sources)).items()}
-        yield
+        every = {} if sources is None else _undefended(self.model) | dict(sources)
+        self.sources = {name: search_twin(source) for name, source in every.items()}
 
     @property
     def stochastic(self) -> bool:
