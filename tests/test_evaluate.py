@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import gsem
 from gsem import suite
 from gsem.attacks import pgd
-from gsem.evaluate import Progress, evaluate
+from gsem.evaluate import Progress, _chosen, _undefended, evaluate
 from gsem.predict import correct_draws, is_stochastic
 from planted import Flipper, Halves, chance, halves, small_net
 
@@ -98,6 +98,45 @@ def test_gsem_is_noticed_and_scored_over_its_draws():
     assert result.draws == 7 and max(s.correct.max() for s in result.scores) <= 7
     with gsem.noise(model, "frozen"):
         assert evaluate(model, x, y, ["clean"], eps=0.1).draws == 1
+
+
+def test_a_gsem_network_is_attacked_also_through_itself_without_noise_and_without_its_quantiser():
+    torch.manual_seed(2)
+    model = gsem.create_model("gsem-resnet10x16", num_classes=3, in_channels=1).eval()
+    x, y = halves(6)
+    copies = _undefended(model)
+    (bare,) = [m for m in copies["quantiser off"].modules() if isinstance(m, gsem.GSeM)]
+    (quiet,) = [m for m in copies["noise off"].modules() if isinstance(m, gsem.GSeM)]
+    z = torch.rand(2, 16, 4, 4)
+    torch.testing.assert_close(bare.quantise(z), z)
+    torch.testing.assert_close(quiet.quantise(z), (6 * z).round() / 6)
+    (own,) = [m for m in model.modules() if isinstance(m, gsem.GSeM)]
+    assert own.quantiser and own.offsets.mode == "fresh"
+    assert _undefended(small_net()) == {}
+    result = evaluate(model, x, y, ["transfer:steps=3"], eps=0.1, draws=5, frozen=False)
+    label = "transfer3-eot20"
+    assert [s.label for s in result.scores] == ["clean", label]
+    # The gradients are of the sources; the network itself is only asked.
+    assert result[label].gradients == 0 and result[label].forwards > 0
+
+
+def test_the_suites_add_transfer_where_there_is_something_to_transfer_from():
+    for attacks, transferable, found in (("standard", True, True), ("standard", False, False), ("quick", True, False)):
+        names = [a.name for a in _chosen(attacks, transferable=transferable)]
+        assert (names[-1] == "transfer") == found and names[0] == "clean"
+
+
+@pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
+def test_noise_known_to_the_attacker_is_only_for_gsem():
+    x, y = halves(8)
+    assert {s.noise for s in evaluate(Flipper(), x, y, "clean", eps=0.1).scores} == {"fresh"}
+    torch.manual_seed(2)
+    model = gsem.create_model("gsem-resnet10x16", num_classes=3, in_channels=1).eval()
+    known = evaluate(model, x, y, "clean", eps=0.1, draws=3, seed=4)
+    with gsem.noise(model, "frozen", seed=4), torch.no_grad():
+        assert (known["clean@frozen"].correct == (model(x).argmax(1) == y).numpy()).all()
+    with gsem.noise(model, "off"), torch.no_grad():
+        assert (known["clean@off"].correct == (model(x).argmax(1) == y).numpy()).all()
 
 
 # --- draws and chance --------------------------------------------------------------------------------------------
