@@ -64,7 +64,8 @@ def fab(
         eps: radius of the ball, in the unit of the images: an image is left alone once a point in the ball is
             broken (every draw misclassifies it, and a hundred more if the model is stochastic). None: no ball, and
             every path is followed to its end.
-        steps: points at which the classifier is linearised, per restart and target.
+        steps: of the iterate, per restart and target. Each costs one gradient, and one more where it crossed the
+            boundary.
         restarts: the first starts at the image, the others at random points in the ball (with no eps: in that of
             the nearest point so far).
         targets: None aims at the nearest of all wrong classes, which takes k − 1 gradients a step; a number (the
@@ -83,9 +84,8 @@ def fab(
         ValueError: arguments out of range, BatchNorm in train mode, NaN logits (the image is named).
 
     Source: "Minimally distorted adversarial examples with a fast adaptive boundary attack", algorithm 1; FAB-T from
-    Croce & Hein, "Reliable evaluation of adversarial robustness …", ICML 2020. Two things differ: a plane is kept
-    when the iterate steps back from it (one pass a step, instead of two), and a point found within eps is pushed on
-    along the plane's normal, where rounding cannot take it back.
+    Croce & Hein, "Reliable evaluation of adversarial robustness …", ICML 2020. One thing differs: a point found
+    within eps is pushed on along the plane's normal, where rounding cannot take it back.
     """
     counts = {"steps": steps, "restarts": restarts, "eot": eot} | ({} if targets is None else {"targets": targets})
     check_arguments(model, x, y, eps=1.0 if eps is None else eps, norm=norm, **counts)
@@ -237,8 +237,23 @@ def _walk(task: _Task, path: _Path, rows: Int[Tensor, " r"], worst: Worst | None
                 seen = _Seen(*(value[~broken] for value in vars(seen).values()))
         if ends or not len(path.place):
             break
+        _step_back(task, path, seen, rows)
         path.x_adv = _step(path, seen, task.norm)
     return path
+
+
+def _step_back(task: _Task, path: _Path, seen: _Seen, rows: Int[Tensor, " r"]) -> None:
+    """Iterates across the boundary go back towards the image, and their planes are taken anew there: the plane at the
+    crossing misses boundaries of a rugged classifier (5 of 73 images that the reference breaks, on such a one)."""
+    if not bool(seen.crossed.any()):
+        return
+    part = path.only(seen.crossed)
+    part.x_adv = part.x + BETA * (part.x_adv - part.x)
+    again = _look(task, part, differentiate=True)
+    _check_finite(again.margin, rows[part.place])
+    at = seen.crossed.nonzero()[:, 0]
+    path.x_adv, path.normal, seen.gap = path.x_adv.clone(), path.normal.clone(), seen.gap.clone()
+    path.x_adv[at], path.normal[at], seen.gap[at] = part.x_adv, part.normal, again.gap
 
 
 def _check_finite(value: Float[Tensor, " b"], rows: Int[Tensor, " b"]) -> None:
@@ -310,9 +325,8 @@ def _look(task: _Task, path: _Path, *, differentiate: bool) -> _Seen:
 
 def _step(path: _Path, seen: _Seen, norm: Norm) -> Images:
     """The paper's step (equations 8 to 10): iterate and image both go onto the plane and ETA past it, and are mixed,
-    with the more weight for the image the nearer its plane. From across the boundary, a step back comes first."""
-    back = torch.where(seen.crossed[:, None, None, None], path.x + BETA * (path.x_adv - path.x), path.x_adv)
-    points = torch.cat([back, path.x]).flatten(1)
+    with the more weight for the image the nearer its plane."""
+    points = torch.cat([path.x_adv, path.x]).flatten(1)
     normal = path.normal.flatten(1).repeat(2, 1)
     gap = -seen.gap.repeat(2) - (normal * (points - path.x_adv.flatten(1).repeat(2, 1))).sum(1)
     offset = onto_plane(points, normal, gap, norm)
