@@ -135,7 +135,8 @@ def stochastic(model: nn.Module, x: Tensor, y: Tensor, eps: float, o: argparse.N
 
 def show(rows: list[dict]) -> None:
     print(
-        f"{'attack':<9} {'side':<12} {'broken':>7} {'only':>5} {'-':>5} {'fwd/surv':>9} {'grad/surv':>9} {'s':>8} {'×':>5}"
+        f"{'attack':<9} {'side':<12} {'broken':>7} {'only':>5} {'-':>5} "
+        f"{'fwd/surv':>9} {'grad/surv':>9} {'s':>8} {'×':>5}"
     )
     for row in rows:
         for side, s in row["sides"].items():
@@ -180,7 +181,7 @@ def main() -> None:
         rows = stochastic(model, x, y, eps, o)
         for r in rows:
             print(
-                f"{r['side']:<24} expected accuracy {r['expected']:6.1%}  forwards/image {r['forwards'] / len(x):8.0f}  "
+                f"{r['side']:<24} expected {r['expected']:6.1%}  forwards/image {r['forwards'] / len(x):8.0f}  "
                 f"gradients/image {r['gradients'] / len(x):7.0f}  {r['seconds']:8.1f} s"
             )
     else:

@@ -29,3 +29,23 @@ def attacked() -> tuple[nn.Module, Tensor, Tensor]:
         right = (model.eval()(x).argmax(1) == y).nonzero()[:120, 0]
     assert len(right) == 120
     return model.requires_grad_(False), x[right], y[right]
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network trained for two seconds, and 120 test digits that it gets right."""
+    source = gsem.data.load("digits")
+    train, test = source.training()[0], source.test()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 32), nn.ReLU())
+    model.append(nn.Linear(32, 10))
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(400):
+        rows = torch.randint(len(train.x), (128,))
+        optimiser.zero_grad()
+        F.cross_entropy(model(train.x[rows].float() / 255), train.y[rows]).backward()
+        optimiser.step()
+    x, y = test.x.float() / 255, test.y
+    with torch.no_grad():
+        right = (model.eval()(x).argmax(1) == y).nonzero()[:120, 0]
+    return model.requires_grad_(False), x[right], y[right]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from landscapes import Linear
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
@@ -14,17 +15,6 @@ import gsem
 from gsem.attacks import NotFinite, Step, apgd, counting
 from gsem.attacks.apgd import checkpoints
 from gsem.losses import LOSSES, dlr_towards, margin
-
-
-class Linear(nn.Module):
-    """Logits W·x of the flat image."""
-
-    def __init__(self, w: Tensor):
-        super().__init__()
-        self.w = w
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.w.T
 
 
 def wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

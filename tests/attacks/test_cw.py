@@ -2,21 +2,11 @@
 
 import pytest
 import torch
+from landscapes import Linear
 from torch import Tensor, nn
 
 from gsem.attacks import Step, apgd, counting, cw, fgsm, pgd, transfer
 from gsem.losses import margin
-
-
-class Linear(nn.Module):
-    """Logits W·x + b of the flat image."""
-
-    def __init__(self, w: Tensor, b: Tensor):
-        super().__init__()
-        self.w, self.b = w, b
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.w.T + self.b
 
 
 def wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

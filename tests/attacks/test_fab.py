@@ -1,7 +1,6 @@
 """FAB against closed forms, slow references and its peer, and on planted models whose answer is known."""
 
 import copy
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from landscapes import Landscape, Linear, chance, images, zeros
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
@@ -21,42 +21,6 @@ from gsem.losses import margin
 from gsem.streams import stream
 
 NORMS = ["Linf", "L2"]
-
-
-class Linear(nn.Module):
-    """Logits W·x + b of the flat image."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.weight.T + self.bias
-
-
-class Landscape(nn.Module):
-    """Two classes whose margin, for label 0, is f(x): wrong where f > 0."""
-
-    def __init__(self, f: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.f = f
-
-    def forward(self, x: Tensor) -> Tensor:
-        value = self.f(x.flatten(1))
-        return torch.stack([torch.zeros_like(value), value], dim=1)
-
-
-def chance(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def images(b: int = 16, c: int = 1, side: int = 8, seed: int = 1) -> Tensor:
-    return torch.rand((b, c, side, side), generator=chance(seed))
-
-
-def zeros(x: Tensor) -> Tensor:
-    return torch.zeros(len(x), dtype=torch.int64)
 
 
 @torch.no_grad()

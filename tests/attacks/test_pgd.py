@@ -1,7 +1,6 @@
 """PGD against its peers, against closed forms, and on planted landscapes whose answer is known."""
 
 import copy
-from collections.abc import Callable
 from itertools import pairwise
 
 import foolbox as fb
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from landscapes import Landscape, Linear, chance, images, pixel, zeros
 from torch import Tensor, nn
 
 import gsem
@@ -19,47 +19,6 @@ from gsem.losses import LOSSES, margin
 from gsem.streams import stream
 
 CPU = torch.device("cpu")
-
-
-class Linear(nn.Module):
-    """Logits W·x + b of the flat image."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.weight.T + self.bias
-
-
-class Landscape(nn.Module):
-    """Two classes whose margin, for label 0, is f(x): wrong where f > 0."""
-
-    def __init__(self, f: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.f = f
-
-    def forward(self, x: Tensor) -> Tensor:
-        value = self.f(x.flatten(1))
-        return torch.stack([torch.zeros_like(value), value], dim=1)
-
-
-def chance(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def images(b: int = 16, c: int = 1, side: int = 8, seed: int = 1) -> Tensor:
-    return torch.rand((b, c, side, side), generator=chance(seed))
-
-
-def pixel(*values: float) -> Tensor:
-    """Images of one pixel."""
-    return torch.tensor(values)[:, None, None, None]
-
-
-def zeros(x: Tensor) -> Tensor:
-    return torch.zeros(len(x), dtype=torch.int64)
 
 
 def small(name: str = "resnet10x16") -> nn.Module:

@@ -1,13 +1,12 @@
 """Square Attack against its peer, and on models whose answer is known."""
 
-from collections.abc import Callable
 from importlib import import_module
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from landscapes import Landscape, Quantised, chance, images, size, zeros
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
@@ -18,66 +17,6 @@ from gsem.losses import margin
 from gsem.predict import correct_draws
 
 module = import_module("gsem.attacks.square")  # in gsem.attacks the name is the function's
-
-
-class Landscape(nn.Module):
-    """Two classes whose margin, for label 0, is f(x): wrong where f > 0."""
-
-    def __init__(self, f: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.f = f
-
-    def forward(self, x: Tensor) -> Tensor:
-        value = self.f(x.flatten(1))
-        return torch.stack([torch.zeros_like(value), value], dim=1)
-
-
-class Quantised(nn.Module):
-    """What is in front of `model` has no gradient, and hardly changes an image."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model((x.detach() * 31).round() / 31)
-
-
-def chance(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def images(b: int = 16, c: int = 1, side: int = 8, seed: int = 1) -> Tensor:
-    return torch.rand((b, c, side, side), generator=chance(seed))
-
-
-def zeros(x: Tensor) -> Tensor:
-    return torch.zeros(len(x), dtype=torch.int64)
-
-
-def size(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
-    offset = (x_adv - x).flatten(1).double()
-    return offset.abs().amax(1) if norm == "Linf" else offset.norm(dim=1)
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[nn.Module, Tensor, Tensor]:
-    """A small network trained for two seconds, and 120 test digits that it gets right."""
-    source = gsem.data.load("digits")
-    train, test = source.training()[0], source.test()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 32), nn.ReLU())
-    model.append(nn.Linear(32, 10))
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(400):
-        rows = torch.randint(len(train.x), (128,))
-        optimiser.zero_grad()
-        F.cross_entropy(model(train.x[rows].float() / 255), train.y[rows]).backward()
-        optimiser.step()
-    x, y = test.x.float() / 255, test.y
-    with torch.no_grad():
-        right = (model.eval()(x).argmax(1) == y).nonzero()[:120, 0]
-    return model.requires_grad_(False), x[right], y[right]
 
 
 # --- how strong it is --------------------------------------------------------------------------------------------
