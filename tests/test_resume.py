@@ -110,7 +110,15 @@ def test_a_half_written_piece_counts_as_not_written(tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize(
-    "change", [{"eps": 0.2}, {"draws": 13}, {"attacks": "clean,pgd:steps=5"}, {"batch": 4}, {"seed": 1}]
+    "change",
+    [
+        {"eps": 0.2},
+        {"draws": 13},
+        {"attacks": "clean,pgd:steps=5"},
+        {"batch": 4},
+        {"seed": 1},
+        {"sources": {"other": small_net()}},
+    ],
 )
 def test_another_question_does_not_touch_what_is_there(tmp_path, change):
     def stop(p) -> None:

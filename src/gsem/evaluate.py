@@ -122,7 +122,10 @@ def evaluate(
         "device": str(x.device),
     } | ({} if about is None else {"about": dict(about)})
     asked = {key: facts[key] for key in ("images", "eps", "norm", "draws", "seed", "noise", "options")}
-    ledger = None if save is None else Ledger(save, asked | {"batch": batch, "data": fingerprint(x, y, model)})
+    ledger = None
+    if save is not None:
+        others = {name: fingerprint(x, y, source) for name, source in (sources or {}).items()}
+        ledger = Ledger(save, asked | {"batch": batch, "data": fingerprint(x, y, model), "sources": others})
     evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, report)
     scores: list[Scores] = []
     for mode in modes:
