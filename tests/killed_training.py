@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import gsem.checkpoint
-from conftest import small_digits
 from gsem.recipes import Recipe
 from gsem.step import Stepper
 from gsem.train import _Loop, train
+from planted import small_digits
 
 RECIPE = Recipe(model="gsem-resnet10x16", attacked=0.5, steps=2, epochs=3, rounds=2, batch=32, ema=0.9, lr=0.05)
 DATA = small_digits()
