@@ -26,6 +26,11 @@ ALLOWED: dict[str, set[str]] = {
     "result": {"checkpoint", "streams"},
     "ledger": {"checkpoint", "result", "streams"},
     "evaluate": BASE | {"attacks", "ledger", "predict", "result", "suite", "twin"},
+    "audit": BASE | {"attacks", "checkpoint", "evaluate", "predict", "result", "suite", "twin"},
+    "report": {"audit", "checkpoint", "result", "show", "streams"},
+    "cli_audit": BASE
+    | {"audit", "checkpoint", "cli_evaluate", "evaluate", "options", "progress", "result", "show", "suite"},
+    "cli_report": BASE | {"audit", "checkpoint", "cli_evaluate", "options", "report", "result", "show"},
     "verify": BASE | {"attacks", "predict", "result"},
     "progress": {"evaluate", "run"},
     "show": {"progress", "result"},
@@ -34,7 +39,20 @@ ALLOWED: dict[str, set[str]] = {
     "published": BASE | {"checkpoint", "evaluate", "models", "progress", "result", "run", "show", "suite", "train"},
     "cli_evaluate": BASE
     | {"checkpoint", "evaluate", "insert", "options", "progress", "result", "show", "suite", "verify"},
-    "cli": BASE | {"cli_evaluate", "models", "options", "progress", "run", "show", "study", "suite", "train"},
+    "cli": BASE
+    | {
+        "cli_audit",
+        "cli_report",
+        "cli_evaluate",
+        "models",
+        "options",
+        "progress",
+        "run",
+        "show",
+        "study",
+        "suite",
+        "train",
+    },
 }
 FORBIDDEN = {"torchvision", "timm", "torchattacks"}
 
