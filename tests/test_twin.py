@@ -291,6 +291,34 @@ def test_a_strangers_network(after, dtype):
         assert difference(twin, model, x) < TOLERANCE[dtype]
 
 
+class Reused(nn.Module):
+    """Sums and ReLUs whose inputs are read again, are broadcast, or are the images themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.one = nn.Conv2d(3, 1, 1)
+        self.relu = nn.ReLU()
+        self.linear = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        kept = self.relu(a) - a  # a is read after its ReLU
+        b = self.b(F.relu(kept))
+        wide = self.one(b) + kept  # [b, 1, h, w] + [b, 3, h, w]
+        total = x + self.b(wide)
+        again = torch.relu(total) + self.a(total)
+        b2 = self.a(again)
+        return self.linear(F.relu(b2 + b2).mean((2, 3)))
+
+
+def test_memory_is_reused_only_where_nobody_reads_it_again():
+    model, x = Reused().double().eval(), images()
+    before = x.clone()
+    assert difference(silent_twin(model), model, x) < 1e-12
+    assert torch.equal(x, before)
+
+
 def test_two_gsems_in_one_network():
     model = gsem.insert(gsem.insert(Odd(), after="bn3"), after="bn1")
     model = randomised(model).double().eval()
