@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -40,7 +41,7 @@ def images(b: int = 4, side: int = 8, channels: int = 3) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def answers(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def answers(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of a fixed random combination of them with respect to the images."""
     x = x.detach().clone().requires_grad_()
     logits = model(x)
@@ -289,6 +290,45 @@ def test_a_strangers_network(after, dtype):
         assert difference(twin, model, x) > 1e-3
         twin.refresh()
         assert difference(twin, model, x) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("mode", ["fresh", "frozen", "off"])
+@pytest.mark.parametrize("quantiser", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_draws_that_share_their_beginning_are_the_draws_of_repeated_images(name, quantiser, mode):
+    model = network(name, **({"quantiser": quantiser} if name.startswith("gsem") else {}))
+    twin, x = silent_twin(model), images()
+    assert (twin.gate is not None) == name.startswith("gsem")
+    found = []
+    for draws in (lambda z: twin.draws(z, 3), lambda z: twin(z.repeat(3, 1, 1, 1))):
+        with gsem.noise(model, mode, seed=7):
+            found.append(answers(draws, x))
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 1e-12 * other.abs().max()
+    assert twin(x).shape == (4, 5)
+
+
+class Around(nn.Module):
+    """The images pass by the GSeM, too: nothing is shared between draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gsem_module, self.linear = nn.Conv2d(3, 4, 1), GSeM(4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return self.linear((self.gsem_module(h) + h).mean((2, 3)))
+
+
+def test_what_passes_by_the_noise_is_repeated():
+    model, x = Around().double().eval(), images()
+    twin = silent_twin(model)
+    assert twin.gate is None
+    with gsem.noise(model, "fresh", seed=1):
+        found = twin.draws(x, 3)
+    with gsem.noise(model, "fresh", seed=1):
+        assert torch.equal(found, twin(x.repeat(3, 1, 1, 1)))
 
 
 class Reused(nn.Module):

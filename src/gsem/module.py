@@ -195,8 +195,12 @@ class GSeM(nn.Module):
 
     def integers(self, x: Float[Tensor, "b c h w"]) -> Int[Tensor, "b c h w"] | Float[Tensor, "b c h w"]:
         """levels · q: the quantised, noisy features in units of a level, without gradient, in x's dtype."""
+        return self.levelled(x) + self.offsets(x)
+
+    def levelled(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """`integers` before the noise."""
         scaled = self.levels * x.detach()
-        return (torch.round(scaled) if self.quantiser else scaled) + self.offsets(x)
+        return torch.round(scaled) if self.quantiser else scaled
 
     @property
     def masks(self) -> bool:

@@ -115,6 +115,8 @@ class _FoldedGSeM(_Mirror):
 
     source: tuple[GSeM]
     weight: Tensor
+    own: Tensor
+    """The part of `weight` that meets the noise."""
     back: Tensor
     mapped: Tensor
     bias: Tensor
@@ -123,6 +125,8 @@ class _FoldedGSeM(_Mirror):
     def __init__(self, module: GSeM):
         super().__init__(module)
         self.offsets = module.offsets  # shared: gsem.noise acts on model and twin together
+        self.draws = 1
+        """Draws of the noise that every image is answered with: the output has so many times the rows."""
 
     def refresh(self, dtype: torch.dtype) -> None:
         (module,) = self.source
@@ -134,6 +138,7 @@ class _FoldedGSeM(_Mirror):
         assert module.conv1.bias is not None
         self.store(
             weight=_weight(torch.cat([straight, through / module.levels], dim=1), dtype),
+            own=_weight(through / module.levels, dtype),
             back=_weight(straight if module.masks else straight + through, dtype),
             # The mapping's bias reaches the output through a zero-padded convolution: less of it at the border.
             mapped=mapped.contiguous(),
@@ -143,10 +148,19 @@ class _FoldedGSeM(_Mirror):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            k = self.source[0].integers(x)
             bias = self.bias.expand(-1, -1, *x.shape[2:])
             bias = (F.conv2d(bias, self.mapped, padding=1) + self.shift).to(x.dtype)
-        return F.mish(_Fuse.apply(x, k, self.weight, self.back) + bias)
+            k = self.source[0].integers(x) if self.draws == 1 else self.source[0].levelled(x)
+        out = _Fuse.apply(x, k, self.weight, self.back) + bias
+        if self.draws > 1:
+            # The convolution is linear: what the draws share is computed once, forward and (autograd sums over the
+            # draws first) backward; each draw adds the convolution of its own noise.
+            with torch.no_grad():
+                n = self.offsets(x.new_empty((self.draws * len(x), *x.shape[1:])))
+                noise = F.conv2d(n, self.own, padding=1)
+                noise = noise.view(-1, *out.shape) if len(n) > 1 else noise  # (frozen, or off: one for all)
+            out = (out + noise).expand(self.draws, *out.shape).flatten(0, 1)
+        return F.mish(out)
 
 
 class _Other(_Mirror):
@@ -303,8 +317,8 @@ def _reuse_memory(graph: fx.Graph, root: nn.Module) -> None:
             graph.erase_node(node)
 
 
-def _traced(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model's graph with each module replaced by its mirror; `model` itself is only read."""
+def _traced(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, _FoldedGSeM | None]:
+    """The model's graph with each module replaced by its mirror, and its gate; `model` itself is only read."""
     modules = dict(model.named_modules())
     graph, constants = _graph(model)
     root = nn.Module()
@@ -332,7 +346,20 @@ def _traced(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         node.target = f"held.t{number}"
     twin = fx.GraphModule(root, graph)
     twin.add_module("held", holder)
-    return twin
+    return twin, _gate(graph, root)
+
+
+def _gate(graph: fx.Graph, root: nn.Module) -> _FoldedGSeM | None:
+    """The first GSeM, if all that comes before it reaches the rest of the network through it alone."""
+    before: list[fx.Node] = []
+    for node in graph.nodes:
+        part = root.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(part, _FoldedGSeM):
+            once = sum(other.target == node.target for other in graph.nodes) == 1
+            return part if once and all(set(early.users) <= {*before, node} for early in before) else None
+        if node.op != "get_attr":
+            before.append(node)
+    return None
 
 
 class SearchTwin(nn.Module):
@@ -342,14 +369,14 @@ class SearchTwin(nn.Module):
         super().__init__()
         self.dtype = dtype
         try:
-            self.graph = _traced(model, dtype)
+            self.graph, self.gate = _traced(model, dtype)
         except Exception as error:  # whatever a stranger's forward may raise when its input is symbolic
             warnings.warn(
                 f"search_twin runs {type(model).__name__} as it is, unfolded and slower, because it cannot be "
                 f"traced: {type(error).__name__}: {error}",
                 stacklevel=3,
             )
-            self.graph = _Eager(model, dtype)
+            self.graph, self.gate = _Eager(model, dtype), None
         self.requires_grad_(False)
         for part in self.modules():
             if not isinstance(part, IntegerNoise):  # the noise is the model's own, its flag too
@@ -365,6 +392,17 @@ class SearchTwin(nn.Module):
 
     def train(self, mode: bool = True) -> "SearchTwin":
         return self  # a twin is eval-time by definition
+
+    def draws(self, x: Float[Tensor, "b c h w"], count: int) -> Float[Tensor, "n k"]:
+        """Logits [count · b, k] of `count` draws of the noise on the same images: all of the first draw, then all of
+        the second, …, as `x.repeat(count, 1, 1, 1)` gives. What comes before the first noise is computed once."""
+        if self.gate is None:
+            return self(x.repeat(count, 1, 1, 1))
+        self.gate.draws = count
+        try:
+            return self(x)
+        finally:
+            self.gate.draws = 1
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         logits = self.graph(x.to(dtype=self.dtype, memory_format=torch.channels_last))

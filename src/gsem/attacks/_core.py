@@ -77,11 +77,14 @@ class Counting(nn.Module):
         self.training = model.training  # not train(): it would reach into the model
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.draws(x, 1)
+
+    def draws(self, x: Tensor, count: int) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
-            self.gradients += len(x)
+            self.gradients += count * len(x)
         else:
-            self.forwards += len(x)
-        return self.model(x)
+            self.forwards += count * len(x)
+        return drawn(self.model, x, count)
 
 
 def counting(model: nn.Module) -> Counting:
@@ -104,6 +107,14 @@ def folds(draws: int, rows: int) -> list[int]:
     return [per_pass] * full + ([rest] if rest else [])
 
 
+def drawn(model: nn.Module, x: Images, draws: int) -> Float[Tensor, "n k"]:
+    """Logits [draws · b, k]: all of the first draw, then all of the second, … A search twin shares their beginning."""
+    if draws == 1:
+        return model(x)
+    several = getattr(model, "draws", None)
+    return several(x, draws) if several is not None else model(x.repeat(draws, 1, 1, 1))
+
+
 def _averaged(
     model: nn.Module, x: Images, y: Labels, loss: Loss, eot: int, *, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -112,7 +123,7 @@ def _averaged(
     x = x.detach().requires_grad_(differentiate)
     for fold in folds(eot, len(x)):
         with torch.set_grad_enabled(differentiate):
-            logits = model(x.repeat(fold, 1, 1, 1) if fold > 1 else x)
+            logits = drawn(model, x, fold)
             labels = y.repeat(fold)
             each = loss(logits, labels)
             if differentiate:
@@ -146,7 +157,7 @@ def expected_logits(model: nn.Module, x: Images, eot: int) -> Float[Tensor, "b k
     """Logits averaged over `eot` forward passes."""
     total: Tensor | float = 0.0
     for fold in folds(eot, len(x)):
-        logits = model(x.repeat(fold, 1, 1, 1) if fold > 1 else x)
+        logits = drawn(model, x, fold)
         total = total + logits.view(fold, len(x), -1).sum(0)
     assert isinstance(total, Tensor)
     return total / eot

@@ -19,6 +19,7 @@ from gsem.attacks._core import (
     check_arguments,
     check_result,
     distances,
+    drawn,
     expected,
     expected_logits,
     folds,
@@ -298,7 +299,7 @@ def _look(task: _Task, path: _Path, *, differentiate: bool) -> _Seen:
     grads: Tensor | float = 0.0
     for fold in folds(task.eot, b):
         with torch.set_grad_enabled(differentiate):
-            each = task.model(x.repeat(fold, 1, 1, 1) if fold > 1 else x)
+            each = drawn(task.model, x, fold)
             logits = each.view(fold, b, -1).sum(0)
         if path.target is not None:
             classes = path.target[None]
