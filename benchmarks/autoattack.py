@@ -8,7 +8,7 @@ twin, so that what the twin gives and what the attacks give can be told apart. A
 by switching its noise off; with --stochastic it is attacked as it is, by our standard suite and by pyautoattack's
 `rand` and `standard`, and all three are judged by the same scoring draws.
 
-Needs `pip install pyautoattack`. Prints a table and writes JSON. `--steps` and `--queries` shorten both sides alike.
+Needs pyautoattack (in the test extra). Prints a table, writes JSON. `--steps`, `--queries` shorten both sides alike.
 """
 
 import argparse
@@ -153,6 +153,9 @@ def main() -> None:
     parser.add_argument("run", help="a run directory or checkpoint, or package.module:function")
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument(
+        "--with-training-images", action="store_true", help="where test images are few: attacks are compared, not nets"
+    )
     parser.add_argument("--attacks", default=",".join((*PARTS, "standard")))
     parser.add_argument("--sides", default="ours,reference,twin")
     parser.add_argument("--norm", default="Linf")
@@ -168,9 +171,12 @@ def main() -> None:
     model, meta = gsem.load_model(o.run)
     model = model.to(o.device, memory_format=torch.contiguous_format)
     source = gsem.data.load(o.data)
-    test = source.test()
-    rows_ = gsem.data.balanced(test.y, min(o.images, len(test)))
-    x, y = gsem.data.to_float(test.x[rows_]).to(o.device), test.y[rows_].to(o.device)
+    images = source.test()
+    if o.with_training_images:
+        x, y = zip(*((part.x, part.y) for part in (images, source.read_train())), strict=True)
+        images = gsem.data.Split(torch.cat(x), torch.cat(y))
+    rows_ = gsem.data.balanced(images.y, min(o.images, len(images)))
+    x, y = gsem.data.to_float(images.x[rows_]).to(o.device), images.y[rows_].to(o.device)
     eps = o.eps or meta.get("data", {}).get("eps", source.eps)
     print(
         f"{o.run} on {len(x)} images of {source.name}, eps {eps:.4f} ({o.norm}), steps {o.steps}, queries {o.queries}"

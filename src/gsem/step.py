@@ -48,6 +48,10 @@ class Average:
         torch._foreach_lerp_(self.mine, self.theirs, share)
 
 
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class Stepper:
     """The moving parts of a training: model, average, optimizer, and the twin that attacks search on."""
 
@@ -152,12 +156,12 @@ class Stepper:
     def _loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         r = self.recipe
         with self._autocast():
-            logits_adv = self.model(x_adv)
-            logits = None if r.objective == "ce" else self.model(x).float()
+            logits_adv = _at_least_float32(self.model(x_adv))
+            logits = None if r.objective == "ce" else _at_least_float32(self.model(x))
         if logits is None:
-            return cross_entropy(logits_adv.float(), y, r.label_smoothing)
+            return cross_entropy(logits_adv, y, r.label_smoothing)
         objective = mart if r.objective == "mart" else trades
-        return objective(logits_adv.float(), logits, y, r.weight)
+        return objective(logits_adv, logits, y, r.weight)
 
     def _autocast(self) -> AbstractContextManager:
         low = self.dtype != torch.float32

@@ -1,0 +1,254 @@
+"""One optimizer step of the published GCAT recipe: ours, the slow reference, and the stock alternative, in one run.
+
+    python benchmarks/training_step.py [--model gsem-resnet18] [--batch 64] [--repeats 3] [--device cuda] [--json FILE]
+
+reference: benchmarks/reference.py, eager, NCHW; float32 on a CPU, fp16 autocast on a GPU.
+stock: the same code with autocast (bf16) and channels-last, and nothing else.
+ours: `gsem.step.Stepper`, the step that `gsem train gcat-published` runs, its data and augmentation included.
+
+The sides take turns. Then the parts of ours, beside the time that their arithmetic takes at the rate of a large bf16
+product (measured here, too). Images and labels are random: no time depends on them. Prints tables, writes JSON.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import reference
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import gsem
+from gsem.attacks._core import expected_gradient
+from gsem.data import Source, Split
+from gsem.losses import cross_entropy
+from gsem.step import Stepper
+
+EPS = 8 / 255
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def taken(device: torch.device, work: Callable[[], object]) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def in_turns(device: torch.device, sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, work in sides.items():
+            times[name].append(taken(device, work))
+    return times
+
+
+def random_source(images: int, side: int) -> Source:
+    chance = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (images, 3, side, side), generator=chance, dtype=torch.uint8)
+    split = Split(x, torch.randint(0, 10, (images,), generator=chance))
+    return replace(
+        gsem.data.load("digits"),
+        name="random",
+        shape=(3, side, side),
+        eps=EPS,
+        padding=4,
+        fill=128,
+        flip=True,
+        read_train=lambda: split,
+        read_test=lambda: split,
+    )
+
+
+class Sides:
+    """The three sides on one batch, each with a model and optimizer of its own."""
+
+    def __init__(self, o: argparse.Namespace):
+        self.o, self.device = o, torch.device(o.device)
+        self.source = random_source(o.batch, o.side)
+        self.pixels = self.source.read_train().x.to(self.device)
+        self.y = self.source.read_train().y.to(self.device)
+        self.x = self.pixels.float() / 255
+        self.recipe = replace(
+            gsem.RECIPES["gcat-published"],
+            steps=o.steps,
+            eot=o.eot,
+            draws=o.draws,
+            model=o.model,
+            batch=o.batch,
+            search="fp16" if o.fp16 else "bf16",
+        )
+        gpu = self.device.type == "cuda"
+        self.casts = {
+            "reference": partial(torch.autocast, "cuda", torch.float16) if gpu else nullcontext,
+            "stock": partial(torch.autocast, self.device.type, torch.bfloat16),
+        }
+        self.models = {name: self._model(torch.contiguous_format) for name in ("reference",)}
+        self.models["stock"] = self._model(torch.channels_last)
+        self.models["ours"] = self._model(torch.channels_last)
+        self.optimizers = {
+            name: torch.optim.SGD(self.models[name].parameters(), 0.01, momentum=0.9, weight_decay=3.5e-3)
+            for name in ("reference", "stock")
+        }
+        self.stepper = Stepper(self.recipe, self.source, EPS, self.models["ours"], None)
+        self.number = 0
+        self.grads = [torch.zeros_like(p) for p in self.models["ours"].parameters()]
+
+    def _model(self, layout: torch.memory_format) -> nn.Module:
+        torch.manual_seed(0)
+        return gsem.create_model(self.o.model).to(self.device, memory_format=layout)
+
+    def images(self, side: str) -> Tensor:
+        layout = torch.contiguous_format if side == "reference" else torch.channels_last
+        return self.x.contiguous(memory_format=layout)
+
+    def theirs(self, side: str) -> None:
+        x = self.images(side)
+        start = x[1::2] + EPS * (2 * torch.rand_like(x[1::2]) - 1)
+        reference.step(
+            self.models[side],
+            self.optimizers[side],
+            x,
+            self.y,
+            start.clamp(0, 1),
+            eps=EPS,
+            steps=self.o.steps,
+            eot=self.o.eot,
+            draws=self.o.draws,
+            cast=self.casts[side],
+        )
+
+    def ours(self) -> None:
+        self.number += 1
+        self.stepper(self.pixels, self.y, step=self.number, epoch=0.0, averaged=None)
+
+    def attack_pass(self, side: str) -> None:
+        """A gradient of the whole batch (the twin with the step's draws folded in, per draw)."""
+        if side == "ours":
+            expected_gradient(self.stepper.twin, self.images(side), self.y, cross_entropy, self.o.eot)
+        else:
+            reference.attack_gradient(self.models[side].eval(), self.images(side), self.y, self.casts[side])
+
+    def training_pass(self, side: str) -> None:
+        if side == "ours":
+            self.models[side].train()
+            self.stepper._loss(self.images(side), self.images(side), self.y).mean().backward()
+        else:
+            reference.training_pass(self.models[side], self.images(side), self.y, 1.0, self.casts[side])
+
+    # --- the parts of ours ------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, tuple[Callable[[], object], float]]:
+        """name → (work, times a step)."""
+        half = self.images("ours")[1::2].contiguous(memory_format=torch.channels_last)
+        s, o = self.stepper, self.o
+        return {
+            "data and augmentation": (lambda: s._augmented(self.pixels, 1), 1),
+            "twin's refresh": (s.twin.refresh, 1),
+            "attack gradients": (lambda: expected_gradient(s.twin, half, self.y[1::2], cross_entropy, o.eot), o.steps),
+            "training passes": (lambda: self.training_pass("ours"), o.draws),
+            "clip, SGD, guards": (self.update, 1),
+        }
+
+    def update(self) -> None:
+        for parameter, grad in zip(self.stepper.model.parameters(), self.grads, strict=True):
+            parameter.grad = grad
+        self.stepper._update(torch.zeros((), device=self.device))
+
+    def flops(self) -> dict[str, float]:
+        """Of a step, by torch's count of the model as it is: what the method asks for."""
+        model = self.models["stock"].eval()
+        with FlopCounterMode(display=False) as forward:
+            model(self.images("stock")[:2])
+        each = forward.get_total_flops() / 2 * self.o.batch
+        return {
+            "attack gradients": each / 2 * 2 * self.o.steps * self.o.eot,
+            "training passes": each * 3 * self.o.draws,
+        }
+
+
+def ceiling(device: torch.device) -> float:
+    """FLOP/s of a bf16 product of 4096 × 4096 matrices."""
+    n = 4096 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    taken(device, lambda: a @ a)
+    return 2 * n**3 / min(taken(device, lambda: a @ a) for _ in range(10))
+
+
+def told(times: list[float]) -> str:
+    return f"{statistics.median(times):9.4f} s  ({min(times):.4f} – {max(times):.4f})"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gsem-resnet18")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--side", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--eot", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=5, help="repeats of the single passes")
+    parser.add_argument("--fp16", action="store_true", help="search on an fp16 twin (a GPU's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, default=Path("training_step.json"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    o = arguments()
+    sides = Sides(o)
+    device, names = sides.device, ("reference", "stock", "ours")
+    on = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    print(f"{o.model}, batch {o.batch}, {o.steps} steps × {o.eot} draws on every second image, {o.draws} draws")
+    print(f"torch {torch.__version__}, {on}, {torch.get_num_threads()} threads")
+    found: dict[str, dict[str, list[float]]] = {}
+    for title, work, repeats in (
+        ("attack pass of the batch", sides.attack_pass, o.passes),
+        ("training pass of the batch", sides.training_pass, o.passes),
+    ):
+        for name in names:
+            work(name)  # the first is slower
+        times = in_turns(device, {name: partial(work, name) for name in names}, repeats)
+        if work == sides.attack_pass:
+            times["ours"] = [t / o.eot for t in times["ours"]]
+        found[title] = times
+    sides.stepper.optimizer.zero_grad()
+    steps = {"reference": lambda: sides.theirs("reference"), "stock": lambda: sides.theirs("stock"), "ours": sides.ours}
+    found["the step"] = in_turns(device, steps, o.repeats)
+    for title, times in found.items():
+        print(f"\n{title}")
+        for name in names:
+            ratio = statistics.median(times[name]) / statistics.median(times["ours"])
+            print(f"  {name:<10} {told(times[name])}  {ratio:5.2f}×")
+    top = ceiling(device)
+    whole, flops = statistics.median(found["the step"]["ours"]), sides.flops()
+    print(f"\nthe parts of ours (a bf16 product runs at {top / 1e12:.2f} TFLOP/s here)")
+    parts = {}
+    for name, (work, count) in sides.parts().items():
+        work()
+        seconds = statistics.median(taken(device, work) for _ in range(o.passes)) * count
+        floor = flops.get(name, 0.0) / top
+        parts[name] = {"seconds": seconds, "share": seconds / whole, "floor": floor}
+        print(f"  {name:<22} {seconds:9.4f} s  {seconds / whole:6.1%} of the step", end="")
+        print(f"  arithmetic alone {floor:8.4f} s ({floor / seconds:.0%})" if floor else "")
+    facts = {key: value for key, value in vars(o).items() if key != "json"} | {"torch": torch.__version__, "on": on}
+    facts |= {"threads": torch.get_num_threads(), "ceiling": top}
+    o.json.write_text(json.dumps({"facts": facts, "times": found, "parts": parts}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
