@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
 
-from gsem.attacks import pgd
+from gsem.attacks._core import project, random_start
+from gsem.attacks.pgd import climb
 from gsem.awp import awp
 from gsem.checkpoint import part
 from gsem.data import Source, auto_augment, crop_flip, cutout, to_float
-from gsem.losses import cross_entropy, divergence_from, mart, trades
+from gsem.losses import Loss, cross_entropy, divergence_from, mart, trades
 from gsem.recipes import Recipe
-from gsem.streams import generator, reseed, split
+from gsem.streams import generator, reseed, split, stream
 from gsem.twin import SearchTwin, search_twin
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,6 +61,7 @@ class Stepper:
         self.model, self.average = model, average
         self.device = next(model.parameters()).device
         self.twin = search_twin(model, DTYPES[recipe.search])
+        self.rows: dict[int, slice | Tensor] = {}
         self.new_optimizer()
         self.clear_sums()
 
@@ -104,7 +106,7 @@ class Stepper:
         x = self._augmented(pixels, step)
         x_adv = x
         if r.attacked > 0:
-            rows = attacked_rows(len(x), r.attacked)
+            rows = self._rows(len(x))
             x_adv = x if r.objective == "ce" else x.clone()  # the others need the clean images too
             x_adv[rows] = self.attack(self.twin, x[rows], y[rows], steps=r.steps, eot=r.eot, number=step)
         for group in self.optimizer.param_groups:
@@ -140,18 +142,35 @@ class Stepper:
     def attack(
         self, twin: SearchTwin, x: Tensor, y: Tensor, *, steps: int, eot: int, number: int, plain: bool = False
     ) -> Tensor:
-        """PGD on a refreshed twin, from the recipe's start and by its inner loss; `plain`: uniform start, CE."""
+        """PGD on a refreshed twin, from the recipe's start and by its inner loss; `plain`: uniform start, CE.
+
+        Nothing here waits for the device: an infinite loss shows in `finite`, which is looked at now and then.
+        """
         r = self.recipe
         twin.refresh()
-        how: dict[str, Any] = {}
-        if r.start == "gaussian" and not plain:
-            chance = generator(r.seed, "start", number, device=self.device)
-            how["init"] = x + 0.001 * torch.randn(x.shape, generator=chance, device=self.device)
-        if r.objective == "trades" and not plain:
-            with torch.no_grad():
-                how["loss"] = divergence_from(twin(x))
         seed = split(r.seed, "attack", number)
-        return pgd(twin, x, y, eps=self.eps, step=r.step or self.eps / 4, steps=steps, eot=eot, seed=seed, **how)
+        objective: Loss = cross_entropy
+        with stream(split(seed, "model"), self.device):
+            if r.start == "gaussian" and not plain:
+                chance = generator(r.seed, "start", number, device=self.device)
+                start = x + 0.001 * torch.randn(x.shape, generator=chance, device=self.device)
+                start = project(start, x, self.eps, "Linf")
+            else:
+                start = random_start(x, self.eps, "Linf", generator(seed, "start", 0, device=self.device))
+            if r.objective == "trades" and not plain:
+                with torch.no_grad():
+                    objective = divergence_from(twin(x))
+            step = r.step or self.eps / 4
+            x_adv, finite = climb(twin, x, y, start, eps=self.eps, step=step, steps=steps, eot=eot, objective=objective)
+        self.finite &= finite.all()
+        return x_adv
+
+    def _rows(self, batch: int) -> slice | Tensor:
+        """`attacked_rows`, on the device."""
+        if batch not in self.rows:
+            rows = attacked_rows(batch, self.recipe.attacked)
+            self.rows[batch] = rows if isinstance(rows, slice) else rows.to(self.device)
+        return self.rows[batch]
 
     def _loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         r = self.recipe

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks import NotFinite
 from gsem.checkpoint import load_model, model_meta, part, read_checkpoint, save_checkpoint, write_atomically
 from gsem.data import Source, Split, load, mixed_order, read_extra, to_float
 from gsem.device import device_named
@@ -191,11 +190,7 @@ class _Loop:
         first = (self.recipe.swa_from or 0) * self.steps_per_epoch
         averaged = in_round - first if in_round >= first else None
         x, y = self.training.x[picked], self.training.y[picked]
-        try:
-            self.stepper(x, y, step=self.step, epoch=in_round / self.steps_per_epoch, averaged=averaged)
-        except NotFinite:
-            self._check()  # the loss may have told already
-            raise self._diverged("the network's outputs became NaN or infinite") from None
+        self.stepper(x, y, step=self.step, epoch=in_round / self.steps_per_epoch, averaged=averaged)
 
     @property
     def _chosen(self) -> nn.Module:
@@ -223,7 +218,7 @@ class _Loop:
 
     def _check(self) -> None:
         if not bool(self.stepper.finite):
-            raise self._diverged("the loss became NaN or infinite")
+            raise self._diverged("a loss became NaN or infinite")
         longest = float(self.stepper.longest)
         if not longest <= self.recipe.explosion:
             raise self._diverged(f"the gradient exploded to a norm of {longest:.3g}")

@@ -1,9 +1,11 @@
 """Projected gradient descent (Madry et al. 2018), with expectation over the model's noise."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from gsem.attacks._core import (
     Images,
@@ -83,38 +85,93 @@ def pgd(
     if init is not None and (init.shape != x.shape or restarts != 1):
         raise ValueError(f"init must have x's shape {tuple(x.shape)} and goes with restarts=1")
     objective = resolve_loss(loss)
-    compared = keep == "best" or restarts > 1
+    how: dict[str, Any] = {"eps": eps, "norm": norm, "step": step, "steps": steps, "eot": eot, "objective": objective}
     finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    worst = Worst(x)
     with stream(split(seed, "model"), x.device):
-        settling = Settling(model, x, y, confirmation(model, x) if compared and settle else 0)
-        for restart in range(restarts):
-            standing = ~worst.broken if settle else torch.ones_like(finite)
-            rows = standing.nonzero()[:, 0]
-            x_adv = _start(x, init, restart, eps=eps, norm=norm, seed=seed)[rows]
-            for number in range(steps + 1):
-                ends = number == steps
-                competes = keep == "best" or (ends and restarts > 1)
-                judged = competes or observe is not None
-                if not len(rows) or (ends and not judged):
-                    break
-                if not ends:
-                    values, wrong, grad = expected_gradient(search or model, x_adv, y[rows], objective, eot)
-                    finite[rows] &= values.isfinite()
-                if judged and (ends or search is not None):
-                    # The twin gives directions only: what a point is worth, the model itself says.
-                    values, wrong = expected(model, x_adv, y[rows], objective, eot)
-                    finite[rows] &= values.isfinite()
-                if observe is not None:
-                    observe(Step(rows, number, x_adv, values, wrong))
-                if competes:
-                    broken = settling(x_adv, values, wrong, rows)
-                    worst.update(x_adv, values, broken, rows)
-                    if settle and not ends and bool(broken.any()):
-                        rows, x_adv, grad = rows[~broken], x_adv[~broken], grad[~broken]
-                if not ends:
-                    x_adv = ascend(x_adv, x[rows], grad, step, eps, norm)
-    return check_result(worst.x if compared else x_adv, x, eps=eps, norm=norm, finite=finite)
+        if keep == "last" and restarts == 1 and observe is None:
+            start = _start(x, init, 0, eps=eps, norm=norm, seed=seed)
+            x_adv, finite = climb(search or model, x, y, start, **how)
+        else:
+            judge = _Judge(model, search, x, y, keep == "best", restarts > 1, settle, finite, observe)
+            for restart in range(restarts):
+                x_adv = judge.climb(_start(x, init, restart, eps=eps, norm=norm, seed=seed), **how)
+    return check_result(x_adv, x, eps=eps, norm=norm, finite=finite)
+
+
+def climb(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    x_adv: Images,
+    *,
+    eps: float,
+    step: float,
+    steps: int,
+    eot: int,
+    objective: Loss,
+    norm: Norm = "Linf",
+) -> tuple[Images, Bool[Tensor, " b"]]:
+    """The steps alone, from `x_adv`: nothing is checked, nothing waits for the device. For training.
+
+    Returns:
+        the last iterate, and whether each image's losses were finite on the way.
+    """
+    finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for _ in range(steps):
+        values, _, grad = expected_gradient(model, x_adv, y, objective, eot)
+        finite &= values.isfinite()
+        x_adv = ascend(x_adv, x, grad, step, eps, norm)
+    return x_adv, finite
+
+
+@dataclass
+class _Judge:
+    """Paths whose iterates are observed or compared: by the model, also where another is searched."""
+
+    model: nn.Module
+    search: nn.Module | None
+    x: Images
+    y: Labels
+    best: bool
+    """Whether every iterate competes, or (with several restarts) the last of each only."""
+    several: bool
+    settle: bool
+    finite: Bool[Tensor, " b"]
+    observe: Observer | None
+
+    def __post_init__(self) -> None:
+        self.worst = Worst(self.x)
+        confirm = confirmation(self.model, self.x) if (self.best or self.several) and self.settle else 0
+        self.settling = Settling(self.model, self.x, self.y, confirm)
+
+    def climb(
+        self, start: Images, *, eps: float, norm: Norm, step: float, steps: int, eot: int, objective: Loss
+    ) -> Images:
+        """One restart, on what still stands. Returns the worst point of each image so far, or the last iterates."""
+        rows = (~self.worst.broken if self.settle else torch.ones_like(self.worst.broken)).nonzero()[:, 0]
+        x, y, x_adv = self.x, self.y, start[rows]
+        for number in range(steps + 1):
+            ends = number == steps
+            competes = self.best or (ends and self.several)
+            if not len(rows) or (ends and not competes and self.observe is None):
+                break
+            if not ends:
+                values, wrong, grad = expected_gradient(self.search or self.model, x_adv, y[rows], objective, eot)
+                self.finite[rows] &= values.isfinite()
+            if (competes or self.observe is not None) and (ends or self.search is not None):
+                # The twin gives directions only: what a point is worth, the model itself says.
+                values, wrong = expected(self.model, x_adv, y[rows], objective, eot)
+                self.finite[rows] &= values.isfinite()
+            if self.observe is not None:
+                self.observe(Step(rows, number, x_adv, values, wrong))
+            if competes:
+                broken = self.settling(x_adv, values, wrong, rows)
+                self.worst.update(x_adv, values, broken, rows)
+                if self.settle and not ends and bool(broken.any()):
+                    rows, x_adv, grad = rows[~broken], x_adv[~broken], grad[~broken]
+            if not ends:
+                x_adv = ascend(x_adv, x[rows], grad, step, eps, norm)
+        return self.worst.x if self.best or self.several else x_adv
 
 
 def _start(x: Images, init: Images | None, restart: int, *, eps: float, norm: Norm, seed: int) -> Images:
