@@ -63,12 +63,12 @@ def wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def timed(model: nn.Module, attack: Callable[[nn.Module], Tensor]) -> tuple[Tensor, dict]:
     counted = counting(model)
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     x_adv = attack(counted)
     if x_adv.is_cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return x_adv, {"seconds": seconds, "forwards": counted.forwards, "gradients": counted.gradients}
+    seconds, cpu = time.perf_counter() - started, time.process_time() - worked
+    return x_adv, {"seconds": seconds, "cpu_seconds": cpu, "forwards": counted.forwards, "gradients": counted.gradients}
 
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, name: str, eps: float, o: argparse.Namespace) -> dict:
@@ -119,7 +119,7 @@ def stochastic(model: nn.Module, x: Tensor, y: Tensor, eps: float, o: argparse.N
     """Who finds more on a network with its noise on, at what cost: judged by the same 100 scoring draws."""
     twin = gsem.search_twin(model)
     sides = {
-        "clean": (x, {"seconds": 0.0, "forwards": 0, "gradients": 0}),
+        "clean": (x, {"seconds": 0.0, "cpu_seconds": 0.0, "forwards": 0, "gradients": 0}),
         "ours, standard, eot 20": timed(
             twin, lambda m: ours("standard", o)(m, x, y, eps=eps, norm=o.norm, eot=20, seed=o.seed)
         ),
@@ -136,16 +136,18 @@ def stochastic(model: nn.Module, x: Tensor, y: Tensor, eps: float, o: argparse.N
 def show(rows: list[dict]) -> None:
     print(
         f"{'attack':<9} {'side':<12} {'broken':>7} {'only':>5} {'-':>5} "
-        f"{'fwd/surv':>9} {'grad/surv':>9} {'s':>8} {'×':>5}"
+        f"{'fwd/surv':>9} {'grad/surv':>9} {'s':>8} {'×':>4} {'cpu s':>8} {'×':>4}"
     )
     for row in rows:
         for side, s in row["sides"].items():
-            speed = s["seconds"] / row["sides"]["ours"]["seconds"]
+            wall, cpu = (s[key] / max(row["sides"]["ours"][key], 1e-9) for key in ("seconds", "cpu_seconds"))
             print(
                 f"{row['attack']:<9} {side:<12} {s['broken']:7.1%} {s['only_here']:>5} {s['only_ours']:>5} "
-                f"{s['forwards_per_survivor']:9.0f} {s['gradients_per_survivor']:9.0f} {s['seconds']:8.1f} {speed:5.1f}"
+                f"{s['forwards_per_survivor']:9.0f} {s['gradients_per_survivor']:9.0f} "
+                f"{s['seconds']:8.1f} {wall:4.1f} {s['cpu_seconds']:8.1f} {cpu:4.1f}"
             )
     print("only: broken here and not by ours; -: by ours and not here; ×: its time over ours")
+    print("cpu s: processor time, which other work on the machine does not lengthen as it does wall time")
 
 
 def main() -> None:
