@@ -81,7 +81,7 @@ def differences(o: argparse.Namespace, name: str, base: str) -> tuple[float, flo
     found = []
     for seed in range(o.seeds):
         here, there = (Result.load(o.out / _folder(Variant(row, GCAT), seed) / "test-fresh") for row in (name, base))
-        one, other = (r.expected(r.scores[-1].name).mean for r in (here, there))
+        one, other = (r.expected([s.name for s in r.scores if s.noise == "fresh"][-1]).mean for r in (here, there))
         found.append(100 * (one - other))
     half = float(stats.t.ppf(0.95, o.seeds - 1)) * statistics.stdev(found) / math.sqrt(o.seeds)
     mean = statistics.mean(found)

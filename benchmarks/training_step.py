@@ -103,7 +103,7 @@ class Sides:
             name: torch.optim.SGD(self.models[name].parameters(), 0.01, momentum=0.9, weight_decay=3.5e-3)
             for name in ("reference", "stock")
         }
-        self.stepper = Stepper(self.recipe, self.source, EPS, self.models["ours"], None)
+        self.stepper = Stepper(self.recipe, self.source, EPS, self.models["ours"], None, compiled=o.compile)
         self.number = 0
         self.grads = [torch.zeros_like(p) for p in self.models["ours"].parameters()]
 
@@ -203,6 +203,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--passes", type=int, default=5, help="repeats of the single passes")
     parser.add_argument("--fp16", action="store_true", help="search on an fp16 twin (a GPU's)")
+    parser.add_argument("--compile", action="store_true", help="ours runs by torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, default=Path("training_step.json"))
     return parser.parse_args()

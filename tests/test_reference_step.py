@@ -3,6 +3,7 @@
 import importlib.util
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,18 @@ def coloured() -> Source:
     return replace(gsem.data.load("digits"), shape=(3, 8, 8), read_train=lambda: images, read_test=lambda: images)
 
 
-@pytest.mark.parametrize("noise", ["frozen", "off"])
-def test_the_step_is_the_slow_references(coloured, noise):
+@pytest.mark.parametrize(("noise", "compiled"), [("frozen", False), ("off", False), ("frozen", True)])
+def test_the_step_is_the_slow_references(coloured, noise, compiled, monkeypatch):
+    # (What is compiled is captured and differentiated as on a GPU, but no code is generated: that takes minutes.)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     images = coloured.read_train()
     fast, slow = (gsem.create_model("gsem-resnet10x16").double() for _ in range(2))
     slow.load_state_dict(fast.state_dict())
-    stepper = Stepper(RECIPE, coloured, EPS, fast, None)
+    stepper = Stepper(RECIPE, coloured, EPS, fast, None, compiled=compiled)
     # In float64 throughout, the twin's folded gradients too.
     stepper.twin = search_twin(fast, torch.float64)
+    if compiled:
+        stepper.twin.compile_graph()
     stepper._augmented = lambda pixels, step: pixels.double() / 255
     optimizer = torch.optim.SGD(
         slow.parameters(), RECIPE.learning_rate(0.0), momentum=RECIPE.momentum, weight_decay=RECIPE.weight_decay

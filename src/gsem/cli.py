@@ -73,7 +73,8 @@ def _train(words: list[str]) -> None:
     else:
         recipe, out = options.recipe, options.out
         recipe = replace(recipe, model=canonical_name(recipe.model))
-    run = _run(recipe, out, options.device, resume=options.resume is not None, tensorboard=options.tensorboard)
+    how: dict[str, Any] = {"resume": options.resume is not None, "compiled": options.compile}
+    run = _run(recipe, out, options.device, tensorboard=options.tensorboard, **how)
     best = run.best
     console.print(
         f"best: epoch {best['epoch']}, validation clean {percent(best['clean']).strip()}, "
@@ -91,7 +92,15 @@ def _scaled(recipe: Recipe, words: list[str]) -> Recipe:
     return replace(recipe.scaled(int(epochs)), rounds=recipe.rounds)
 
 
-def _run(recipe: Recipe, out: Path | None, device: str | None, *, resume: bool, tensorboard: Path | None = None) -> Run:
+def _run(
+    recipe: Recipe,
+    out: Path | None,
+    device: str | None,
+    *,
+    resume: bool,
+    compiled: bool = False,
+    tensorboard: Path | None = None,
+) -> Run:
     scalars = Scalars(tensorboard) if tensorboard is not None else None
     attack, training = recipe.passes
     heading = (
@@ -110,7 +119,7 @@ def _run(recipe: Recipe, out: Path | None, device: str | None, *, resume: bool, 
             if scalars is not None:
                 scalars(p)
 
-        return train(recipe, out=out, device=device, resume=resume, report=report)
+        return train(recipe, out=out, device=device, resume=resume, compiled=compiled, report=report)
 
 
 def _demo(words: list[str]) -> None:

@@ -56,6 +56,8 @@ class TrainOptions:
     """Directory for TensorBoard's event files (needs the extra: pip install 'gsem[tensorboard]')."""
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one."""
+    compile: bool = False
+    """Run the passes by torch.compile: for long trainings on a GPU. The first steps take minutes."""
 
 
 @dataclass(frozen=True)

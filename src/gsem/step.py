@@ -1,5 +1,6 @@
 """One optimizer step of a recipe: augment, attack, perturb the weights, average the gradient over draws, update."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -54,13 +55,28 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 class Stepper:
-    """The moving parts of a training: model, average, optimizer, and the twin that attacks search on."""
+    """The moving parts of a training: model, average, optimizer, and the twin that attacks search on.
 
-    def __init__(self, recipe: Recipe, source: Source, eps: float, model: nn.Module, average: Average | None):
+    With `compiled`, torch.compile runs the training passes and the twin.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        eps: float,
+        model: nn.Module,
+        average: Average | None,
+        *,
+        compiled: bool = False,
+    ):
         self.recipe, self.source, self.eps = recipe, source, eps
         self.model, self.average = model, average
         self.device = next(model.parameters()).device
         self.twin = search_twin(model, DTYPES[recipe.search])
+        self.training_pass: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        if compiled:
+            self.twin.compile_graph()
         self.rows: dict[int, slice | Tensor] = {}
         self.new_optimizer()
         self.clear_sums()
@@ -175,8 +191,8 @@ class Stepper:
     def _loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         r = self.recipe
         with self._autocast():
-            logits_adv = _at_least_float32(self.model(x_adv))
-            logits = None if r.objective == "ce" else _at_least_float32(self.model(x))
+            logits_adv = _at_least_float32(self.training_pass(x_adv))
+            logits = None if r.objective == "ce" else _at_least_float32(self.training_pass(x))
         if logits is None:
             return cross_entropy(logits_adv, y, r.label_smoothing)
         objective = mart if r.objective == "mart" else trades

@@ -120,7 +120,7 @@ def study(
             run = _trained(variant, seed, out, device, report)
             seconds.append(run.metrics[-1]["seconds"])
             results.append(_evaluated(variant, run, attacks, images, test_data, device, report))
-        labels = [s.label for s in results[0].scores]
+        labels = [s.label for s in results[0].scores if s.noise == "fresh"]
         attack, training = variant.recipe.passes
         rows.append(
             {
@@ -183,7 +183,7 @@ def _evaluated(
         report(f"{variant.name}, seed {run.recipe.seed}: test", None)
     model = run.model().to(where)
     with noise(model, variant.noise):  # type: ignore[arg-type]
-        result = evaluate(model, x, y, attacks, eps=eps, seed=run.recipe.seed)
+        result = evaluate(model, x, y, attacks, eps=eps, seed=run.recipe.seed, frozen=False)
     result.save(path)
     write_atomically(question, json.dumps(asked).encode())
     return result

@@ -47,6 +47,7 @@ def train(
     data: Source | None = None,
     device: str | None = None,
     resume: bool = False,
+    compiled: bool = False,
     report: Callable[[Progress], None] | None = None,
 ) -> Run:
     """Train as `recipe` says and keep the result in a run directory.
@@ -56,6 +57,7 @@ def train(
         data: where the images come from; `recipe.data` unless given. Its test split is never opened.
         device: "cpu", "cuda", "cuda:N"; the GPU where there is one unless told.
         resume: go on where `out` stopped. On a CPU, the end is the same, bit for bit, as without the stop.
+        compiled: run the passes by torch.compile. Its first steps take minutes; on a CPU it gains nothing.
         report: called with a `Progress` every few steps and after each epoch.
 
     Raises:
@@ -68,7 +70,7 @@ def train(
     path = Path(out) if out is not None else Path("runs") / default
     where = device_named(device)
     with stream(split(recipe.seed, "run"), where), deterministic(recipe.deterministic):
-        loop = _Loop(recipe, source, path, where)
+        loop = _Loop(recipe, source, path, where, compiled)
         if loop.last.exists() and not resume:
             raise ValueError(f"{path} already holds a run: resume it (--resume {path}) or choose another --out")
         if loop.last.exists():
@@ -83,7 +85,7 @@ def train(
 class _Loop:
     """A training run in memory: the weights, the optimizer, and the place in the schedule."""
 
-    def __init__(self, recipe: Recipe, source: Source, path: Path, device: torch.device):
+    def __init__(self, recipe: Recipe, source: Source, path: Path, device: torch.device, compiled: bool = False):
         self.recipe, self.source, self.path, self.device = recipe, source, path, device
         self.eps = recipe.eps or source.eps
         self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=self.eps)
@@ -104,7 +106,7 @@ class _Loop:
         average = None
         if recipe.ema or recipe.swa_from is not None:
             average = Average(model, self._new_model(), decay=recipe.ema, equal=recipe.swa_from is not None)
-        self.stepper = Stepper(recipe, source, self.eps, model, average)
+        self.stepper = Stepper(recipe, source, self.eps, model, average, compiled=compiled)
         self.validation_twin: SearchTwin | None = None
         self.step = 0  # done, over all rounds
         self.best_robust = -1.0

@@ -9,7 +9,7 @@ import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -389,6 +389,10 @@ class SearchTwin(nn.Module):
         for part in self.modules():
             if isinstance(part, _Mirror):
                 part.refresh(self.dtype)
+
+    def compile_graph(self) -> None:
+        """Let torch.compile run what was folded. The first pass of every shape and number of draws takes minutes."""
+        self.graph = cast(nn.Module, torch.compile(self.graph))
 
     def train(self, mode: bool = True) -> "SearchTwin":
         return self  # a twin is eval-time by definition
