@@ -65,8 +65,7 @@ def fab(
         eps: radius of the ball, in the unit of the images: an image is left alone once a point in the ball is
             broken (every draw misclassifies it, and a hundred more if the model is stochastic). None: no ball, and
             every path is followed to its end.
-        steps: of the iterate, per restart and target. Each costs one gradient, and one more where it crossed the
-            boundary.
+        steps: of the iterate, per restart and target. Each costs one gradient and one pass forward.
         restarts: the first starts at the image, the others at random points in the ball (with no eps: in that of
             the nearest point so far).
         targets: None aims at the nearest of all wrong classes, which takes k − 1 gradients a step; a number (the
@@ -224,7 +223,8 @@ def _walk(task: _Task, path: _Path, rows: Int[Tensor, " r"], worst: Worst | None
     broken leaves. Returns what stays."""
     for number in range(task.steps + 1):
         ends = number == task.steps
-        seen = _look(task, path, differentiate=not ends)
+        # One pass forward tells where the iterate lies; the gradient is taken where the next step begins.
+        seen = _look(task, path, differentiate=number == 0 and not ends)
         _check_finite(seen.margin, rows[path.place])
         if observe is not None:
             observe(Step(path.place, number, path.x_adv, seen.margin, seen.wrong))
@@ -238,23 +238,15 @@ def _walk(task: _Task, path: _Path, rows: Int[Tensor, " r"], worst: Worst | None
                 seen = _Seen(*(value[~broken] for value in vars(seen).values()))
         if ends or not len(path.place):
             break
-        _step_back(task, path, seen, rows)
+        if number or bool(seen.crossed.any()):
+            # Across the boundary it goes back towards the image first. (The plane at the crossing itself misses
+            # boundaries of a rugged classifier: 5 of 73 images that the reference breaks, on such a one.)
+            back = path.x + BETA * (path.x_adv - path.x)
+            path.x_adv = torch.where(seen.crossed[:, None, None, None], back, path.x_adv)
+            seen = _look(task, path, differentiate=True)
+            _check_finite(seen.margin, rows[path.place])
         path.x_adv = _step(path, seen, task.norm)
     return path
-
-
-def _step_back(task: _Task, path: _Path, seen: _Seen, rows: Int[Tensor, " r"]) -> None:
-    """Iterates across the boundary go back towards the image, and their planes are taken anew there: the plane at the
-    crossing misses boundaries of a rugged classifier (5 of 73 images that the reference breaks, on such a one)."""
-    if not bool(seen.crossed.any()):
-        return
-    part = path.only(seen.crossed)
-    part.x_adv = part.x + BETA * (part.x_adv - part.x)
-    again = _look(task, part, differentiate=True)
-    _check_finite(again.margin, rows[part.place])
-    at = seen.crossed.nonzero()[:, 0]
-    path.x_adv, path.normal, seen.gap = path.x_adv.clone(), path.normal.clone(), seen.gap.clone()
-    path.x_adv[at], path.normal[at], seen.gap[at] = part.x_adv, part.normal, again.gap
 
 
 def _check_finite(value: Float[Tensor, " b"], rows: Int[Tensor, " b"]) -> None:
