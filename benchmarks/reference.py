@@ -37,13 +37,14 @@ def attack(
     return x_adv
 
 
-def training_pass(model: nn.Module, x: Tensor, y: Tensor, share: float, cast: Cast = nullcontext) -> None:
-    """Adds `share` of the mean cross-entropy's gradient to the weights' gradients."""
+def training_pass(model: nn.Module, x: Tensor, y: Tensor, share: float, cast: Cast = nullcontext) -> Tensor:
+    """Adds `share` of the mean cross-entropy's gradient to the weights' gradients. Returns the mean."""
     model.train()
     with cast():
         logits = model(x)
         loss = F.cross_entropy(logits.float() if x.dtype != torch.float64 else logits, y)
     (loss * share).backward()
+    return loss.detach()
 
 
 def step(
@@ -58,11 +59,15 @@ def step(
     eot: int,
     draws: int,
     cast: Cast = nullcontext,
-) -> None:
-    """One optimizer step on images x [b, c, h, w]; the attacks on rows 1, 3, … begin at `start` [b // 2, c, h, w]."""
+) -> float:
+    """One optimizer step on images x [b, c, h, w]; the attacks on rows 1, 3, … begin at `start` [b // 2, c, h, w].
+
+    Returns:
+        the loss, averaged over images and draws.
+    """
     x = x.clone()
     x[1::2] = attack(model, x[1::2], y[1::2], start, eps=eps, steps=steps, eot=eot, cast=cast)
     optimizer.zero_grad()
-    for _ in range(draws):
-        training_pass(model, x, y, 1 / draws, cast)
+    losses = [training_pass(model, x, y, 1 / draws, cast) for _ in range(draws)]
     optimizer.step()
+    return float(sum(losses) / draws)

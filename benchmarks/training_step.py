@@ -40,12 +40,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+class Clock:
+    """Wall time; or processor time, which other work on the machine does not lengthen as it does wall time."""
+
+    now: Callable[[], float] = staticmethod(time.perf_counter)
+
+
 def taken(device: torch.device, work: Callable[[], object]) -> float:
     synchronize(device)
-    started = time.perf_counter()
+    started = Clock.now()
     work()
     synchronize(device)
-    return time.perf_counter() - started
+    return Clock.now() - started
 
 
 def in_turns(device: torch.device, sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -205,17 +211,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fp16", action="store_true", help="search on an fp16 twin (a GPU's)")
     parser.add_argument("--compile", action="store_true", help="ours runs by torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processor-time", action="store_true", help="of all threads, instead of wall time")
     parser.add_argument("--json", type=Path, default=Path("training_step.json"))
     return parser.parse_args()
 
 
 def main() -> None:
     o = arguments()
+    Clock.now = staticmethod(time.process_time if o.processor_time else time.perf_counter)
     sides = Sides(o)
     device, names = sides.device, ("reference", "stock", "ours")
     on = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     print(f"{o.model}, batch {o.batch}, {o.steps} steps × {o.eot} draws on every second image, {o.draws} draws")
-    print(f"torch {torch.__version__}, {on}, {torch.get_num_threads()} threads")
+    print(
+        f"torch {torch.__version__}, {on}, {torch.get_num_threads()} threads"
+        f"{', processor time' if o.processor_time else ''}"
+    )
     found: dict[str, dict[str, list[float]]] = {}
     for title, work, repeats in (
         ("attack pass of the batch", sides.attack_pass, o.passes),
