@@ -1,10 +1,12 @@
 """The twin against its model: logits and input gradients, on every kind of network."""
 
 import copy
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -397,12 +399,12 @@ def test_a_network_that_cannot_be_traced_runs_as_it_is(dtype, bound, of_model):
 class Sprinkler(nn.Module):
     """Draws noise of a fixed shape in its own forward: a tracer would keep one draw for ever."""
 
-    def __init__(self):
+    def __init__(self, draw: Callable[[], Tensor | float] = lambda: torch.randn(3, 8, 8)):
         super().__init__()
-        self.linear = nn.Linear(3, 5)
+        self.linear, self.draw = nn.Linear(3, 5), draw
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear((x + torch.randn(3, 8, 8)).mean((2, 3)))
+        return self.linear((x + self.draw()).mean((2, 3)))
 
 
 def test_noise_drawn_in_forward_is_not_frozen_by_tracing():
@@ -416,6 +418,24 @@ def test_noise_drawn_in_forward_is_not_frozen_by_tracing():
     expected = model(x)
     torch.manual_seed(3)
     torch.testing.assert_close(twin(x), expected)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_noise_of_python_and_numpy_is_noticed_too(draw):
+    random.seed(0)
+    np.random.seed(0)
+    with pytest.warns(UserWarning, match="random"):
+        twin = search_twin(Sprinkler(draw).eval())
+    x = images().float()
+    assert not torch.equal(twin(x), twin(x))
+    random.seed(0)
+    np.random.seed(0)
+    expected = draw()
+    random.seed(0)
+    np.random.seed(0)
+    with pytest.warns(UserWarning, match="random"):
+        search_twin(Sprinkler(draw).eval())
+    assert draw() == expected  # tracing took nothing from the caller's stream
 
 
 class Constants(nn.Module):

@@ -6,11 +6,14 @@ at every pass. The twin runs channels-last, in float32 or, for gradient *directi
 
 import copy
 import operator
+import pickle
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -269,13 +272,18 @@ def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
     attributes = set(vars(model))
     with _eval_flags(model), torch.random.fork_rng(devices=devices):
         chance = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        others = random.getstate(), np.random.get_state()
         try:
             graph = _Tracer().trace(model)
         finally:
             # fx hangs them on the model.
             constants = {name: model.__dict__.pop(name) for name in set(vars(model)) - attributes}
         drawn = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-    if not all(map(torch.equal, chance, drawn)):
+        after = random.getstate(), np.random.get_state()
+        same = all(map(torch.equal, chance, drawn)) and pickle.dumps(others) == pickle.dumps(after)
+        random.setstate(others[0])
+        np.random.set_state(others[1])
+    if not same:
         raise ValueError("its forward draws random numbers, of which tracing would keep one draw for ever")
     return graph, constants
 
