@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gsem.attacks._core import random_start
 from gsem.audit.layers import Blocking, blocking
 from gsem.audit.record import Check
-from gsem.audit.slopes import HIGH, LOW, Slope, joined, slopes
+from gsem.audit.slopes import WITHIN, Slope, joined, slopes
 from gsem.audit.subject import Subject, percent, quiet_twin
 from gsem.insert import straight_through
 from gsem.module import GSeM
@@ -33,12 +33,12 @@ def gradient(s: Subject) -> Check:
         bent = compare(s, HS, along=True)
         suspicious = _consecutive(bent)
     told = bent or found
-    one = next((f for f in told if f.outside), told[0])
+    one = next((f for f in told if f.outside(WITHIN)), told[0])
     check = Check(
         name="gradient",
         title="Is the gradient that attacks follow the loss's own?",
         figure=one.slope,
-        threshold=f"interval outside [{LOW}, {HIGH}] at two consecutive h, or a change without derivative",
+        threshold=f"interval outside [{1 - WITHIN:.2f}, {1 + WITHIN:.2f}] at two consecutive h; no derivative",
         outcome="pass",
         reason=f"{_told(one)} on {len(s.x)} images",
         advice="",
@@ -66,7 +66,7 @@ def compare(s: Subject, hs: tuple[float, ...], *, along: bool = False) -> list[S
     """The slopes at each h over all images."""
     # Another point of an image says more than another draw of the noise; small images have few features whose
     # changes could be averaged, and need more points.
-    points = (1 if s.quick else 2) * min(16, max(4, 4096 // s.x[0].numel())) // (4 if along else 1)
+    points = (1 if s.quick else 2) * min(8, max(4, 2048 // s.x[0].numel())) // (2 if along else 1)
     draws = min(s.draws, 2 if s.quick else 5)
     by_point = []
     for point in range(points):
@@ -93,7 +93,7 @@ def _starts(s: Subject, first: int, point: int = 0) -> Tensor:
 
 
 def _consecutive(found: list[Slope]) -> bool:
-    return any(one.outside and next_.outside for one, next_ in pairwise(found))
+    return any(one.outside(WITHIN) and next_.outside(WITHIN) for one, next_ in pairwise(found))
 
 
 def _told(one: Slope) -> str:

@@ -9,7 +9,7 @@ import torch
 from gsem.attacks._core import expected, expected_gradient, random_start, resolve_loss
 from gsem.audit.record import Check
 from gsem.audit.subject import GREATLY, Points, Subject, percent, several
-from gsem.audit.trace import Trace, trace
+from gsem.audit.trace import Trace
 from gsem.losses import margin
 from gsem.streams import generator, split, stream
 from gsem.suite import Attack
@@ -64,7 +64,7 @@ _UNAVAILABLE = (
 
 def unstable(s: Subject) -> Check:
     """2: a loss that changes much within a few grey levels, so that a gradient tells nothing about a step."""
-    draws = min(s.draws, 10 if s.quick else 20)
+    draws = min(s.draws, 2 if s.quick else 5)
     total = np.zeros(len(s.x))
     samples = 100
     for first in range(0, len(s.x), s.batch):
@@ -105,10 +105,10 @@ def unstable(s: Subject) -> Check:
     )
 
 
-def silent(s: Subject, path: Trace) -> Check:
+def silent(s: Subject) -> Check:
     """3: the attack passed through a point that breaks the image, and returned one that does not."""
-    returned = s.judged(path.x_adv, "returned")
-    best = s.judged(path.best, "best")
+    returned = s.judged(s.path.x_adv, "returned")
+    best = s.judged(s.path.best, "best")
     lost = s.broken_beyond_noise(returned.wrong, best.wrong)
     check = Check(
         name="silent",
@@ -130,9 +130,9 @@ def silent(s: Subject, path: Trace) -> Check:
     return replace(check, outcome="flag", advice="Keep the best point of the path (keep=best).")
 
 
-def unfinished(s: Subject, path: Trace) -> Check:
+def unfinished(s: Subject) -> Check:
     """4: the loss still rises when the attack ends."""
-    figure, curve, images = progress_at_end(path)
+    figure, curve, images = progress_at_end(s.path)
     check = Check(
         name="unfinished",
         title="Had the attack converged when it ended?",
@@ -175,10 +175,10 @@ def progress_at_end(path: Trace) -> tuple[float, list[float], int]:
     return float((scaled[:, -1] - scaled[:, at]).mean()), [float(v) for v in scaled.mean(0)], len(loss)
 
 
-def transfer_failure(s: Subject, path: Trace) -> Check:
+def transfer_failure(s: Subject) -> Check:
     """5: the points break the model that the attack saw, not the one that is judged."""
-    seen = s.wrong(path.x_adv, "surrogate", model=s.search)
-    judged = s.wrong(path.x_adv, "returned")
+    seen = s.wrong(s.path.x_adv, "surrogate", model=s.search)
+    judged = s.wrong(s.path.x_adv, "returned")
     lost = s.broken_beyond_noise(judged, seen)
     through = "the search twin" if s.surrogate is None else "the surrogate"
     check = Check(
@@ -251,11 +251,3 @@ def mitigated(s: Subject, check: Check, how: str, after: Points) -> Check:
 def _effort(s: Subject) -> dict[str, Any]:
     options = s.options(s.lead)
     return {"steps": options.get("steps", 20), "eot": options["eot"]}
-
-
-def traced(s: Subject) -> Trace:
-    """The leading attack's path, once for all checks."""
-    if s.path is None:
-        s.say(f"the path of {s.label(s.lead)}")
-        s.path = trace(s, s.lead)
-    return s.path

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gsem.audit.slopes import joined, slopes
+from gsem.audit.slopes import NEARLY, joined, slopes
 from gsem.streams import stream
 
 # Offset of a layer's features, in standard deviations of them: about what 1/255 is to images.
@@ -30,8 +30,10 @@ class Blocking:
     """Whether it gives a tensor of the shape it takes, so that a straight-through gradient fits."""
 
     def __str__(self) -> str:
-        name = f"layer {self.layer!r} ({self.kind})" if self.layer else f"the forward of {self.kind} itself"
-        return name if self.before is None else f"{name}, before its layer {self.before!r}"
+        if self.layer:
+            return f"layer {self.layer!r} ({self.kind})"
+        before = "" if self.before is None else f", before its layer {self.before!r}"
+        return f"the forward of {self.kind} itself{before}"
 
 
 @dataclass
@@ -126,7 +128,7 @@ def _off(model: nn.Module, call: _Call, side: str, x: Tensor, y: Tensor, *, draw
 
     how: dict[str, Any] = {"draws": draws, "seed": seed, "directions": 1, "along": True}
     (found,) = slopes(answer, torch.zeros_like(features), y, [OFFSET * spread], **how)
-    return joined([found], seed=seed).off
+    return joined([found], seed=seed).outside(NEARLY)
 
 
 @contextmanager

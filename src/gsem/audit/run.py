@@ -14,7 +14,7 @@ from gsem.attacks._core import Norm, check_arguments
 from gsem.audit.binarize import binarization
 from gsem.audit.chance import ablation, randomness
 from gsem.audit.gradient import gradient
-from gsem.audit.indicators import silent, traced, transfer_failure, unavailable, unconstrained, unfinished, unstable
+from gsem.audit.indicators import silent, transfer_failure, unavailable, unconstrained, unfinished, unstable
 from gsem.audit.record import Audit, Check
 from gsem.audit.subject import LEADING, Subject, percent, quiet_twin
 from gsem.audit.sweeps import blackbox, sweeps
@@ -32,9 +32,9 @@ CHECKS: dict[str, Callable[[Subject], Check]] = {
     "gradient": gradient,
     "unavailable": unavailable,
     "unstable": unstable,
-    "silent": lambda s: silent(s, traced(s)),
-    "unfinished": lambda s: unfinished(s, traced(s)),
-    "transfer": lambda s: transfer_failure(s, traced(s)),
+    "silent": silent,
+    "unfinished": unfinished,
+    "transfer": transfer_failure,
     "unconstrained": unconstrained,
     "binarization": binarization,
     "sweeps": sweeps,

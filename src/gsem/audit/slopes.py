@@ -25,7 +25,8 @@ from torch import Tensor
 from gsem.losses import margin
 from gsem.streams import generator, split, stream
 
-LOW, HIGH = 0.85, 1.15
+# How far from 1 the interval of a slope may lie.
+WITHIN = 0.07
 NEARLY = 0.04
 # Below so small a share of the differences, the derivative counts as none.
 NOTHING = 0.01
@@ -63,14 +64,9 @@ class Slope:
         """Whether the loss changes and the gradient says that it does not."""
         return not self.silent and _rms(self.b) < NOTHING * _rms(self.a)
 
-    @property
-    def outside(self) -> bool:
-        return self.blocked or (self.slope is not None and (self.high < LOW or self.low > HIGH))
-
-    @property
-    def off(self) -> bool:
-        """As `outside`, by less: for looking, at averaged derivatives, from which layer on a gradient is right."""
-        return self.blocked or (self.slope is not None and (self.high < 1 - NEARLY or self.low > 1 + NEARLY))
+    def outside(self, by: float) -> bool:
+        """Whether the interval lies outside [1 − by, 1 + by], or there is no derivative at all."""
+        return self.blocked or (self.slope is not None and (self.high < 1 - by or self.low > 1 + by))
 
     def to_dict(self) -> dict[str, Any]:
         interval = {"low": self.low, "high": self.high} if self.slope is not None else {"low": None, "high": None}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gsem.attacks import Step
 from gsem.attacks._core import Norm, Observer, check_result
+from gsem.audit.trace import Trace, trace
 from gsem.predict import answers
 from gsem.streams import split
 from gsem.suite import Attack
@@ -92,7 +93,6 @@ class Subject:
         self.search = self.twin if surrogate is None else quiet_twin(surrogate)
         self.found: list[Points] = []
         self.unbounded: Points | None = None
-        self.path: Any = None
 
     def known(self, model: nn.Module) -> "Subject":
         """The same questions to a deterministic relative of the model."""
@@ -192,7 +192,13 @@ class Subject:
     def base(self) -> Points:
         """The worst that the white-box attacks in question reach: the robust accuracy under audit."""
         self.say("the evaluation itself")
-        return self.cascade(self.white, self.clean, "base")
+        first = self.clean.worse_of(self.judged(self.path.x_adv, "returned"))
+        return self.cascade([a for a in self.white if a is not self.lead], first, "base")
+
+    @cached_property
+    def path(self) -> Trace:
+        """What the leading attack did."""
+        return trace(len(self.x), lambda observe: self.points(self.lead, "path", observe=observe))
 
     def cascade(
         self, attacks: Sequence[Attack], start: Points, *names: str | int, through: nn.Module | None = None
@@ -213,11 +219,15 @@ class Subject:
         eps: float | None = None,
     ) -> Points:
         """The attack's points for the images that `points` leave standing, and those of the others as they are."""
-        standing = torch.from_numpy(np.flatnonzero(points.selection < 1)).to(self.x.device)
-        x_adv = points.x_adv.clone()
-        if len(standing):
-            x_adv[standing] = self.points(attack, *names, rows=standing, through=through, eps=eps)
-        return self.judged(x_adv, self.label(attack), *names)
+        at = np.flatnonzero(points.selection < 1)
+        if not len(at):
+            return points
+        rows = torch.from_numpy(at).to(self.x.device)
+        x_adv, selection, wrong = points.x_adv.clone(), points.selection.copy(), points.wrong.copy()
+        x_adv[rows] = found = self.points(attack, *names, rows=rows, through=through, eps=eps)
+        selection[at] = self.wrong(found, "selection", self.label(attack), *names, rows=rows)
+        wrong[at] = self.wrong(found, self.label(attack), *names, rows=rows)
+        return Points(x_adv, selection, wrong)
 
     # --- accuracies ------------------------------------------------------------------------------------------
 

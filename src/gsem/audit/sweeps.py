@@ -77,9 +77,9 @@ def _against_eps(s: Subject, details: dict[str, Any]) -> tuple[list[str], bool]:
 
 
 def _random_noise(s: Subject) -> Points:
-    """The worst of ten random points in the ball."""
+    """The worst of some random points in the ball."""
     points = s.clean
-    for number in range(10):
+    for number in range(3 if s.quick else 10):
         x_adv = random_start(s.x, s.eps, s.norm, generator(s.seed, "random noise", number, device=s.x.device))
         points = points.worse_of(s.judged(x_adv, "random noise", number))
     return points
@@ -146,9 +146,9 @@ def blackbox(s: Subject) -> Check:
 
 
 def _boxes(s: Subject) -> list[Attack]:
-    eot = {"eot": min(5, s.options(s.lead)["eot"])} if s.quick else {}
-    found = [Attack("square", {"queries": 500 if s.quick else 5000} | eot)]
-    found.append(Attack("rays", {"queries": 500 if s.quick else 10000} | eot))
+    eot = {"eot": min(3, s.options(s.lead)["eot"])} if s.quick else {}
+    found = [Attack("square", {"queries": 300 if s.quick else 5000} | eot)]
+    found.append(Attack("rays", {"queries": 300 if s.quick else 10000} | eot))
     if s.sources:
         found.append(Attack("transfer", {"steps": 20 if s.quick else 100} | eot))
     return found

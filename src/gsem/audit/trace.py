@@ -1,5 +1,6 @@
 """What the leading attack did on its way: the loss of every iterate, and the best of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gsem.attacks import Step
-from gsem.audit.subject import Subject
-from gsem.suite import Attack
+from gsem.attacks._core import Observer
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,27 @@ class Trace:
     """The largest share of draws of the search that an iterate was wrong in."""
 
 
-def trace(s: Subject, attack: Attack, *names: str | int) -> Trace:
-    """Run the attack, and see all of it."""
-    n = len(s.x)
-    best = s.x.clone()
-    wrong = torch.full((n,), -1.0, device=s.x.device)
-    highest = torch.full((n,), -torch.inf, device=s.x.device)
-    losses: list[list[float]] = [[] for _ in range(n)]
+def trace(images: int, run: Callable[[Observer], Tensor]) -> Trace:
+    """Run an attack on so many images, and see all of it.
+
+    Args:
+        run: (observe) → x_adv [n, c, h, w].
+    """
+    best: dict[int, tuple[float, float, Tensor]] = {}
+    losses: list[list[float]] = [[] for _ in range(images)]
 
     def see(step: Step) -> None:
-        rows = step.rows
-        share, loss = step.wrong.to(wrong), step.loss.detach().to(highest)
-        better = (share > wrong[rows]) | ((share == wrong[rows]) & (loss > highest[rows]))
-        at = rows[better]
-        best[at], wrong[at], highest[at] = step.x.detach()[better], share[better], loss[better]
-        for row, value in zip(rows.tolist(), loss.tolist(), strict=True):
-            losses[row].append(value)
+        for at, (row, wrong, loss) in enumerate(
+            zip(step.rows.tolist(), step.wrong.tolist(), step.loss.tolist(), strict=True)
+        ):
+            losses[row].append(loss)
+            if row not in best or (wrong, loss) > best[row][:2]:
+                best[row] = (wrong, loss, step.x[at].detach().clone())
 
-    x_adv = s.points(attack, "trace", *names, observe=see)
-    table = np.full((n, max(map(len, losses), default=0)), np.nan)
+    x_adv = run(see)
+    table = np.full((images, max(map(len, losses), default=0)), np.nan)
     for row, values in enumerate(losses):
         table[row, : len(values)] = values
-    return Trace(x_adv, best, table, wrong.cpu().numpy())
+    # (An attack that is not observed, like one step of FGSM, passed no point but the one that it returned.)
+    points = [best[row][2] if row in best else x_adv[row] for row in range(images)]
+    return Trace(x_adv, torch.stack(points), table, np.array([best[r][0] if r in best else 0.0 for r in range(images)]))
