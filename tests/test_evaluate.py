@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import gsem
 from gsem import suite
 from gsem.attacks import pgd
-from gsem.evaluate import Progress, _chosen, _undefended, evaluate
+from gsem.evaluate import Progress, _chosen, evaluate, undefended
 from gsem.predict import correct_draws, is_stochastic
 from planted import Flipper, Halves, chance, halves, small_net
 
@@ -104,7 +104,7 @@ def test_a_gsem_network_is_attacked_also_through_itself_without_noise_and_withou
     torch.manual_seed(2)
     model = gsem.create_model("gsem-resnet10x16", num_classes=3, in_channels=1).eval()
     x, y = halves(6)
-    copies = _undefended(model)
+    copies = undefended(model)
     (bare,) = [m for m in copies["quantiser off"].modules() if isinstance(m, gsem.GSeM)]
     (quiet,) = [m for m in copies["noise off"].modules() if isinstance(m, gsem.GSeM)]
     z = torch.rand(2, 16, 4, 4)
@@ -112,7 +112,7 @@ def test_a_gsem_network_is_attacked_also_through_itself_without_noise_and_withou
     torch.testing.assert_close(quiet.quantise(z), (6 * z).round() / 6)
     (own,) = [m for m in model.modules() if isinstance(m, gsem.GSeM)]
     assert own.quantiser and own.offsets.mode == "fresh"
-    assert _undefended(small_net()) == {}
+    assert undefended(small_net()) == {}
     result = evaluate(model, x, y, ["transfer:steps=3"], eps=0.1, draws=5, frozen=False)
     label = "transfer3-eot20"
     assert [s.label for s in result.scores] == ["clean", label]

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "result": {"checkpoint", "streams"},
     "ledger": {"checkpoint", "result", "streams"},
     "evaluate": BASE | {"attacks", "ledger", "predict", "result", "suite", "twin"},
-    "audit": BASE | {"attacks", "checkpoint", "evaluate", "predict", "result", "suite", "twin"},
+    "audit": BASE | {"attacks", "checkpoint", "evaluate", "insert", "predict", "result", "suite", "twin"},
     "report": {"audit", "checkpoint", "result", "show", "streams"},
     "cli_audit": BASE
     | {"audit", "checkpoint", "cli_evaluate", "evaluate", "options", "progress", "result", "show", "suite"},

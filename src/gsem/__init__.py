@@ -3,10 +3,12 @@
 from gsem import attacks as attacks
 from gsem import data as data
 from gsem import losses as losses
+from gsem.audit.run import audit as audit
 from gsem.checkpoint import load_model as load_model
 from gsem.evaluate import evaluate as evaluate
 from gsem.insert import insert as insert
 from gsem.insert import normalized as normalized
+from gsem.insert import straight_through as straight_through
 from gsem.models import MODELS as MODELS
 from gsem.models import create_model as create_model
 from gsem.models import load_published as load_published

@@ -1,4 +1,4 @@
-"""The command line: gsem demo | train | evaluate | verify | recipes | models | study | data."""
+"""The command line: gsem demo | train | evaluate | audit | verify | recipes | models | study | data."""
 
 import os
 import sys
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gsem.cli_audit import audit_command
 from gsem.cli_evaluate import evaluate_command, evaluate_model, verify_command
 from gsem.data import SOURCES, load
 from gsem.models import MODELS, canonical_name
@@ -43,6 +44,7 @@ usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help tells its options)
   demo       train a small GSeM network on digits, attack it, print the result
   train      train by a recipe:      gsem train gcat --data digits
   evaluate   attack a trained model: gsem evaluate runs/NAME --suite standard
+  audit      is that accuracy real:  gsem audit runs/NAME --quick
   verify     judge saved adversarial examples again
   recipes    list the named recipes, and what they cost
   models     list the networks
@@ -229,6 +231,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "train": _train,
     "evaluate": lambda words: evaluate_command(console, words),
+    "audit": lambda words: audit_command(console, words),
     "verify": lambda words: verify_command(console, words),
     "recipes": _recipes,
     "models": _models,

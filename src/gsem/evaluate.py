@@ -193,7 +193,7 @@ class _Evaluation:
         """The noise was set: what follows from it. `sources` is None where nothing is transferred."""
         self.mode, self.draws = mode, draws if mode == "fresh" else 1
         self.twin = search_twin(self.model)
-        every = {} if sources is None else _undefended(self.model) | dict(sources)
+        every = {} if sources is None else undefended(self.model) | dict(sources)
         self.sources = {name: search_twin(source) for name, source in every.items()}
 
     @property
@@ -265,7 +265,7 @@ class _Evaluation:
         )
 
 
-def _undefended(model: nn.Module) -> dict[str, nn.Module]:
+def undefended(model: nn.Module) -> dict[str, nn.Module]:
     """Of a GSeM model, itself without its noise, and itself without its quantiser too: what an attacker would try."""
     if not _defended(model):
         return {}

@@ -1,5 +1,6 @@
 """Around any torch model: put a GSeM behind a layer of it, or let it take pixels in [0, 1]."""
 
+import copy
 import difflib
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gsem.module import Gradient, GSeM
+from gsem.module import Gradient, GSeM, pass_through
 from gsem.module import noise as noise_of
 
 # Sides of square images to try when the caller gives no example: CIFAR, ImageNet, then the less common.
@@ -77,9 +78,9 @@ def _replace(places: list[tuple[nn.Module, str]], module: nn.Module) -> None:
         setattr(parent, key, module)
 
 
-def _find(model: nn.Module, after: str) -> nn.Module:
+def _find(model: nn.Module, after: str, argument: str = "after") -> nn.Module:
     if not isinstance(after, str) or after == "":
-        raise ValueError(f"after must name a layer inside the model, not {after!r}")
+        raise ValueError(f"{argument} must name a layer inside the model, not {after!r}")
     # With duplicates: a layer that stands under two names is found by both.
     layers = dict(model.named_modules(remove_duplicate=False))
     if after in layers:
@@ -238,6 +239,53 @@ def normalized(model: nn.Module, mean: float | Sequence[float], std: float | Seq
     wrapped = Normalized(model, *buffers)
     wrapped.training = model.training  # not train(): it would reach into the model
     return wrapped
+
+
+class StraightThrough(nn.Module):
+    """A layer whose backward is the identity; see `straight_through`."""
+
+    def __init__(self, layer: nn.Module, name: str):
+        super().__init__()
+        self.layer, self.name = layer, name
+        self.training = layer.training  # not train(): it would reach into the layer
+
+    def forward(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        return _straight(x, self.layer(x.detach()), self.name)
+
+
+def _straight(x: Tensor, value: Tensor, name: str) -> Tensor:
+    if value.shape != x.shape:
+        raise ValueError(
+            f"layer {name!r} turns {list(x.shape)} into {list(value.shape)}: a straight-through gradient needs a "
+            "layer that keeps the shape"
+        )
+    return pass_through(x, value)
+
+
+torch.fx.wrap("_straight")  # its condition cannot be traced
+
+
+def straight_through(model: nn.Module, layer: str) -> nn.Module:
+    """A copy of `model` in which the gradient passes the layer as if it were the identity; its answers are the same.
+
+    The corrected gradient for a layer of one's own that has none, or a useless one: rounding, a threshold, a
+    decoder (the straight-through estimator; BPDA with the identity, Athalye et al., ICML 2018, section 4.1). Attack
+    the copy, judge by the model.
+
+    Args:
+        model: any network; it is copied, not changed.
+        layer: the name of the layer, as `model.named_modules()` gives it. It takes one tensor and keeps its shape;
+            its own parameters get no gradient.
+
+    Raises:
+        ValueError: no such layer; in the forward pass, a layer that changes the shape.
+    """
+    _find(model, layer, "layer")
+    model = copy.deepcopy(model)
+    found = dict(model.named_modules(remove_duplicate=False))[layer]
+    places = [(m, key) for m in model.modules() for key, child in m._modules.items() if child is found]
+    _replace(places, StraightThrough(found, layer))
+    return model
 
 
 def _numbers(name: str, value: float | Sequence[float]) -> list[float]:

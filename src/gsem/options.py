@@ -116,6 +116,62 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class AuditOptions:
+    """Is the robust accuracy real? Twelve checks, each with a figure, and a verdict: TRUSTED, SUSPECT or INVALID."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """As in gsem evaluate: a run directory, a checkpoint, a published .pt, or package.module:function."""
+    attacks: str | None = None
+    """The attacks whose result is in question, as in gsem evaluate; APGD on cross-entropy, on the margin and towards
+    nine targets unless told."""
+    suite: str | None = None
+    """Instead: quick, standard, paper or published."""
+    only: str | None = None
+    """Only these checks, with commas between: randomness, gradient, unavailable, unstable, silent, unfinished,
+    transfer, unconstrained, binarization, sweeps, blackbox, noise."""
+    quick: bool = False
+    """128 images, fewer steps, draws and queries: minutes on a CPU for a small network."""
+    source: tuple[str, ...] = ()
+    """More models (as MODEL) whose adversarial examples are tried on this one."""
+    surrogate: str | None = None
+    """A model (as MODEL) through which the attacks go instead of this one."""
+    gradient: Literal["corrected", "semi-masked"] | None = None
+    """Of every GSeM in the model: as it was trained unless told."""
+    data: str | None = None
+    """Whose test images, as in gsem evaluate. The run's own data by default."""
+    data_path: str | None = None
+    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
+    images: int | None = None
+    """Only so many test images: a fixed subset with as many of each class. With --quick 128, else 500."""
+    first: bool = False
+    """The first ones instead."""
+    eps: float | None = None
+    """Radius, like 8/255. The run's own by default (L-infinity), 0.5 for L2."""
+    norm: Literal["Linf", "L2"] = "Linf"
+    """Of the perturbation."""
+    draws: int = 100
+    """Scoring draws of the noise for each point (with --quick 20)."""
+    batch: int = 256
+    """Images attacked at once."""
+    seed: int = 0
+    out: Path | None = None
+    """Where the audit goes; RUN/audit.json, or audit.json here, unless told; with a number behind it where there is
+    one already."""
+    normalize: str | None = None
+    """As in gsem evaluate."""
+    name: str | None = None
+    """As in gsem evaluate."""
+    num_classes: int = 10
+    """As in gsem evaluate."""
+    levels: int = 6
+    """As in gsem evaluate."""
+    noise: int = 4
+    """As in gsem evaluate."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one."""
+
+
+@dataclass(frozen=True)
 class VerifyOptions:
     """Judge saved adversarial examples again: bounds, labels, fresh draws."""
 

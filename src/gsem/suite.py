@@ -145,12 +145,13 @@ class Attack:
         seed: int,
         sources: dict[str, nn.Module],
         observe: Observer | None = None,
+        observe_always: bool = False,
     ) -> Tensor:
-        """x_adv. `observe` is not passed to attacks that it would cost passes."""
+        """x_adv. `observe` is not passed to attacks that it would cost passes, unless it must see always."""
         if self.name == "clean":
             return x
         o = self.resolved(eps=eps, stochastic=stochastic)
-        if o.get("keep") == "last" or self.name == "fgsm":
+        if (o.get("keep") == "last" or self.name == "fgsm") and not observe_always:
             observe = None
         chance: dict[str, Any] = {"seed": seed, "observe": observe}
         if self.name == "cw":

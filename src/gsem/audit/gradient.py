@@ -1,0 +1,147 @@
+"""The masked gradient, also partial: by how much the loss changes, and by how much its gradient says."""
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gsem.attacks._core import random_start
+from gsem.audit.layers import Blocking, blocking
+from gsem.audit.record import Check
+from gsem.audit.slopes import WITHIN, Slope, joined, slopes
+from gsem.audit.subject import Subject, percent, quiet_twin
+from gsem.insert import straight_through
+from gsem.module import GSeM
+from gsem.streams import generator, split
+
+HS = (1 / 255, 2 / 255, 4 / 255)
+LEAST = 100  # images, for an interval to mean something
+SHOWN = 200  # pairs (a, b) kept for a chart
+
+
+def gradient(s: Subject) -> Check:
+    """Slope of central differences on autograd's derivative, at points from which attacks start."""
+    found = compare(s, HS)
+    bent: list[Slope] = []
+    suspicious = _consecutive(found)
+    if suspicious and not all(f.blocked for f in found):
+        s.say("again, with the derivative averaged along the way")
+        bent = compare(s, HS, along=True)
+        suspicious = _consecutive(bent)
+    told = bent or found
+    one = next((f for f in told if f.outside(WITHIN)), told[0])
+    check = Check(
+        name="gradient",
+        title="Is the gradient that attacks follow the loss's own?",
+        figure=one.slope,
+        threshold=f"interval outside [{1 - WITHIN:.2f}, {1 + WITHIN:.2f}] at two consecutive h; no derivative",
+        outcome="pass",
+        reason=f"{_told(one)} on {len(s.x)} images",
+        advice="",
+        source="section 3 of Athalye et al., ICML 2018 (gradient masking); the comparison is this project's",
+        details=_details(found, bent),
+    )
+    if all(f.silent for f in found):
+        reason = "the loss does not change at all within 4/255 of the images, so there is nothing to compare"
+        return replace(check, figure=None, outcome="inconclusive", reason=reason, advice=_SILENT)
+    if suspicious:
+        return _flagged(s, check)
+    if len(s.x) < LEAST:
+        reason = f"{check.reason}; the check needs {LEAST}"
+        return replace(check, outcome="inconclusive", reason=reason, advice=f"Give --images {LEAST} or more.")
+    return check
+
+
+_SILENT = (
+    "Look at the logits: a saturated or constant output leaves nothing to attack. Attack the logits before the last "
+    "non-linearity."
+)
+
+
+def compare(s: Subject, hs: tuple[float, ...], *, along: bool = False) -> list[Slope]:
+    """The slopes at each h over all images."""
+    # Another point of an image says more than another draw of the noise; small images have few features whose
+    # changes could be averaged, and need more points.
+    points = (1 if s.quick else 2) * min(8, max(4, 2048 // s.x[0].numel())) // (2 if along else 1)
+    draws = min(s.draws, 2 if s.quick else 5)
+    by_point = []
+    for point in range(points):
+        parts = []
+        s.say(f"central differences, {len(s.x)} images, point {point + 1} of {points}")
+        for first in range(0, len(s.x), s.batch):
+            x, y = _starts(s, first, point), s.y[first : first + s.batch]
+            seed = split(s.seed, "gradient", first, point)
+
+            def answer(offset: Tensor, x: Tensor = x) -> Tensor:
+                return s.twin(x + offset)
+
+            parts.append(slopes(answer, torch.zeros_like(x), y, hs, draws=draws, seed=seed, along=along))
+        by_point.append([joined(same_h) for same_h in zip(*parts, strict=True)])
+    return [joined(same_h, beside=True, seed=s.seed) for same_h in zip(*by_point, strict=True)]
+
+
+def _starts(s: Subject, first: int, point: int = 0) -> Tensor:
+    # As attacks start: anywhere in the ball. Pixels of 0, 128 or 255 may lie on a quantiser's very edge. Far enough
+    # from black and white for both sides of the difference to be images.
+    x = s.x[first : first + s.batch]
+    chance = generator(s.seed, "gradient", "start", first, point, device=x.device)
+    return random_start(x, s.eps, s.norm, chance).clamp(max(HS), 1 - max(HS))
+
+
+def _consecutive(found: list[Slope]) -> bool:
+    return any(one.outside(WITHIN) and next_.outside(WITHIN) for one, next_ in pairwise(found))
+
+
+def _told(one: Slope) -> str:
+    if one.slope is None:
+        return f"the loss changes within {round(one.h * 255)}/255, and its gradient is nothing,"
+    return f"slope {one.slope:.2f} [{one.low:.2f}, {one.high:.2f}] at h = {round(one.h * 255)}/255"
+
+
+def _details(found: list[Slope], bent: list[Slope]) -> dict[str, Any]:
+    pairs = np.stack([found[0].a.ravel(), found[0].b.ravel()], axis=1)
+    details: dict[str, Any] = {
+        "points": [f.to_dict() for f in found],
+        "pairs": [[float(a), float(b)] for a, b in pairs[:: max(1, len(pairs) // SHOWN)]],
+        "pairs_h": found[0].h,
+    }
+    return details | ({"along": [f.to_dict() for f in bent]} if bent else {})
+
+
+def _flagged(s: Subject, check: Check) -> Check:
+    """Name the layer, go around it, and attack again."""
+    some = slice(0, min(LEAST, s.batch))
+    draws = min(4, s.draws)
+    where = blocking(s.model, _starts(s, 0)[some], s.y[some], draws=draws, seed=s.seed, say=s.say)
+    assert check.details is not None
+    details = check.details | {"layer": None if where is None else where.layer, "where": str(where or "no one layer")}
+    reason = f"{check.reason}; " + (f"what blocks it is {where}" if where else "no one layer blocks it")
+    advice = "Attack without this gradient: see the check blackbox."
+    around = None if where is None else surrogate(s.model, where)
+    if around is not None:
+        how, model = around
+        advice = f"Attack through the corrected gradient: {how}."
+        after = s.cascade(s.white, s.base, "surrogate", through=quiet_twin(model))
+        before, now = s.accuracy(s.base), s.accuracy(after)
+        details["mitigation"] = {"how": how, "before": before.as_accuracy(), "after": now.as_accuracy()}
+        reason += f"; attacked through the corrected gradient, the accuracy is {percent(now.mean)}, "
+        reason += f"not {percent(before.mean)}"
+    return replace(check, outcome="flag", invalidates=True, reason=reason, advice=advice, details=details)
+
+
+def surrogate(model: nn.Module, where: Blocking) -> tuple[str, nn.Module] | None:
+    """A copy that answers as the model does and whose gradient passes the layer, and how to get it."""
+    layers = dict(model.named_modules())
+    if isinstance(layers[where.layer], GSeM):
+        fixed = copy.deepcopy(model)
+        layer = fixed.get_submodule(where.layer)
+        assert isinstance(layer, GSeM)
+        layer.gradient = "corrected"
+        return f'set the layer {where.layer!r} to gradient="corrected"', fixed
+    if not where.layer or not where.keeps_shape:
+        return None
+    return f'gsem.straight_through(model, "{where.layer}")', straight_through(model, where.layer)

@@ -1,0 +1,245 @@
+"""The audit: every check, one after the other, and the verdict."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gsem.attacks._core import Norm, check_arguments
+from gsem.audit.binarize import binarization
+from gsem.audit.chance import ablation, randomness
+from gsem.audit.gradient import gradient
+from gsem.audit.indicators import silent, transfer_failure, unavailable, unconstrained, unfinished, unstable
+from gsem.audit.record import Audit, Check
+from gsem.audit.subject import LEADING, Subject, percent, quiet_twin
+from gsem.audit.sweeps import blackbox, sweeps
+from gsem.audit.verdict import verdict
+from gsem.evaluate import undefended
+from gsem.predict import BATCH, is_stochastic
+from gsem.suite import SUITES, Attack, parse_attacks, suite
+
+# The white-box attacks whose result is audited, unless told.
+ATTACKS = "apgd:steps=100,apgd:steps=100:loss=margin,apgd:steps=100:targets=9"
+QUICK = "apgd:steps=50:eot=5,apgd:steps=50:loss=margin:eot=5"
+
+CHECKS: dict[str, Callable[[Subject], Check]] = {
+    "randomness": randomness,
+    "gradient": gradient,
+    "unavailable": unavailable,
+    "unstable": unstable,
+    "silent": silent,
+    "unfinished": unfinished,
+    "transfer": transfer_failure,
+    "unconstrained": unconstrained,
+    "binarization": binarization,
+    "sweeps": sweeps,
+    "blackbox": blackbox,
+    "noise": ablation,
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an audit stands, for whoever shows it."""
+
+    check: str
+    number: int
+    """Of the check, from 1, of `checks`."""
+    checks: int
+    doing: str
+    """What it does now; empty when it has ended."""
+    ended: Check | None = None
+
+
+def audit(
+    model: nn.Module,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    attacks: str | Sequence[Attack | str] | None = None,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    draws: int = 100,
+    seed: int = 0,
+    batch: int = BATCH,
+    only: Sequence[str] | None = None,
+    quick: bool = False,
+    sources: Mapping[str, nn.Module] | None = None,
+    surrogate: nn.Module | None = None,
+    about: Mapping[str, Any] | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> Audit:
+    """Is the accuracy of `model` under these attacks a measurement? Twelve checks, and the verdict they add up to.
+
+    The figure in question is the worst case over the white-box attacks among `attacks`. Each check measures one way
+    in which it could be too high; where one is flagged, the mitigation is applied and the accuracy measured again.
+    docs/audit.md tells every check, its threshold and its paper.
+
+    Args:
+        model: images [b, c, h, w] in [0, 1] → logits, in eval mode. It is not changed.
+        x, y: images in [0, 1], and their labels (int64). The gradient check needs at least 100.
+        attacks: as `evaluate` takes them, at least one of them pgd, apgd, cw or fgsm. APGD on cross-entropy, on the
+            margin and towards nine targets unless told.
+        eps: radius of the threat model, in the unit of the images.
+        draws: scoring draws of a stochastic model, for each point.
+        seed: of every random stream used; the caller's random state is not changed.
+        batch: images attacked at once.
+        only: names of the checks to make; all unless told. The verdict is never TRUSTED for some of them.
+        quick: fewer steps, draws and queries: minutes on a CPU for a small network.
+        sources: other models, by name, whose adversarial examples are tried on this one. Of a GSeM model, itself
+            without noise and without the quantiser are always among them.
+        surrogate: a model through which the attacks go instead of `model`: what a user of BPDA or of a substitute
+            network evaluated with.
+        about: what the caller wants to be kept in the audit's facts; its "command", if there is one, is what
+            repeats the audit, and with `--only NAME` a check alone.
+        report: called with a `Progress` while it runs.
+
+    Raises:
+        ValueError: an unknown check, attack or option, arguments out of range, labels that the model does not have.
+    """
+    names = list(CHECKS) if only is None else list(only)
+    for name in names:
+        if name not in CHECKS:
+            raise ValueError(f"check {name!r} is unknown: it is one of {', '.join(CHECKS)}")
+    if norm == "Linf" and eps > 1:
+        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
+    check_arguments(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
+    if not len(x):
+        raise ValueError("there are no images to audit on")
+    chosen = audited(attacks, quick=quick)
+    started = time.monotonic()
+    teller = _Teller(report, len(names))
+    every = undefended(model) | dict(sources or {})
+    s = Subject(
+        model,
+        x,
+        y,
+        chosen,
+        eps=eps,
+        norm=norm,
+        seed=seed,
+        draws=20 if quick and draws == 100 else draws,
+        batch=batch,
+        stochastic=is_stochastic(model, x[:batch]),
+        quick=quick,
+        sources={name: quiet_twin(source) for name, source in every.items()},
+        surrogate=surrogate,
+        say=teller.say,
+    )
+    _check_labels(y, s.classes)
+    checks = []
+    for name in names:
+        teller.begins(name)
+        checks.append(_made(name, s))
+        teller.ended(checks[-1])
+    word, reason = verdict(checks, complete=set(names) == set(CHECKS))
+    return Audit(tuple(checks), word, reason, _facts(s, only, time.monotonic() - started, about))
+
+
+def audited(attacks: str | Sequence[Attack | str] | None, *, quick: bool) -> list[Attack]:
+    """The attacks by name, AutoAttack by its parts.
+
+    Raises:
+        ValueError: none of them follows a gradient.
+    """
+    if attacks is None:
+        attacks = QUICK if quick else ATTACKS
+    if isinstance(attacks, str):
+        listed = suite(attacks) if attacks in SUITES else parse_attacks(attacks)
+    else:
+        listed = [Attack.parse(a) if isinstance(a, str) else a for a in attacks]
+    found: list[Attack] = []
+    for attack in listed:
+        found += _parts(attack) if attack.name == "autoattack" else [attack]
+    found = [a for a in found if a.name != "clean" and a.bounded]
+    if not any(a.name in LEADING for a in found):
+        raise ValueError(f"an audit asks what a gradient attack did: give one of {', '.join(LEADING)}")
+    return found
+
+
+def _parts(attack: Attack) -> list[Attack]:
+    steps = {key: value for key, value in attack.options.items() if key in ("steps", "eot")}
+    boxed = {key: value for key, value in attack.options.items() if key in ("queries", "eot")}
+    targeted = [Attack(name, steps | {"targets": 9}) for name in ("apgd", "fab")]
+    return [Attack("apgd", steps), *targeted, Attack("square", boxed)]
+
+
+def _made(name: str, s: Subject) -> Check:
+    try:
+        return CHECKS[name](s)
+    except RuntimeError as error:  # of torch: a model that cannot be differentiated, or does not fit in memory
+        return Check(
+            name=name,
+            title="The check could not be made",
+            figure=None,
+            threshold="",
+            outcome="inconclusive",
+            reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            advice="See the check unavailable; with no gradient at all, evaluate with square and rays.",
+            source="",
+        )
+
+
+class _Teller:
+    def __init__(self, report: Callable[[Progress], None] | None, checks: int):
+        self.report, self.checks, self.number, self.name = report, checks, 0, ""
+
+    def begins(self, name: str) -> None:
+        self.name, self.number = name, self.number + 1
+        self.say("begins")
+
+    def say(self, doing: str) -> None:
+        if self.report is not None:
+            self.report(Progress(self.name, self.number, self.checks, doing))
+
+    def ended(self, check: Check) -> None:
+        if self.report is not None:
+            self.report(Progress(self.name, self.number, self.checks, "", check))
+
+
+def _check_labels(y: Tensor, classes: int) -> None:
+    outside = ((y < 0) | (y >= classes)).nonzero()
+    if len(outside):
+        image = int(outside[0])
+        raise ValueError(f"image {image} has label {int(y[image])}, but the model tells {classes} classes apart")
+
+
+def _facts(s: Subject, only: Sequence[str] | None, seconds: float, about: Mapping[str, Any] | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "images": len(s.x),
+        "eps": s.eps,
+        "norm": s.norm,
+        "attacks": [s.label(a) for a in [*s.white, *s.black]],
+        "draws": s.draws,
+        "stochastic": s.stochastic,
+        "classes": s.classes,
+        "seed": s.seed,
+        "quick": s.quick,
+        "only": None if only is None else list(only),
+        "clean": s.accuracy(s.clean).as_accuracy(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": str(s.x.device),
+        "seconds": round(seconds, 1),
+        **(dict(about) if about is not None else {}),
+    }
+    if "base" in vars(s):  # (where no check asked for the attacks, they did not run)
+        lowest = s.base
+        for points in s.found:
+            lowest = lowest.worse_of(points)
+        facts |= {"attacked": s.accuracy(s.base).as_accuracy(), "lowest": s.accuracy(lowest).as_accuracy()}
+    return facts
+
+
+def told(audit: Audit) -> str:
+    """The accuracy in question, in words."""
+    clean, attacked = audit.facts["clean"]["accuracy"], audit.facts.get("attacked")
+    if attacked is None:
+        return f"clean {percent(clean)}"
+    lowest = audit.facts["lowest"]["accuracy"]
+    return f"clean {percent(clean)}, attacked {percent(attacked['accuracy'])}, lowest found {percent(lowest)}"

@@ -1,0 +1,177 @@
+"""gsem audit: from what a user names to the checks, their table and the verdict."""
+
+import shlex
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from gsem.audit.record import Audit, Check
+from gsem.audit.run import CHECKS, Progress, audit, told
+from gsem.cli_evaluate import _check_fit, _model, _subset, _told
+from gsem.data import load, to_float
+from gsem.device import device_named
+from gsem.module import GSeM
+from gsem.options import AuditOptions, parse
+from gsem.progress import duration
+from gsem.show import pixels
+
+IMAGES, QUICK_IMAGES = 500, 128
+WIDTH = 80
+# Colour says it once more: the words are there without it.
+STYLES = {"pass": "green", "flag": "bold red", "inconclusive": "yellow"}
+VERDICTS = {"TRUSTED": "bold green", "SUSPECT": "bold yellow", "INVALID": "bold red"}
+
+
+def audit_command(console: Console, words: list[str]) -> None:
+    if "--model" in words[:-1]:  # as an option too, as in gsem evaluate
+        at = words.index("--model")
+        words = [words[at + 1], *words[:at], *words[at + 2 :]]
+    o = parse(AuditOptions, "audit", words)
+    audit_model(console, o, shlex.join(["gsem", "audit", *_without_only(words)]))
+
+
+def _without_only(words: list[str]) -> list[str]:
+    """The words without `--only …` and `--out …`: what repeats the audit, or one check of it."""
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word in ("--only", "--out"):
+            skip = True
+        elif not word.startswith(("--only=", "--out=")):
+            kept.append(word)
+    return kept
+
+
+def audit_model(console: Console, o: AuditOptions, command: str) -> Audit:
+    """Audit, show and save, as the options say."""
+    if o.suite is not None and o.attacks is not None:
+        raise ValueError("give --suite or --attacks, not both")
+    model, meta = _model(o.model, o)
+    sources = {spec: _model(spec, o)[0] for spec in o.source}
+    surrogate = None if o.surrogate is None else _model(o.surrogate, o)[0]
+    for module in model.modules():
+        if o.gradient is not None and isinstance(module, GSeM):
+            module.gradient = o.gradient
+    recipe = meta.get("recipe", {})
+    where = o.data or recipe.get("data")
+    if where is None:
+        raise ValueError(f"{o.model} does not tell its data: give --data")
+    source = load(where, o.data_path or (None if o.data else recipe.get("data_path")))
+    eps = o.eps
+    if eps is None:
+        eps = 0.5 if o.norm == "L2" else meta.get("data", {}).get("eps", source.eps)
+    test = source.test()
+    images = o.images or min(len(test), QUICK_IMAGES if o.quick else IMAGES)
+    subset = {"kind": "first" if o.first else "balanced", "images": images}
+    chosen = _subset(test, subset)
+    x, y = to_float(chosen.x), chosen.y
+    _check_fit(meta, x)
+    device = device_named(o.device)
+    with AuditBar(console) as bar:
+        found = audit(
+            model.to(device),
+            x.to(device),
+            y.to(device),
+            o.suite or o.attacks,
+            eps=eps,
+            norm=o.norm,
+            draws=o.draws,
+            seed=o.seed,
+            batch=o.batch,
+            only=None if o.only is None else [name.strip() for name in o.only.split(",")],
+            quick=o.quick,
+            sources={name: other.to(device) for name, other in sources.items()},
+            surrogate=None if surrogate is None else surrogate.to(device),
+            about={"model": o.model, "data": where, "subset": subset, "command": command},
+            report=bar,
+        )
+    what = f"{o.model} on {source.name}: {_told(subset, len(x), len(test))}, eps = {pixels(eps)} ({o.norm})"
+    show_audit(console, found, what)
+    run = Path(o.model)
+    out = o.out or _unused(run / "audit.json" if run.is_dir() else Path("audit.json"))
+    console.print(f"saved in {found.save(out)}", soft_wrap=True)
+    return found
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number in it: an earlier audit is not overwritten."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+class AuditBar:
+    """A bar on a terminal, and in any case a line for each check that has ended."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar = Bar(
+            TextColumn("{task.description:<13}"),
+            BarColumn(bar_width=8),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[doing]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("audit", total=len(CHECKS), doing="")
+
+    def __enter__(self) -> "AuditBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, p: Progress) -> None:
+        self.bar.update(self.task, description=p.check, total=p.checks, completed=p.number - 1, doing=p.doing[:44])
+        if p.ended is not None:
+            place = f"{p.number:>2}/{p.checks}"
+            self.console.print(f"{place} {p.check:<13} {p.ended.outcome}", highlight=False)
+
+
+def show_audit(console: Console, found: Audit, what: str) -> None:
+    """The checks, the advice for those that did not pass, the verdict, and how to repeat each."""
+    facts = found.facts
+    console.print(f"\n{what}", soft_wrap=True)
+    console.print(f"attacks in question: {', '.join(facts['attacks'])}\n{told(found)}\n", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), width=WIDTH)
+    table.add_column("check", no_wrap=True)
+    table.add_column("figure", justify="right", no_wrap=True)
+    table.add_column("flagged when", ratio=1)
+    table.add_column("", no_wrap=True)
+    for check in found.checks:
+        figure = "–" if check.figure is None else f"{check.figure:.3f}"
+        table.add_row(check.name, figure, check.threshold, Text(check.outcome, style=STYLES[check.outcome]))
+    console.print(table)
+    for check in found.checks:
+        if check.outcome != "pass":
+            _show_advice(console, check, facts["command"])
+    console.print()
+    console.print(Text(found.verdict, style=VERDICTS[found.verdict]))
+    console.print(found.reason, width=WIDTH)
+    seconds = duration(facts["seconds"])
+    draws = f", {facts['draws']} scoring draws" if facts["stochastic"] else ", deterministic"
+    console.print(f"\n{facts['images']} images{draws}, seed {facts['seed']}, {seconds}")
+    console.print(f"any check alone, to the same figure:\n  {facts['command']} --only CHECK", soft_wrap=True)
+
+
+def _show_advice(console: Console, check: Check, command: str) -> None:
+    console.print()
+    console.print(Text(f"{check.name}: {check.outcome}", style=STYLES[check.outcome]))
+    console.print(f"{check.title} {_sentence(check.reason)}", width=WIDTH)
+    if check.advice:
+        console.print(f"What to do: {check.advice}", width=WIDTH)
+    console.print(f"Again: {command} --only {check.name}", soft_wrap=True)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
