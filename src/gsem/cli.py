@@ -1,4 +1,4 @@
-"""The command line: gsem demo | train | evaluate | verify | recipes | models | study | data."""
+"""The command line: gsem demo | train | evaluate | report | verify | recipes | models | study | data."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gsem.cli_evaluate import evaluate_command, evaluate_model, verify_command
+from gsem.cli_report import report_command, write_report
 from gsem.data import SOURCES, load
 from gsem.models import MODELS, canonical_name
 from gsem.options import (
@@ -40,9 +41,10 @@ gsem: image classifiers trained by gradient semi-masking, measured honestly.
 
 usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help tells its options)
 
-  demo       train a small GSeM network on digits, attack it, print the result
+  demo       train a small GSeM network on digits, attack it, write a report
   train      train by a recipe:      gsem train gcat --data digits
   evaluate   attack a trained model: gsem evaluate runs/NAME --suite standard
+  report     a page for people:      gsem report runs/NAME -o report.html
   verify     judge saved adversarial examples again
   recipes    list the named recipes, and what they cost
   models     list the networks
@@ -126,6 +128,7 @@ def _demo(words: list[str]) -> None:
     )
     evaluate_model(console, options)
     console.print("Accuracy under one attack is an upper bound: a stronger attack may find more.")
+    write_report(console, [str(run.path)], [run.path / "report.html"], device=o.device)
 
 
 def _recipes(words: list[str]) -> None:
@@ -220,6 +223,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "train": _train,
     "evaluate": lambda words: evaluate_command(console, words),
+    "report": lambda words: report_command(console, words),
     "verify": lambda words: verify_command(console, words),
     "recipes": _recipes,
     "models": _models,
