@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from gsem.checkpoint import load_model, write_atomically
 from gsem.data import balanced, load, to_float
 from gsem.device import device_named
 from gsem.gallery import pictures
+from gsem.provenance import release
 from gsem.report import Entry, cards, html, markdown, read_runs
 
 WRITERS: dict[str, Callable[[Sequence[Entry], str], str]] = {
@@ -63,7 +63,7 @@ def report(
         entries = [_pictured(entry, images, where, tell or (lambda line: None)) for entry in entries]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, WRITERS[path.suffix](entries, version("gsem")).encode())
+        write_atomically(path, WRITERS[path.suffix](entries, release()).encode())
     return paths
 
 
@@ -115,11 +115,15 @@ def _kept(entry: Entry) -> Images | None:
     result = entry.result
     if result is None or not any(s.name == "clean" for s in result.scores):
         return None
-    clean, worst = result["clean"].x_adv, result.worst().x_adv
-    if clean is None or worst is None:
+    # Not `worst`, which has the image as it is wherever no attack is worse: here the attacks are to be seen.
+    attacks = [s for s in result.scores if s.noise == "fresh" and s.bounded and s.label != "clean"]
+    x, kept = result["clean"].x_adv, [s.x_adv for s in attacks if s.x_adv is not None]
+    if x is None or not kept or len(kept) < len(attacks):
         return None
-    x, points = (torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)) for images in (clean, worst))
-    return x, torch.from_numpy(result.y), points, "the worst points of the evaluation's attacks"
+    chosen = np.stack([s.selection for s in attacks]).argmin(0)
+    points = np.stack(kept)[chosen, np.arange(len(chosen))]
+    how = f"the points of the evaluation's attacks ({', '.join(s.label for s in attacks)}), of each image the worst"
+    return torch.from_numpy(x), torch.from_numpy(result.y), torch.from_numpy(points), how
 
 
 def _fresh(entry: Entry, images: int) -> Images:

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gsem.attacks import apgd
@@ -56,12 +56,12 @@ def pictures(
     if points is None:
         eot = EOT if stochastic else 1
         points = attacked(model, x, y, eps=eps, norm=norm, eot=eot, seed=split(seed, "pictures"), batch=batch)
-        how = f"attacked for this report only, by apgd{STEPS}-eot{eot}: an easier attack than an evaluation's"
+        how = f"points found for this report only, by apgd{STEPS}-eot{eot}: an easier attack than an evaluation's"
     before = answers(model, x, draws=draws, seed=split(seed, "pictures", "clean"), batch=batch)
     after = answers(model, points, draws=draws, seed=split(seed, "pictures", "attacked"), batch=batch)
     with torch.no_grad(), stream(0, x.device):
         classes = model(x[:1]).shape[1]
-    rows = first_of_each(y, SHOWN)
+    rows = first_of_each(y, SHOWN, right=(before == y).double().mean(0) > 0.5)
     shown = tuple(_shown(x, points, y, before, after, row) for row in rows)
     surfaces = tuple(
         _surface(model, x[row], points[row], int(y[row]), number, eps=eps, draws=draws, seed=seed, batch=batch)
@@ -100,14 +100,18 @@ def confusion(
     return (counts.to(torch.float64) / len(found)).cpu().numpy()
 
 
-def first_of_each(y: Int[Tensor, " n"], count: int) -> list[int]:
-    """The first image of each class, then the second of each, …: at most `count`, chosen by no outcome."""
-    labels = y.tolist()
+def first_of_each(y: Int[Tensor, " n"], count: int, right: Bool[Tensor, " n"]) -> list[int]:
+    """The first image of each class, then the second of each, …: at most `count`.
+
+    Those that are right without an attack come first (of the others there is nothing to see); what the attack does
+    to them has no part in the choice.
+    """
+    labels, seen = y.tolist(), right.tolist()
     turns: dict[int, int] = {}
     order = []
-    for row, label in enumerate(labels):
-        turns[label] = turns.get(label, -1) + 1
-        order.append((turns[label], label, row))
+    for row in sorted(range(len(labels)), key=lambda row: (not seen[row], row)):
+        turns[labels[row]] = turns.get(labels[row], -1) + 1
+        order.append((turns[labels[row]], labels[row], row))
     return [row for _, _, row in sorted(order)[:count]]
 
 

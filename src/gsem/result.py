@@ -89,7 +89,7 @@ class Result:
         """Per image the attack, clean included, whose point the most selection draws misclassify; its scores.
 
         The scoring draws have no part in the choice: the worst of six attacks on the draws that also score them
-        would turn a flip probability of 0.5 into 0.56. Where the adversarial examples were kept, so are the chosen.
+        would turn a flip probability of 0.5 into 0.56.
         """
         all_ = [s for s in self.scores if s.noise == noise and s.bounded]
         if not all_:
@@ -99,10 +99,8 @@ class Result:
             key: np.stack([getattr(s, key) for s in all_])[chosen, np.arange(len(chosen))]
             for key in ("correct", "votes", "selection", "single", "linf", "l2")
         }
-        kept = [s.x_adv for s in all_ if s.x_adv is not None]
-        x_adv = np.stack(kept)[chosen, np.arange(len(chosen))] if len(kept) == len(all_) else None
         cost = {key: sum(getattr(s, key) for s in all_) for key in ("forwards", "gradients", "seconds")}
-        return Scores(label="worst", **arrays, **cost, noise=noise, x_adv=x_adv)
+        return Scores(label="worst", **arrays, **cost, noise=noise)
 
     # --- the accuracies ------------------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ def _sweep(entries: Sequence[Entry], key: str) -> Figure | None:
     if not series:
         return None
     title, name = SWEEPS[key]
-    told = pixels if key == "eps" else _plain
+    told = _radius if key == "eps" else _plain
     across = doubling(name, [p.x for line in series for p in line.points], told)
     says = "; ".join(
         f"{line.name}: " + ", ".join(f"{percent(p.y)} at {told(p.x)}" for p in line.points) for line in series
@@ -125,6 +125,12 @@ def _sweep(entries: Sequence[Entry], key: str) -> Figure | None:
 
 def _plain(value: float) -> str:
     return f"{value:g}"
+
+
+def _radius(value: float) -> str:
+    """0.15 and 1 as they are, 0.0313725… as 8/255."""
+    plain = f"{value:g}"
+    return plain if len(plain) <= 5 else pixels(value)
 
 
 def _chance(entries: Sequence[Entry]) -> float | None:

@@ -133,12 +133,13 @@ def _counted(p: Pictures) -> str:
 
 
 def _matrix(key: str, title: str, says: str, names: list[str], shares: np.ndarray) -> Markup:
-    left, top, room = 76, 66, 276
+    longest = max(len(shortened(name, 10)) for name in names)
+    left, top, room = 18 + 6 * longest, 30 + 4.5 * longest, 276
     cell = room / len(names)
     parts = [tag("text", "label ↓   answer →", x=4, y=14, class_="name")]
     for j, name in enumerate(names):
         x = left + cell * (j + 0.5)
-        turned = f"rotate(-50 {x:.1f} {top - 6})"
+        turned = f"rotate(-50 {x:.1f} {top - 6:.1f})"
         parts.append(tag("text", shortened(name, 10), x=x, y=top - 6, transform=turned))
         y = top + cell * (j + 0.5) + 4
         parts.append(tag("text", shortened(name, 11), x=left - 5, y=y, text_anchor="end"))

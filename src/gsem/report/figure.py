@@ -1,7 +1,5 @@
 """A figure: a chart, what it says in words, and its data, which a reader can copy."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,12 +31,6 @@ class Figure:
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     legend: tuple[Key, ...] = ()
-
-    @property
-    def csv(self) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
-        return text.getvalue()
 
 
 def run_key(name: str, run: int, *, dashed: bool = False) -> Key:

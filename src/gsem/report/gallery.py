@@ -55,10 +55,9 @@ def _exhibit(entry: Entry, s: Shown, draws: int) -> Exhibit:
 
     def answered(answer: int, right: float) -> str:
         if draws == 1:
-            return name(answer)
-        if answer == s.label:
-            return f"{name(answer)} in {percent(right)}"
-        return f"mostly {name(answer)}, right in {percent(right)}"
+            return "right" if answer == s.label else f"taken for {name(answer)}"
+        count = f"right in {round(right * draws)} of {draws} draws"
+        return count if answer == s.label else f"{count}, mostly taken for {name(answer)}"
 
     # The change fills the range from black to white, grey is none: its size is in the caption.
     scale = float(np.abs(s.x_adv - s.x).max()) or 1.0
@@ -70,7 +69,7 @@ def _exhibit(entry: Entry, s: Shown, draws: int) -> Exhibit:
         label=name(s.label),
         before=before,
         after=after,
-        told=f"{name(s.label)}; answered: {before}; after the attack: {after}",
+        told=f"{name(s.label)}; clean: {before}; attacked: {after}",
         broken=s.attacked_right < 0.5,
         small=s.x.shape[-1] < 128,
     )

@@ -59,6 +59,7 @@ def _told(entries: Sequence[Entry]) -> dict[str, Any]:
         "title": "Report: " + ", ".join(e.name for e in entries),
         "runs": [_run(entries, number) for number in range(len(entries))],
         "accuracy": accuracy_figure(entries),
+        "outcomes": tables.outcomes(entries),
         "training": training(entries),
         "sweeps": sweeps(entries),
         "trained": tables.trained(entries),

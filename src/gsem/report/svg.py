@@ -71,7 +71,7 @@ def drawing(
         role="img",
         aria_labelledby=f"{key}-title {key}-desc",
         class_="chart",
-        style=f"max-width:{1.6 * width:g}px",
+        style=f"max-width:{1.3 * width:g}px",
     )
 
 
@@ -99,17 +99,18 @@ def doubling(name: str, values: Sequence[float], told: Callable[[float], str]) -
     def place(value: float) -> float:
         return ((math.log2(value) if value > 0 else zero) - zero) / width
 
-    ticks: list[tuple[float, str]] = []
-    for value in sorted(set(values)):
-        # (Labels that would touch are left out; the data table has every value.)
-        if not ticks or place(value) - place(ticks[-1][0]) > 0.1:
-            ticks.append((value, told(value)))
-    return Axis(name, tuple(ticks), place)
+    # Labels that would touch are left out, but not the first and the last; the data table has every value.
+    first, *between, last = sorted({min(values), max(values), *values}) if len(set(values)) > 1 else [values[0]] * 2
+    kept = [first]
+    for value in between:
+        if min(place(value) - place(kept[-1]), place(last) - place(value)) > 0.14:
+            kept.append(value)
+    return Axis(name, tuple((value, told(value)) for value in dict.fromkeys([*kept, last])), place)
 
 
-def share(name: str = "accuracy") -> Axis:
-    """From 0 to 100%."""
-    return linear(name, 0.0, 1.0, lambda v: f"{100 * v:.0f}%")
+def share() -> Axis:
+    """From 0 to 100%; the title says of what."""
+    return linear("", 0.0, 1.0, lambda v: f"{100 * v:.0f}%")
 
 
 def lines(
@@ -160,7 +161,8 @@ def _frame(across: Axis, up: Axis) -> list[Markup]:
     parts.append(tag("text", across.name, x=middle, y=HEIGHT - 6, text_anchor="middle", class_="name"))
     upright = (HEIGHT - BOTTOM + TOP) / 2
     turned = f"rotate(-90 11 {upright:g})"
-    parts.append(tag("text", up.name, x=11, y=upright, text_anchor="middle", transform=turned, class_="name"))
+    if up.name:
+        parts.append(tag("text", up.name, x=11, y=upright, text_anchor="middle", transform=turned, class_="name"))
     return parts
 
 

@@ -16,11 +16,7 @@ from gsem.show import pixels
 # The fields of a recipe that a reader asks for first; all others are listed below them.
 FIRST = ("name", "data", "model", "levels", "noise", "gradient", "objective", "steps", "eot", "draws", "epochs", "seed")
 SIGNS = {"TRUSTED": "✓", "SUSPECT": "!", "INVALID": "✗", "": "?"}
-MEANS = {
-    "TRUSTED": "The checks found no reason to doubt the robust accuracy below.",
-    "SUSPECT": "The robust accuracy below may be too high, or could not be checked fully.",
-    "INVALID": "The robust accuracy below is no measurement.",
-}
+ORDER = {"flag": 0, "inconclusive": 1, "pass": 2}
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,6 @@ class Judged:
     word: str
     """TRUSTED, SUSPECT, INVALID; empty where no audit was made."""
     sign: str
-    means: str
     reason: str
     asked: str
     """On what: attacks, images, eps."""
@@ -44,6 +39,8 @@ class Asked:
 
     check: Check
     figure: str
+    reason: str
+    """Of the check, as a sentence."""
     command: str
     """What repeats it."""
 
@@ -52,15 +49,31 @@ def judged(entry: Entry) -> Judged:
     """The verdict on a run, or that there is none and how to get it."""
     a = entry.audit
     if a is None:
-        reason = "Whether the accuracies below are real was not asked: a masked gradient would not have been noticed."
-        return Judged("", SIGNS[""], "No audit was made.", reason, "", shlex.join(["gsem", "audit", entry.spec]), ())
+        reason = (
+            "No audit was made. Whether the accuracies are real was not asked: a masked gradient would not have been "
+            "noticed."
+        )
+        return Judged("", SIGNS[""], reason, "", shlex.join(["gsem", "audit", entry.spec]), ())
     command = _command(a.facts.get("command"), entry)
     checks = tuple(
-        Asked(c, "–" if c.figure is None else f"{c.figure:.3f}", f"{command} --only {shlex.quote(c.name)}")
-        for c in a.checks
+        Asked(
+            c,
+            "–" if c.figure is None else f"{c.figure:.3f}",
+            sentence(c.reason),
+            f"{command} --only {shlex.quote(c.name)}",
+        )
+        for c in sorted(a.checks, key=lambda c: ORDER.get(c.outcome, 0))
     )
-    means = MEANS.get(a.verdict, "")
-    return Judged(a.verdict, SIGNS.get(a.verdict, "?"), means, a.reason, _asked(a.facts), command, checks)
+    return Judged(a.verdict, SIGNS.get(a.verdict, "?"), a.reason, _asked(a.facts), command, checks)
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    if not text:
+        return ""
+    # (A label of an attack, like apgd50-eot5, stays as it is.)
+    begins = text[:1].upper() + text[1:] if text.split()[0].isalpha() else text
+    return begins + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def _command(told: Any, entry: Entry) -> str:
@@ -99,6 +112,20 @@ def _asked(facts: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def outcomes(entries: Sequence[Entry]) -> list[tuple[str, list[str], bool]]:
+    """Every check of several runs side by side: name, outcome and figure of each run, whether they differ."""
+    audits = [{} if e.audit is None else {c.name: c for c in e.audit.checks} for e in entries]
+    names = list(dict.fromkeys(name for checks in audits for name in checks))
+    rows = [(name, [checks[name].outcome if name in checks else "–" for checks in audits]) for name in names]
+    return [(name, [_outcome(checks.get(name)) for checks in audits], len(set(words)) > 1) for name, words in rows]
+
+
+def _outcome(check: Check | None) -> str:
+    if check is None:
+        return "–"
+    return check.outcome if check.figure is None else f"{check.outcome} ({check.figure:.3f})"
+
+
 # --- accuracies ------------------------------------------------------------------------------------------------
 
 
@@ -118,16 +145,12 @@ def accuracies(entry: Entry) -> list[Accuracy]:
         return []
     rows = [r for r in entry.summary["attacks"] if r["bounded"]]
     fresh = [r for r in rows if r["noise"] == "fresh"]
-    table = [_row(entry, _label(r["attack"]), r, _same(rows, r["attack"])) for r in fresh]
+    table = [_row(entry, r["attack"], r, _same(rows, r["attack"])) for r in fresh]
     if len(fresh) > 1:
         worst = entry.summary["worst"]
         known = {noise: worst[noise]["expected"] for noise in ("frozen", "off") if noise in worst}
         table.append(_row(entry, "worst of all", worst["fresh"] | worst["fresh"]["expected"], known, worst=True))
     return table
-
-
-def _label(attack: str) -> str:
-    return "clean" if attack == "clean" else attack
 
 
 def _same(rows: list[dict[str, Any]], attack: str) -> dict[str, Any]:
@@ -199,7 +222,14 @@ def trained(entries: Sequence[Entry]) -> list[tuple[str, list[str], bool]]:
     """What was trained: field, value of each run, whether they differ."""
     rows: list[tuple[str, list[str]]] = [(name, [_told(e.recipe.get(name)) for e in entries]) for name in FIRST]
     rows[0] = ("recipe", rows[0][1])
+    plain = [not str(e.recipe.get("model", "gsem-")).startswith("gsem-") for e in entries]
+    # What a GSeM has, a plain network has not, whatever its recipe says.
+    own = ("levels", "noise", "gradient")
+    rows = [
+        (name, ["–" if no and name in own else v for no, v in zip(plain, values, strict=True)]) for name, values in rows
+    ]
     rows += [
+        ("eps", [_eps(e) for e in entries]),
         ("classes", [str(len(e.classes) or "–") for e in entries]),
         ("training images", [_told(e.facts.get("training_images")) for e in entries]),
         ("machine", [_machine(e) for e in entries]),
@@ -225,6 +255,12 @@ def _told(value: Any, none: str = "–") -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return bare(f"{value:g}" if isinstance(value, float) else value)
+
+
+def _eps(entry: Entry) -> str:
+    """That of the training attack: the data's own unless the recipe tells another."""
+    eps = entry.recipe.get("eps") or entry.facts.get("data", {}).get("eps")
+    return "–" if eps is None else pixels(eps)
 
 
 def _machine(entry: Entry) -> str:

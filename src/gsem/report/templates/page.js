@@ -17,7 +17,9 @@ for (const button of document.querySelectorAll("button.copy")) {
     tell(done ? "Copied" : "Press Ctrl+C");
   };
   button.addEventListener("click", () => {
-    const text = button.dataset.csv;
+    const rows = [...button.parentElement.querySelectorAll("tr")].map((row) => [...row.cells].map((cell) => cell.textContent));
+    const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+    const text = rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n";
     if (!navigator.clipboard) return byHand(text);
     navigator.clipboard.writeText(text).then(() => tell("Copied"), () => byHand(text));
   });
