@@ -5,6 +5,7 @@ from gsem import data as data
 from gsem import losses as losses
 from gsem.audit.run import audit as audit
 from gsem.checkpoint import load_model as load_model
+from gsem.compose import report as report
 from gsem.evaluate import evaluate as evaluate
 from gsem.insert import insert as insert
 from gsem.insert import normalized as normalized

@@ -1,4 +1,4 @@
-"""The command line: gsem demo | train | evaluate | audit | verify | recipes | models | study | data."""
+"""The command line: gsem demo | train | evaluate | audit | report | verify | recipes | models | study | data."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from gsem.cli_audit import audit_command
 from gsem.cli_evaluate import evaluate_command, evaluate_model, verify_command
+from gsem.cli_report import report_command, write_report
 from gsem.data import SOURCES, load
 from gsem.models import MODELS, canonical_name
 from gsem.options import (
@@ -41,10 +42,11 @@ gsem: image classifiers trained by gradient semi-masking, measured honestly.
 
 usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help tells its options)
 
-  demo       train a small GSeM network on digits, attack it, print the result
+  demo       train a small GSeM network on digits, attack it, write a report
   train      train by a recipe:      gsem train gcat --data digits
   evaluate   attack a trained model: gsem evaluate runs/NAME --suite standard
   audit      is that accuracy real:  gsem audit runs/NAME --quick
+  report     a page for people:      gsem report runs/NAME -o report.html
   verify     judge saved adversarial examples again
   recipes    list the named recipes, and what they cost
   models     list the networks
@@ -137,6 +139,7 @@ def _demo(words: list[str]) -> None:
     )
     evaluate_model(console, options)
     console.print("Accuracy under one attack is an upper bound: a stronger attack may find more.")
+    write_report(console, [str(run.path)], [run.path / "report.html"], device=o.device)
 
 
 def _recipes(words: list[str]) -> None:
@@ -232,6 +235,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "evaluate": lambda words: evaluate_command(console, words),
     "audit": lambda words: audit_command(console, words),
+    "report": lambda words: report_command(console, words),
     "verify": lambda words: verify_command(console, words),
     "recipes": _recipes,
     "models": _models,

@@ -202,6 +202,27 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True)
+class ReportOptions:
+    """One page for people, of one run or of several side by side: verdict, accuracies, curves, images, cost."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN…")]
+    """Run directories, or the .npz of single evaluations. Of a directory, the latest evaluation and the latest whole
+    audit are shown."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """File to write: .html, .md (Markdown) or .json (a card with RobustBench's field names). RUN/report.html, or
+    report.html for several runs, unless told."""
+    markdown: Path | None = None
+    """Write Markdown to this file too."""
+    json: Path | None = None
+    """Write the JSON card to this file too."""
+    images: int = 100
+    """Test images that confusion, gallery and loss surface are computed of, where the evaluation kept no adversarial
+    examples (--keep-images); 0 leaves them out."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one."""
+
+
+@dataclass(frozen=True)
 class StudyOptions:
     """Train and evaluate variants over seeds: `gsem study ablation` or `gsem study recipes`.
 
@@ -231,7 +252,7 @@ class StudyOptions:
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Train the small GSeM network on digits by GCAT, evaluate it clean and under PGD-100, print the result."""
+    """Train the small GSeM network on digits by GCAT, evaluate it clean and under PGD-100, write a report."""
 
     out: Path = Path("runs/demo")
     """Run directory; a finished or interrupted demo there goes on where it stopped."""

@@ -19,6 +19,7 @@ from gsem.data import Source, Split, load, mixed_order, read_extra, to_float
 from gsem.device import device_named
 from gsem.models import create_model
 from gsem.predict import BATCH, correct_draws, is_stochastic
+from gsem.provenance import commit, release
 from gsem.recipes import Recipe
 from gsem.run import (
     Progress,
@@ -130,7 +131,7 @@ class _Loop:
             weights = self._starting_weights(self.recipe.start_from)
         self._start_from(weights)
         facts = self.meta | {"gsem_torch": torch.__version__, "machine": platform.machine()}
-        facts |= {"device": str(self.device), "training_images": self.real}
+        facts |= {"device": str(self.device), "training_images": self.real, "gsem": release(), "commit": commit()}
         write_atomically(self.path / "recipe.json", json.dumps(facts, indent=2).encode())
         write_atomically(self.path / "metrics.jsonl", b"")
         self.save()

@@ -1,0 +1,170 @@
+"""Pictures for a report that need the model: images under attack, what is taken for what, the loss around images."""
+
+import time
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gsem.attacks import apgd
+from gsem.attacks._core import Norm
+from gsem.module import noise
+from gsem.predict import BATCH, answers, is_stochastic
+from gsem.report import Pictures, Shown, Surface
+from gsem.streams import generator, split, stream
+from gsem.twin import search_twin
+
+STEPS, EOT = 20, 5  # of the attack where no points were kept: a look, not a measurement
+DRAWS = 20
+SHOWN = 10
+SURFACES = 3
+GRID, REACH = 21, 1.5  # points along each side of a surface, and how far it goes, in units of eps
+SURFACE_DRAWS = 5
+
+
+def pictures(
+    model: nn.Module,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    points: Float[Tensor, "n c h w"] | None = None,
+    how: str = "",
+    seed: int = 0,
+    batch: int = BATCH,
+) -> Pictures:
+    """What a report shows of a model: seconds for a small one and a hundred images.
+
+    Args:
+        model: images [b, c, h, w] in [0, 1] → logits, in eval mode.
+        x, y: images in [0, 1], and their labels.
+        eps: radius of the attack, in the unit of the images.
+        points: adversarial points of `x` that are known already; found anew by a short APGD unless given.
+        how: where the points come from, in words; for those found anew it is said here.
+        seed: of the attack and of all draws; the caller's random state is not changed.
+
+    Raises:
+        ValueError: no images, arguments out of range, or logits that are not finite.
+    """
+    if not len(x):
+        raise ValueError("there are no images to show")
+    started = time.monotonic()
+    stochastic = is_stochastic(model, x[:batch])
+    draws = DRAWS if stochastic else 1
+    if points is None:
+        eot = EOT if stochastic else 1
+        points = attacked(model, x, y, eps=eps, norm=norm, eot=eot, seed=split(seed, "pictures"), batch=batch)
+        how = f"points found for this report only, by apgd{STEPS}-eot{eot}: an easier attack than an evaluation's"
+    before = answers(model, x, draws=draws, seed=split(seed, "pictures", "clean"), batch=batch)
+    after = answers(model, points, draws=draws, seed=split(seed, "pictures", "attacked"), batch=batch)
+    with torch.no_grad(), stream(0, x.device):
+        classes = model(x[:1]).shape[1]
+    rows = first_of_each(y, SHOWN, right=(before == y).double().mean(0) > 0.5)
+    shown = tuple(_shown(x, points, y, before, after, row) for row in rows)
+    surfaces = tuple(
+        _surface(model, x[row], points[row], int(y[row]), number, eps=eps, draws=draws, seed=seed, batch=batch)
+        for number, row in enumerate(rows[:SURFACES])
+    )
+    return Pictures(
+        how=how,
+        images=len(x),
+        draws=draws,
+        eps=eps,
+        confusion=confusion(after, y, classes),
+        gallery=shown,
+        surfaces=surfaces,
+        seconds=time.monotonic() - started,
+    )
+
+
+def attacked(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: Norm, eot: int, seed: int, batch: int
+) -> Float[Tensor, "n c h w"]:
+    """Points of a short APGD on cross-entropy."""
+    twin = search_twin(model)
+    parts = []
+    for first in range(0, len(x), batch):
+        one, own = slice(first, first + batch), split(seed, first)
+        parts.append(apgd(twin, x[one], y[one], eps=eps, norm=norm, steps=STEPS, eot=eot, seed=own))
+    return torch.cat(parts)
+
+
+def confusion(
+    found: Int[Tensor, "draws n"], y: Int[Tensor, " n"], classes: int
+) -> Float[np.ndarray, "classes classes"]:
+    """Images by label (row) and answer (column), each image counted with the share of draws that gave the answer."""
+    pairs = (y * classes + found).flatten()
+    counts = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+    return (counts.to(torch.float64) / len(found)).cpu().numpy()
+
+
+def first_of_each(y: Int[Tensor, " n"], count: int, right: Bool[Tensor, " n"]) -> list[int]:
+    """The first image of each class, then the second of each, …: at most `count`.
+
+    Those that are right without an attack come first (of the others there is nothing to see); what the attack does
+    to them has no part in the choice.
+    """
+    labels, seen = y.tolist(), right.tolist()
+    turns: dict[int, int] = {}
+    order = []
+    for row in sorted(range(len(labels)), key=lambda row: (not seen[row], row)):
+        turns[labels[row]] = turns.get(labels[row], -1) + 1
+        order.append((turns[labels[row]], labels[row], row))
+    return [row for _, _, row in sorted(order)[:count]]
+
+
+def _shown(x: Tensor, points: Tensor, y: Tensor, before: Tensor, after: Tensor, row: int) -> Shown:
+    label = int(y[row])
+
+    def told(found: Tensor) -> tuple[int, float]:
+        return int(found[:, row].mode().values), float((found[:, row] == label).double().mean())
+
+    (clean, clean_right), (answer, right) = told(before), told(after)
+    return Shown(
+        x=x[row].cpu().numpy(),
+        x_adv=points[row].cpu().numpy(),
+        label=label,
+        clean=clean,
+        clean_right=clean_right,
+        attacked=answer,
+        attacked_right=right,
+    )
+
+
+@torch.no_grad()
+def _surface(
+    model: nn.Module,
+    x: Float[Tensor, "c h w"],
+    x_adv: Float[Tensor, "c h w"],
+    y: int,
+    number: int,
+    *,
+    eps: float,
+    draws: int,
+    seed: int,
+    batch: int,
+) -> Surface:
+    """The margin at x + a · (x_adv − x) + b · r, r random signs of length eps.
+
+    All points of the plane see the same draws of a GSeM's noise, so that their differences are the image's.
+    """
+    chance = generator(seed, "surface", number, device=x.device)
+    signs = torch.randint(2, x.shape, generator=chance, device=x.device).to(x.dtype) * 2 - 1
+    towards, across = x_adv - x, eps * signs
+    if float(towards.abs().max()) == 0:  # the attack left it where it was
+        towards = eps * across.roll(1, -1).sign()
+    along = torch.linspace(-REACH, REACH, GRID, device=x.device)
+    b, a = (grid.flatten()[:, None, None, None] for grid in torch.meshgrid(along, along, indexing="ij"))
+    plane = (x + a * towards + b * across).clamp(0, 1)
+    margin = torch.zeros(len(plane), device=x.device)
+    count = min(draws, SURFACE_DRAWS)
+    for draw in range(count):
+        own = split(seed, "surface", number, draw)
+        with stream(own, x.device), noise(model, "frozen", seed=own) if draws > 1 else noise(model, "fresh"):
+            logits = torch.cat([model(plane[first : first + batch]) for first in range(0, len(plane), batch)])
+        others = logits.clone()
+        others[:, y] = -torch.inf
+        margin += (others.amax(1) - logits[:, y]) / count
+    return Surface(number, along.cpu().numpy(), margin.view(GRID, GRID).cpu().numpy())

@@ -1,0 +1,131 @@
+"""What a report reads of a run directory: recipe, metrics, the latest evaluation, the latest whole audit."""
+
+import json
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gsem.audit import Audit
+from gsem.report.record import Entry
+from gsem.result import Result, with_ending
+from gsem.run import read_metrics
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Entry]:
+    """Each run, with a name that no other of them has.
+
+    Args:
+        paths: run directories, or files of single evaluations (`.npz` or `.json` of `gsem evaluate`).
+
+    Raises:
+        FileNotFoundError: nothing is there, or it is no run. ValueError: a damaged file, or the same run twice.
+    """
+    if not paths:
+        raise ValueError("there is no run to report: give at least one run directory")
+    entries = [_read(Path(path)) for path in paths]
+    resolved = [e.path.resolve() / e.file for e in entries]
+    for number, path in enumerate(resolved):
+        if path in resolved[:number]:
+            raise ValueError(f"{paths[number]} is given twice")
+    return _told_apart(entries)
+
+
+def _told_apart(entries: list[Entry]) -> list[Entry]:
+    """Runs of the same name are called by their folder's too, and at last by their number."""
+    longer = [replace(e, name=f"{e.path.resolve().parent.name}/{e.name}") for e in entries]
+    names = [e.name for e in entries]
+    entries = [long if names.count(e.name) > 1 else e for e, long in zip(entries, longer, strict=True)]
+    names = [e.name for e in entries]
+    return [replace(e, name=f"{e.name} ({names[:i].count(e.name) + 1})") if names.count(e.name) > 1 else e
+            for i, e in enumerate(entries)]  # fmt: skip
+
+
+def _read(path: Path) -> Entry:
+    if path.is_dir():
+        return _read_run(path, None)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run {path}")
+    if path.suffix not in (".npz", ".json"):
+        raise ValueError(f"{path} is neither a run directory nor the .npz of an evaluation")
+    return _read_run(path.parent, with_ending(path, ".npz"))
+
+
+def _read_run(path: Path, chosen: Path | None) -> Entry:
+    recipe = path / "recipe.json"
+    if not recipe.is_file() and chosen is None:
+        raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
+    facts = _json(recipe) if recipe.is_file() else {}
+    results = _numbered(path, "evaluation", ".npz") or sorted(path.glob("test-fresh.npz"))
+    file = chosen or (results[-1] if results else None)
+    resolved = path.resolve()
+    name = resolved.name if facts else with_ending(file, "").name if file else resolved.name
+    entry = Entry(path=path, name=name, spec=_spec(path), facts=facts, metrics=_metrics(path))
+    if file is not None:
+        result, summary = _result(file)
+        others = tuple(f.name for f in results if f != file)
+        entry = replace(entry, result=result, summary=summary, file=file.name, others=others)
+    return replace(entry, audit=_audit(path))
+
+
+def _spec(path: Path) -> str:
+    """The run as a command names it; nothing of where it lies on the machine that made the report."""
+    here = Path.cwd()
+    if path.is_absolute():
+        return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+    return str(path) if ".." not in path.parts else path.resolve().name
+
+
+def _numbered(path: Path, stem: str, ending: str) -> list[Path]:
+    """`STEM.ENDING`, `STEM-2.ENDING`, … as gsem evaluate and gsem audit name them, the latest last."""
+    named = re.compile(rf"{re.escape(stem)}(?:-(\d+))?{re.escape(ending)}")
+    found = [(int(match[1] or 1), f) for f in path.glob(f"{stem}*{ending}") if (match := named.fullmatch(f.name))]
+    return [f for _, f in sorted(found)]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds no object")
+    return found
+
+
+def _metrics(path: Path) -> tuple[dict[str, Any], ...]:
+    try:
+        return tuple(read_metrics(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path / 'metrics.jsonl'} is damaged: {error}") from None
+
+
+def _result(file: Path) -> tuple[Result, dict[str, Any]]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            # (As it was saved: the intervals of ten thousand images are not worth computing twice.)
+            summary = json.loads(str(arrays["meta"]))
+        return Result.load(file), summary
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no evaluation {file}") from None
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{file} is damaged, or of an earlier version of gsem ({' '.join(str(error).split())}): evaluate again"
+        ) from None
+
+
+def _audit(path: Path) -> Audit | None:
+    """The latest that made all checks; where there is none, the latest."""
+    audits = []
+    for file in _numbered(path, "audit", ".json"):
+        try:
+            audits.append(Audit.load(file))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged, or of another version of gsem ({error}): audit again") from None
+    whole = [a for a in audits if not a.facts.get("only")]
+    chosen = whole or audits
+    return chosen[-1] if chosen else None

@@ -1,0 +1,202 @@
+"""Charts as SVG without any library: lines and whiskers on axes. Colours are the page's (CSS variables)."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 360, 240
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 40
+# Of the runs, in turn; told apart by shape too, for those who see no colours and for print.
+MARKERS = ("circle", "square", "triangle", "diamond", "cross", "ring")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value with its interval, if it has one."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one line of a chart shows."""
+
+    name: str
+    points: tuple[Point, ...]
+    run: int = 0
+    """Number of the run: its colour and marker."""
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of a chart."""
+
+    name: str
+    ticks: tuple[tuple[float, str], ...]
+    """Values and their labels."""
+    place: Callable[[float], float]
+    """From a value to 0 … 1, the ends of the axis."""
+
+
+def tag(name: str, *content: str, **attributes: object) -> Markup:
+    """An element; `class_` and `stroke_width` become `class` and `stroke-width`. Everything is escaped."""
+    told = Markup("").join(
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _short(value))
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return Markup("<{}{}>{}</{}>").format(Markup(name), told, Markup("").join(map(escape, content)), Markup(name))
+
+
+def _short(value: object) -> object:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+
+
+def drawing(
+    key: str, title: str, description: str, *parts: str, width: float = WIDTH, height: float = HEIGHT
+) -> Markup:
+    """A whole image with its text alternative; `key` is unique on the page."""
+    return tag(
+        "svg",
+        tag("title", title, id=f"{key}-title"),
+        tag("desc", description, id=f"{key}-desc"),
+        *parts,
+        viewBox=f"0 0 {width:g} {height:g}",
+        role="img",
+        aria_labelledby=f"{key}-title {key}-desc",
+        class_="chart",
+        style=f"max-width:{1.3 * width:g}px",
+    )
+
+
+def linear(name: str, low: float, high: float, told: Callable[[float], str] | None = None, count: int = 5) -> Axis:
+    """An axis from `low` to `high` with round ticks."""
+    high = high if high > low else low + 1
+    step = nice(high - low, count)
+    values = [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return Axis(name, tuple((v, told(v) if told else f"{v:g}") for v in values), lambda v: (v - low) / (high - low))
+
+
+def nice(width: float, count: int) -> float:
+    """A distance of ticks of 1, 2 or 5 times a power of ten, so that about `count` fit into `width`."""
+    power = 10.0 ** math.floor(math.log10(width / count))
+    return next(power * m for m in (1, 2, 5, 10) if power * m * count >= width * 0.999)
+
+
+def doubling(name: str, values: Sequence[float], told: Callable[[float], str]) -> Axis:
+    """A logarithmic axis with the values as ticks; 0 stands one step before the smallest other one."""
+    above = sorted({v for v in values if v > 0})
+    low, high = math.log2(above[0]), math.log2(above[-1])
+    zero = low - max(1.0, (high - low) / 6) if min(values) <= 0 else low
+    width = high - zero or 1.0
+
+    def place(value: float) -> float:
+        return ((math.log2(value) if value > 0 else zero) - zero) / width
+
+    # Labels that would touch are left out, but not the first and the last; the data table has every value.
+    first, *between, last = sorted({min(values), max(values), *values}) if len(set(values)) > 1 else [values[0]] * 2
+    kept = [first]
+    for value in between:
+        if min(place(value) - place(kept[-1]), place(last) - place(value)) > 0.14:
+            kept.append(value)
+    return Axis(name, tuple((value, told(value)) for value in dict.fromkeys([*kept, last])), place)
+
+
+def share() -> Axis:
+    """From 0 to 100%; the title says of what."""
+    return linear("", 0.0, 1.0, lambda v: f"{100 * v:.0f}%")
+
+
+def lines(
+    key: str,
+    title: str,
+    description: str,
+    series: Sequence[Line],
+    across: Axis,
+    up: Axis,
+    *,
+    level: tuple[float, str] | None = None,
+) -> Markup:
+    """A line chart.
+
+    Args:
+        level: a horizontal line of reference, and what it is called.
+    """
+    parts = [*_frame(across, up)]
+    if level is not None:
+        y = _y(up, level[0])
+        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="level"))
+        parts.append(tag("text", level[1], x=WIDTH - RIGHT - 2, y=y - 4, text_anchor="end", class_="note"))
+    parts += [_line(line, across, up) for line in series]
+    return drawing(key, title, description, *parts)
+
+
+def _x(axis: Axis, value: float) -> float:
+    return LEFT + axis.place(value) * (WIDTH - LEFT - RIGHT)
+
+
+def _y(axis: Axis, value: float) -> float:
+    return HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM)
+
+
+def _frame(across: Axis, up: Axis) -> list[Markup]:
+    bottom = HEIGHT - BOTTOM
+    parts = []
+    for value, label in up.ticks:
+        y = _y(up, value)
+        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
+        parts.append(tag("text", label, x=LEFT - 5, y=y + 4, text_anchor="end"))
+    for value, label in across.ticks:
+        x = _x(across, value)
+        parts.append(tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
+        parts.append(tag("text", label, x=x, y=bottom + 16, text_anchor="middle"))
+    parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom, class_="axis"))
+    middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
+    parts.append(tag("text", across.name, x=middle, y=HEIGHT - 6, text_anchor="middle", class_="name"))
+    upright = (HEIGHT - BOTTOM + TOP) / 2
+    turned = f"rotate(-90 11 {upright:g})"
+    if up.name:
+        parts.append(tag("text", up.name, x=11, y=upright, text_anchor="middle", transform=turned, class_="name"))
+    return parts
+
+
+def _line(line: Line, across: Axis, up: Axis) -> Markup:
+    placed = [(_x(across, p.x), _y(up, p.y), p) for p in line.points]
+    path = " ".join(f"{'M' if i == 0 else 'L'}{x:.1f} {y:.1f}" for i, (x, y, _) in enumerate(placed))
+    parts = [tag("path", d=path, class_="line dashed" if line.dashed else "line")]
+    for x, _, p in placed:
+        if p.low is not None and p.high is not None:
+            parts.append(whisker(x, _y(up, p.low), _y(up, p.high)))
+    # (Of a long line, every so many points are marked, the last always.)
+    every = max(1, len(placed) // 12)
+    for number, (x, y, _) in enumerate(placed):
+        if number == len(placed) - 1 or number % every == 0:
+            parts.append(marker(line.run, x, y))
+    return tag("g", *parts, class_=f"run s{line.run % len(MARKERS)}")
+
+
+def whisker(x: float, low: float, high: float) -> Markup:
+    """A vertical interval."""
+    ends = [f"M{x - 3:.1f} {end:.1f}h6" for end in (low, high)]
+    return tag("path", d=f"M{x:.1f} {low:.1f}V{high:.1f}{''.join(ends)}", class_="whisker")
+
+
+def marker(run: int, x: float, y: float, size: float = 3.5) -> Markup:
+    """The sign of a run."""
+    kind, s = MARKERS[run % len(MARKERS)], size
+    if kind in ("circle", "ring"):
+        return tag("circle", cx=x, cy=y, r=s, class_="mark hollow" if kind == "ring" else "mark")
+    d = f"{1.4 * s:g}"
+    shapes = {
+        "square": f"M{x - s:.1f} {y - s:.1f}h{2 * s:g}v{2 * s:g}h{-2 * s:g}z",
+        "triangle": f"M{x:.1f} {y - 1.3 * s:.1f}l{1.2 * s:g} {2.2 * s:g}h{-2.4 * s:g}z",
+        "diamond": f"M{x:.1f} {y - 1.4 * s:.1f}l{d} {d}l-{d} {d}l-{d} -{d}z",
+        "cross": f"M{x - s:.1f} {y - s:.1f}l{2 * s:g} {2 * s:g}m0 {-2 * s:g}l{-2 * s:g} {2 * s:g}",
+    }
+    return tag("path", d=shapes[kind], class_="mark hollow" if kind == "cross" else "mark")
