@@ -149,7 +149,7 @@ def show_audit(console: Console, found: Audit, what: str) -> None:
     table.add_column("flagged when", ratio=1)
     table.add_column("", no_wrap=True)
     for check in found.checks:
-        figure = "–" if check.figure is None else f"{check.figure:.3f}"
+        figure = "–" if check.figure is None else f"{round(check.figure, 3) + 0.0:.3f}"  # (no −0)
         table.add_row(check.name, figure, check.threshold, Text(check.outcome, style=STYLES[check.outcome]))
     console.print(table)
     for check in found.checks:
