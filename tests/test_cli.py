@@ -57,7 +57,7 @@ def test_listings(capsys, words):
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "recipes", "models", "data"])
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "report", "recipes", "models", "data"])
 def test_every_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0

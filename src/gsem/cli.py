@@ -135,10 +135,12 @@ def _demo(words: list[str]) -> None:
         images=200,
         frozen=False,
         out=run.path / "evaluation",
+        keep_images=True,  # for the report to show
         device=o.device,
     )
     evaluate_model(console, options)
     console.print("Accuracy under one attack is an upper bound: a stronger attack may find more.")
+    # (What is found about the run goes into its directory above this line; the report tells it.)
     write_report(console, [str(run.path)], [run.path / "report.html"], device=o.device)
 
 

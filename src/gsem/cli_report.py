@@ -11,6 +11,8 @@ from gsem.options import ReportOptions, parse
 
 def report_command(console: Console, words: list[str]) -> None:
     o = parse(ReportOptions, "report", words)
+    if not o.runs:
+        raise ValueError("give at least one RUN: gsem report runs/NAME (gsem report --help tells the options)")
     first = Path(o.runs[0])
     out = o.out or (first / "report.html" if len(o.runs) == 1 and first.is_dir() else Path("report.html"))
     others = [path for path in (o.markdown, o.json) if path is not None]
