@@ -29,11 +29,11 @@ def sweeps(s: Subject) -> Check:
     significant = gain.mean > SLIGHTLY and gain.low > 0
     if significant:
         problems.append(f"{name} lower the accuracy by another {100 * gain.mean:.1f} points")
-    told = f"twice the effort lowers the accuracy by at most {100 * gain.mean:.1f} points"
+    told = f"twice the effort lowers the accuracy by at most {100 * gain.mean:z.1f} points"
     check = Check(
         name="sweeps",
         title="Does accuracy fall with eps to chance, and not with effort?",
-        figure=gain.mean,
+        figure=gain.mean + 0.0,  # (no minus zero)
         threshold=f"over {SLIGHTLY:.3f} beyond noise; not falling with eps; over chance at the widest eps",
         outcome="flag" if problems else "pass",
         reason="; ".join(problems) or f"{told}; it falls with eps to {percent(details['eps'][-1]['accuracy'])}",
