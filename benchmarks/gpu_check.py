@@ -60,7 +60,7 @@ def twins(device: str) -> None:
             check(f"float64 {name} on the device and on the CPU", differs(found, true), 1e-9)
         twin = search_twin(model, torch.float64)
         check("float64 twin's gradients and the model's", differs(gradient(twin, x.to(device))[1], grad), 1e-9)
-        check("… of three draws at once", differs(twin.draws(x.to(device), 3)[64:128], logits), 1e-9)
+        check("… of three draws at once", differs(twin.logits_of_draws(x.to(device), 3)[64:128], logits), 1e-9)
     single = network(device, torch.float32)
     with gsem.noise(single, "off"):
         truth = gradient(single, x.float().to(device))

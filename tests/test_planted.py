@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import gsem
 from gsem.evaluate import evaluate
-from planted import Flipper, halves
+from planted import Flipper, Killed, halves
 
 SIDE = torch.tensor([1.0, 1.0, -1.0, -1.0])  # of a 4 × 4 image
 SEVERAL = "clean,pgd:steps=5,apgd:steps=5,apgd:steps=5:targets=2,square:queries=15"
@@ -64,17 +64,6 @@ def test_a_best_perturbation_that_flips_four_draws_of_ten_leaves_60_percent():
 
 
 # --- gradients that are taken away from a network that is not robust ---------------------------------------------
-
-
-class Killed(nn.Module):
-    """A network whose gradient is zero everywhere."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x.detach()) + 0 * x.sum((1, 2, 3))[:, None]
 
 
 FRAGILE = 0.2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gsem
 from gsem.attacks import pgd
+from gsem.attacks._core import drawn
 from gsem.module import GSeM, IntegerNoise
 from gsem.twin import SearchTwin, search_twin
 
@@ -302,7 +303,7 @@ def test_draws_that_share_their_beginning_are_the_draws_of_repeated_images(name,
     twin, x = silent_twin(model), images()
     assert (twin.gate is not None) == name.startswith("gsem")
     found = []
-    for draws in (lambda z: twin.draws(z, 3), lambda z: twin(z.repeat(3, 1, 1, 1))):
+    for draws in (lambda z: twin.logits_of_draws(z, 3), lambda z: twin(z.repeat(3, 1, 1, 1))):
         with gsem.noise(model, mode, seed=7):
             found.append(answers(draws, x))
     for one, other in zip(*found, strict=True):
@@ -328,9 +329,16 @@ def test_what_passes_by_the_noise_is_repeated():
     twin = silent_twin(model)
     assert twin.gate is None
     with gsem.noise(model, "fresh", seed=1):
-        found = twin.draws(x, 3)
+        found = twin.logits_of_draws(x, 3)
     with gsem.noise(model, "fresh", seed=1):
         assert torch.equal(found, twin(x.repeat(3, 1, 1, 1)))
+
+
+def test_an_attribute_of_a_strangers_model_is_not_taken_for_draws():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).double()
+    model.draws = 7
+    x = images()
+    assert torch.equal(drawn(model, x, 2), model(x.repeat(2, 1, 1, 1)))
 
 
 class Reused(nn.Module):

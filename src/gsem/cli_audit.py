@@ -12,8 +12,8 @@ from rich.text import Text
 
 from gsem.audit.record import Audit, Check
 from gsem.audit.run import CHECKS, Progress, audit, told
-from gsem.cli_evaluate import _check_fit, _model, _subset, _told
-from gsem.data import load, to_float
+from gsem.cli_evaluate import _check_fit, _model, _subset, _told, model_first, source_and_eps
+from gsem.data import to_float
 from gsem.device import device_named
 from gsem.module import GSeM
 from gsem.options import AuditOptions, parse
@@ -28,9 +28,7 @@ VERDICTS = {"TRUSTED": "bold green", "SUSPECT": "bold yellow", "INVALID": "bold 
 
 
 def audit_command(console: Console, words: list[str]) -> None:
-    if "--model" in words[:-1]:  # as an option too, as in gsem evaluate
-        at = words.index("--model")
-        words = [words[at + 1], *words[:at], *words[at + 2 :]]
+    words = model_first(words)
     o = parse(AuditOptions, "audit", words)
     audit_model(console, o, shlex.join(["gsem", "audit", *_without_only(words)]))
 
@@ -58,14 +56,7 @@ def audit_model(console: Console, o: AuditOptions, command: str) -> Audit:
     for module in model.modules():
         if o.gradient is not None and isinstance(module, GSeM):
             module.gradient = o.gradient
-    recipe = meta.get("recipe", {})
-    where = o.data or recipe.get("data")
-    if where is None:
-        raise ValueError(f"{o.model} does not tell its data: give --data")
-    source = load(where, o.data_path or (None if o.data else recipe.get("data_path")))
-    eps = o.eps
-    if eps is None:
-        eps = 0.5 if o.norm == "L2" else meta.get("data", {}).get("eps", source.eps)
+    source, eps = source_and_eps(o, meta)
     test = source.test()
     images = o.images or min(len(test), QUICK_IMAGES if o.quick else IMAGES)
     subset = {"kind": "first" if o.first else "balanced", "images": images}
@@ -88,7 +79,7 @@ def audit_model(console: Console, o: AuditOptions, command: str) -> Audit:
             quick=o.quick,
             sources={name: other.to(device) for name, other in sources.items()},
             surrogate=None if surrogate is None else surrogate.to(device),
-            about={"model": o.model, "data": where, "subset": subset, "command": command},
+            about={"model": o.model, "data": o.data or meta["recipe"]["data"], "subset": subset, "command": command},
             report=bar,
         )
     what = f"{o.model} on {source.name}: {_told(subset, len(x), len(test))}, eps = {pixels(eps)} ({o.norm})"

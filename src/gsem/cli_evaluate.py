@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from gsem.checkpoint import load_model
-from gsem.data import Split, balanced, load, to_float
+from gsem.data import Source, Split, balanced, load, to_float
 from gsem.device import device_named
 from gsem.evaluate import evaluate
 from gsem.insert import normalized
@@ -30,10 +30,26 @@ NORMALIZATION = {
 
 
 def evaluate_command(console: Console, words: list[str]) -> None:
-    if "--model" in words[:-1]:  # as an option too: gsem evaluate --model package.module:function
-        at = words.index("--model")
-        words = [words[at + 1], *words[:at], *words[at + 2 :]]
-    evaluate_model(console, parse(EvaluateOptions, "evaluate", words))
+    evaluate_model(console, parse(EvaluateOptions, "evaluate", model_first(words)))
+
+
+def model_first(words: list[str]) -> list[str]:
+    """The words with MODEL in front, where it is told as an option: --model package.module:function."""
+    if "--model" not in words[:-1]:
+        return words
+    at = words.index("--model")
+    return [words[at + 1], *words[:at], *words[at + 2 :]]
+
+
+def source_and_eps(o: Any, meta: dict[str, Any]) -> tuple[Source, float]:
+    """Whose test images, and how far from them: the options', else the run's own."""
+    named = _named(o, meta)
+    if named["data"] is None:
+        raise ValueError(f"{o.model} does not tell its data: give --data")
+    source = load(named["data"], named["data_path"])
+    if o.eps is not None:
+        return source, o.eps
+    return source, 0.5 if o.norm == "L2" else meta.get("data", {}).get("eps", source.eps)
 
 
 def evaluate_model(console: Console, o: EvaluateOptions) -> Result:
@@ -41,14 +57,7 @@ def evaluate_model(console: Console, o: EvaluateOptions) -> Result:
     attacks = _attacks(o)
     model, meta = _model(o.model, o)
     sources = {spec: _model(spec, o)[0] for spec in o.source}
-    where = o.data or meta.get("recipe", {}).get("data")
-    if where is None:
-        raise ValueError(f"{o.model} does not tell its data: give --data")
-    data_path = o.data_path or (None if o.data else meta.get("recipe", {}).get("data_path"))
-    source = load(where, data_path)
-    eps = o.eps
-    if eps is None:
-        eps = 0.5 if o.norm == "L2" else meta.get("data", {}).get("eps", source.eps)
+    source, eps = source_and_eps(o, meta)
     test = source.test()
     subset = {"kind": "all" if o.images is None else "first" if o.first else "balanced", "images": o.images}
     chosen = _subset(test, subset)
@@ -73,7 +82,7 @@ def evaluate_model(console: Console, o: EvaluateOptions) -> Result:
             frozen=o.frozen,
             keep_images=o.keep_images,
             save=out,
-            about={"model": o.model, "data": where, "data_path": data_path, "subset": subset},
+            about={"model": o.model, **_named(o, meta), "subset": subset},
             report=bar,
         )
     show_result(console, result, told)
@@ -82,6 +91,12 @@ def evaluate_model(console: Console, o: EvaluateOptions) -> Result:
     saved = with_ending(out, "")
     console.print(f"saved in {saved}.json and {saved}.npz", soft_wrap=True)
     return result
+
+
+def _named(o: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    recipe = meta.get("recipe", {})
+    data_path = o.data_path or (None if o.data else recipe.get("data_path"))
+    return {"data": o.data or recipe.get("data"), "data_path": data_path}
 
 
 def verify_command(console: Console, words: list[str]) -> None:

@@ -405,7 +405,7 @@ class SearchTwin(nn.Module):
     def train(self, mode: bool = True) -> "SearchTwin":
         return self  # a twin is eval-time by definition
 
-    def draws(self, x: Float[Tensor, "b c h w"], count: int) -> Float[Tensor, "n k"]:
+    def logits_of_draws(self, x: Float[Tensor, "b c h w"], count: int) -> Float[Tensor, "n k"]:
         """Logits [count · b, k] of `count` draws of the noise on the same images: all of the first draw, then all of
         the second, …, as `x.repeat(count, 1, 1, 1)` gives. What comes before the first noise is computed once."""
         if self.gate is None:

@@ -82,17 +82,6 @@ class Fronted(nn.Module):
         return self.network(self.front(x))
 
 
-class Killed(nn.Module):
-    """A network whose gradient is zero everywhere, by what its forward does itself."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x.detach()) + 0 * x.sum((1, 2, 3))[:, None]
-
-
 class Scaled(nn.Module):
     """Logits so large that the cross-entropy's gradient underflows."""
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from audited_models import EPS, Fronted, Killed, Rippled, Scaled, Threshold, mlp
+from audited_models import EPS, Fronted, Rippled, Scaled, Threshold, mlp
 from torch import nn
+
+from planted import Killed
 
 VARIANTS = 10
 SHORT = "apgd:steps=20"

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from audited_models import EPS, Fronted, Killed, Quantise, digits, mlp
+from audited_models import EPS, Fronted, Quantise, digits, mlp
 from torch import nn
 
 import gsem
 from gsem.audit import Audit, Check
 from gsem.audit.run import CHECKS, audited
 from gsem.audit.verdict import verdict
+from planted import Killed
 
 STRONG = "apgd:steps=100,apgd:steps=100:loss=margin,apgd:steps=100:targets=9"
 

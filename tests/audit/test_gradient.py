@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from audited_models import EPS, Fronted, Killed, Quantise, Threshold, convolutional, digits, mlp
+from audited_models import EPS, Fronted, Quantise, Threshold, convolutional, digits, mlp
 from torch import Tensor, nn
 
 import gsem
 from gsem.audit.record import Check
 from gsem.audit.slopes import joined, slopes
+from planted import Killed
 
 
 def gradient(model: nn.Module, attacks: str = "apgd:steps=20:eot=5", **how) -> Check:

@@ -77,9 +77,9 @@ class Counting(nn.Module):
         self.training = model.training  # not train(): it would reach into the model
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.draws(x, 1)
+        return self.logits_of_draws(x, 1)
 
-    def draws(self, x: Tensor, count: int) -> Tensor:
+    def logits_of_draws(self, x: Tensor, count: int) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             self.gradients += count * len(x)
         else:
@@ -111,7 +111,7 @@ def drawn(model: nn.Module, x: Images, draws: int) -> Float[Tensor, "n k"]:
     """Logits [draws · b, k]: all of the first draw, then all of the second, … A search twin shares their beginning."""
     if draws == 1:
         return model(x)
-    several = getattr(model, "draws", None)
+    several = getattr(model, "logits_of_draws", None)
     return several(x, draws) if several is not None else model(x.repeat(draws, 1, 1, 1))
 
 
