@@ -51,8 +51,8 @@ def test_the_sweeps_carry_their_curves(masked):
     eps = [point["eps"] for point in details["eps"]]
     assert eps == sorted(eps) and eps[0] == 0 and eps[-1] == 1
     assert all({"accuracy", "low", "high"} <= point.keys() for point in details["eps"])
-    assert [p["steps"] for p in details["steps"]] == [20, 40]
-    assert [p["eot"] for p in details["eot"]] == [5, 10]
+    assert [p["steps"] for p in details["steps"]] == [5, 10, 20, 40]
+    assert [p["eot"] for p in details["eot"]] == [1, 2, 5, 10]
     assert [p["restarts"] for p in details["restarts"]] == [1, 2]
     assert details["chance"] == 0.1
 

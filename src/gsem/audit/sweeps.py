@@ -13,6 +13,7 @@ from gsem.streams import generator
 from gsem.suite import Attack
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
+LESS = (4, 2)  # parts of the effort, for the curves only
 
 
 def sweeps(s: Subject) -> Check:
@@ -86,12 +87,20 @@ def _random_noise(s: Subject) -> Points:
 
 
 def _against_effort(s: Subject, details: dict[str, Any]) -> dict[str, Interval]:
-    """Fills in the curves; what twice the effort gains, on images that stand."""
+    """Fills in the curves; what twice the effort gains, on images that stand.
+
+    Less effort is told and not judged: all attacks in question with a part of it.
+    """
     lead, options = s.lead, s.options(s.lead)
     gains = {}
     for key in ("steps", "eot", "restarts"):
         if key not in options or (key == "eot" and not s.stochastic):
             continue
+        for part in LESS:
+            if options[key] >= part:
+                s.say(f"1/{part} of the {key}")
+                points = s.cascade(_with_less(s, key, part), s.clean, "less", key)
+                details[key].append({key: options[key] // part, **s.accuracy(points).as_accuracy()})
         details[key].append({key: options[key], **s.accuracy(s.base).as_accuracy()})
         more = replace(lead, options=lead.options | {key: 2 * options[key]})
         s.say(f"twice the {key}")
@@ -100,6 +109,15 @@ def _against_effort(s: Subject, details: dict[str, Any]) -> dict[str, Interval]:
         told = {"steps": "twice the steps", "eot": "twice the draws", "restarts": "twice the restarts"}[key]
         gains[told] = s.gain(s.base, after)
     return gains
+
+
+def _with_less(s: Subject, key: str, part: int) -> list[Attack]:
+    """The attacks in question, those that can with one part in so many of the steps, draws or restarts."""
+    known = ((attack, s.options(attack)) for attack in s.white)
+    return [
+        replace(attack, options=attack.options | {key: max(1, options[key] // part)}) if key in options else attack
+        for attack, options in known
+    ]
 
 
 def blackbox(s: Subject) -> Check:

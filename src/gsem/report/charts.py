@@ -118,6 +118,8 @@ def _sweep(entries: Sequence[Entry], key: str) -> Figure | None:
         "eot": "Where more draws still lower it, the attack averaged over too few.",
         "restarts": "Where more random starts still lower it, the attack had too few.",
     }[key]
+    if key != "eps":
+        caption += " The last point adds the leading attack with twice as many."
     header: tuple[str, ...] = ("run", key, "accuracy", "low", "high")
     rows_: tuple[tuple[Cell, ...], ...] = tuple(data)
     return Figure(f"sweep-{key}", title, f"{caption} 95% intervals over images.", chart, header, rows_, tuple(keys))
