@@ -135,6 +135,17 @@ def test_the_gallery_shows_kept_points(tmp_path, of_halves):
     assert html([entry]).count("<img") == 3 * len(shown)
 
 
+def test_a_point_that_is_the_image_itself_is_told(tmp_path, of_halves):
+    first = of_halves.gallery[0]
+    same = replace(first, x_adv=first.x, attacked=first.label, attacked_right=1.0)
+    entry = replace(
+        read_runs([planted_run(tmp_path / "run")])[0], pictures=replace(of_halves, gallery=(same, *of_halves.gallery))
+    )
+    shown = exhibits(entry)
+    assert shown[0].after == "right; no point that was found comes nearer to an error than the image itself"
+    assert "nearer to an error" not in shown[1].after
+
+
 def test_a_report_computes_its_pictures_from_the_run(tmp_path):
     run = planted_run(tmp_path / "run", weights=True)
     assert report(run, tmp_path / "page.html", images=20) == [tmp_path / "page.html"]

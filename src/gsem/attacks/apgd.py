@@ -72,7 +72,7 @@ def apgd(
 
     Returns:
         x_adv [b, c, h, w], within eps of x and within [0, 1]: a broken point of each image where one was found,
-        else that with the highest loss of the path.
+        else that with the highest margin among x itself and the points of the highest loss, one of each path.
 
     Raises:
         ValueError: arguments out of range, BatchNorm in train mode, too few classes for the loss, NaN logits.

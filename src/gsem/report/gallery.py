@@ -60,8 +60,12 @@ def _exhibit(entry: Entry, s: Shown, draws: int) -> Exhibit:
         return count if answer == s.label else f"{count}, mostly taken for {name(answer)}"
 
     # The change fills the range from black to white, grey is none: its size is in the caption.
-    scale = float(np.abs(s.x_adv - s.x).max()) or 1.0
+    largest = float(np.abs(s.x_adv - s.x).max())
+    scale = largest or 1.0
     before, after = answered(s.clean, s.clean_right), answered(s.attacked, s.attacked_right)
+    if not largest:
+        # (Of points that stand an attack returns that of the highest margin, and the image is one of them.)
+        after += "; no point that was found comes nearer to an error than the image itself"
     return Exhibit(
         x=png(s.x),
         change=png(0.5 + (s.x_adv - s.x) / (2 * scale)),
