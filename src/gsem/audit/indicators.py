@@ -210,7 +210,7 @@ def unconstrained(s: Subject) -> Check:
         figure=share,
         threshold="any image stands",
         outcome="pass",
-        reason=f"with eps = {widest(s):g} {several(int(stands.sum()), 'images')} of {len(stands)} stand",
+        reason=f"with eps = {widest(s):g}, {several(int(stands.sum()), 'images')} of {len(stands)} stand",
         advice="",
         source=SOURCE + "6",
         invalidates=False,

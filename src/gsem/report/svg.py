@@ -99,11 +99,14 @@ def doubling(name: str, values: Sequence[float], told: Callable[[float], str]) -
     def place(value: float) -> float:
         return ((math.log2(value) if value > 0 else zero) - zero) / width
 
+    def clear(one: float, other: float) -> bool:
+        return abs(place(one) - place(other)) > 0.02 + 0.0115 * len(told(one) + told(other))
+
     # Labels that would touch are left out, but not the first and the last; the data table has every value.
     first, *between, last = sorted({min(values), max(values), *values}) if len(set(values)) > 1 else [values[0]] * 2
     kept = [first]
     for value in between:
-        if min(place(value) - place(kept[-1]), place(last) - place(value)) > 0.14:
+        if clear(value, kept[-1]) and clear(value, last):
             kept.append(value)
     return Axis(name, tuple((value, told(value)) for value in dict.fromkeys([*kept, last])), place)
 
