@@ -76,6 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="gsem-resnet10x16")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="to go on where an earlier run ended")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--json", type=Path, default=Path("same_training.json"))
@@ -90,7 +91,7 @@ def main() -> None:
     print(f"{o.model} on {source.name}, {o.steps} steps of {o.batch}: 5 attack steps × 2 draws on half, 2 draws")
     curves: dict[str, list[list[float]]] = {"ours": [], "reference": []}
     accuracy: dict[str, list[float]] = {"ours": [], "reference": []}
-    for seed in range(o.seeds):
+    for seed in range(o.first_seed, o.first_seed + o.seeds):
         for side in curves:
             model, losses = trained(side, replace(base, seed=seed), source, o)
             curves[side].append(losses)

@@ -19,7 +19,7 @@ from gsem.suite import EOT
 
 IMAGES, DRAWS, EPS = 40, 100, 0.15
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ATTACKED = f"apgd100-eot{EOT}"
+ATTACKED = f"apgd100-eot{EOT}-margin"
 
 
 def planted_scores(label: str, correct: np.ndarray, draws: int, **change: Any) -> Scores:

@@ -33,7 +33,8 @@ def gradient(s: Subject) -> Check:
         bent = compare(s, HS, along=True)
         suspicious = _consecutive(bent)
     told = bent or found
-    one = next((f for f in told if f.outside(WITHIN)), told[0])
+    outside = [f for f in told if f.outside(WITHIN)]
+    one = outside[0] if suspicious else told[0]
     check = Check(
         name="gradient",
         title="Is the gradient that attacks follow the loss's own?",
@@ -45,6 +46,9 @@ def gradient(s: Subject) -> Check:
         source="section 3 of Athalye et al., ICML 2018 (gradient masking); the comparison is this project's",
         details=_details(found, bent),
     )
+    if outside and not suspicious:
+        at = " and ".join(map(_distance, outside))
+        check = replace(check, reason=f"{check.reason}; outside at {at} alone, as a bent loss may be")
     if all(f.silent for f in found):
         reason = "the loss does not change at all within 4/255 of the images, so there is nothing to compare"
         return replace(check, figure=None, outcome="inconclusive", reason=reason, advice=_SILENT)
@@ -98,8 +102,12 @@ def _consecutive(found: list[Slope]) -> bool:
 
 def _told(one: Slope) -> str:
     if one.slope is None:
-        return f"the loss changes within {round(one.h * 255)}/255, and its gradient is nothing,"
-    return f"slope {one.slope:.2f} [{one.low:.2f}, {one.high:.2f}] at h = {round(one.h * 255)}/255"
+        return f"the loss changes within {_distance(one)}, and its gradient is nothing,"
+    return f"slope {one.slope:.2f} [{one.low:.2f}, {one.high:.2f}] at h = {_distance(one)}"
+
+
+def _distance(one: Slope) -> str:
+    return f"{round(one.h * 255)}/255"
 
 
 def _details(found: list[Slope], bent: list[Slope]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from gsem.report.record import Entry
 from gsem.report.svg import drawing, marker, tag
 from gsem.result import Interval
 
-LEFT, BARS, GAP, BAND = 112, 222, 12, 12
+WIDTH, GAP, BAND = 360, 12, 12
+LETTER, LETTERS = 6.9, 21  # width of a letter of 12 px, and how many are shown
 
 
 def accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
@@ -18,21 +19,24 @@ def accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
     if not names:
         return None
     names += ["worst"] if any("worst" in values for _, _, values in found) else []
-    parts, y = [], 4.0
+    labels = {name: shortened(_told(name), LETTERS) for name in names}
+    left = 12 + LETTER * max(map(len, labels.values()))
+    bars = WIDTH - 26 - left
+    grid, parts, y = [], [], 4.0
     for name in names:
         here = [(run, values[name]) for run, _, values in found if name in values]
         height = BAND * len(here) + GAP
-        parts.append(tag("text", shortened(_told(name), 17), x=LEFT - 8, y=y + height / 2 + 4, text_anchor="end"))
+        parts.append(tag("text", labels[name], x=left - 8, y=y + height / 2 + 4, text_anchor="end"))
         for turn, (run, one) in enumerate(here):
             at = y + GAP / 2 + BAND * (turn + 0.5)
-            low, high = LEFT + BARS * one.low, LEFT + BARS * one.high
+            low, high = left + bars * one.low, left + bars * one.high
             whisker = tag("path", d=f"M{low:.1f} {at:g}H{high:.1f}", class_="whisker wide")
-            parts.append(tag("g", whisker, marker(run, LEFT + BARS * one.mean, at, 4), class_=f"run s{run % 6}"))
+            parts.append(tag("g", whisker, marker(run, left + bars * one.mean, at, 4), class_=f"run s{run % 6}"))
         y += height
-        parts.append(tag("line", x1=4, x2=LEFT + BARS, y1=y, y2=y, class_="grid"))
+        grid.append(tag("line", x1=4, x2=left + bars, y1=y, y2=y, class_="grid"))
     for share in (0, 25, 50, 75, 100):
-        x = LEFT + BARS * share / 100
-        parts.append(tag("line", x1=x, x2=x, y1=2, y2=y, class_="grid"))
+        x = left + bars * share / 100
+        grid.append(tag("line", x1=x, x2=x, y1=2, y2=y, class_="grid"))
         parts.append(tag("text", f"{share}%", x=x, y=y + 15, text_anchor="middle"))
     title = "Expected accuracy under each attack"
     says = "; ".join(
@@ -43,7 +47,7 @@ def accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
         (e.name, _told(name), *(rounded(v) for v in one)) for _, e, values in found for name, one in values.items()
     )
     keys = tuple(run_key(e.name, run) for run, e, _ in found)
-    chart = drawing("accuracy", title, f"{says}.", *parts, width=360, height=y + 20)
+    chart = drawing("accuracy", title, f"{says}.", *grid, *parts, width=WIDTH, height=y + 20)
     header = ("run", "attack", "expected", "low", "high")
     return Figure("accuracy", title, "With 95% bootstrap intervals over images.", chart, header, rows, keys)
 
