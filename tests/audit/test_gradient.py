@@ -61,12 +61,12 @@ def test_a_healthy_network_passes(robust: bool):
 class Steep(nn.Module):
     """Bent so strongly that differences over 1/255 say something else than the derivative: no mask."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, steepness: float = 3.0):
         super().__init__()
-        self.network = network
+        self.network, self.steepness = network, steepness
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(3 * self.network(x)) * 5
+        return torch.tanh(self.steepness * self.network(x)) * 5
 
 
 def test_curvature_is_no_mask():
@@ -76,6 +76,13 @@ def test_curvature_is_no_mask():
     assert bare.outside(0.07)  # by itself the difference deceives
     check = gradient(model)
     assert check.outcome == "pass"
+
+
+def test_a_pass_tells_the_slope_at_the_image_and_where_else_it_is_outside():
+    check = gradient(Steep(mlp(), 0.5))
+    at_1, at_2, at_4 = (p["slope"] for p in check.details["points"])
+    assert check.outcome == "pass" and check.figure == at_1 > at_2 > at_4
+    assert "at h = 1/255" in check.reason and "outside at 4/255 alone" in check.reason
 
 
 @pytest.mark.parametrize(("levels", "noise"), [(5, 0.03), (9, 0.0)])

@@ -137,13 +137,15 @@ def test_the_gallery_shows_kept_points(tmp_path, of_halves):
 
 def test_a_point_that_is_the_image_itself_is_told(tmp_path, of_halves):
     first = of_halves.gallery[0]
-    same = replace(first, x_adv=first.x, attacked=first.label, attacked_right=1.0)
-    entry = replace(
-        read_runs([planted_run(tmp_path / "run")])[0], pictures=replace(of_halves, gallery=(same, *of_halves.gallery))
-    )
-    shown = exhibits(entry)
-    assert shown[0].after == "right; no point that was found comes nearer to an error than the image itself"
-    assert "nearer to an error" not in shown[1].after
+    stands = replace(first, x_adv=first.x, attacked=first.label, attacked_right=1.0)
+    wrong = replace(first, x_adv=first.x, clean=1, clean_right=0.0, attacked=1, attacked_right=0.0)
+    gallery = (stands, wrong, first)
+    entry = replace(read_runs([planted_run(tmp_path / "run")])[0], pictures=replace(of_halves, gallery=gallery))
+    assert [shown.after for shown in exhibits(entry)] == [
+        "right; no point that was found comes nearer to an error than the image itself",
+        "taken for one; wrong already, and not attacked",
+        "taken for one",
+    ]
 
 
 def test_a_report_computes_its_pictures_from_the_run(tmp_path):

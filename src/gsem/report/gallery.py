@@ -64,8 +64,9 @@ def _exhibit(entry: Entry, s: Shown, draws: int) -> Exhibit:
     scale = largest or 1.0
     before, after = answered(s.clean, s.clean_right), answered(s.attacked, s.attacked_right)
     if not largest:
-        # (Of points that stand an attack returns that of the highest margin, and the image is one of them.)
-        after += "; no point that was found comes nearer to an error than the image itself"
+        # Of points that stand an attack returns that of the highest margin, and the image is one of them.
+        nothing = "no point that was found comes nearer to an error than the image itself"
+        after += f"; {nothing}" if s.clean == s.label else "; wrong already, and not attacked"
     return Exhibit(
         x=png(s.x),
         change=png(0.5 + (s.x_adv - s.x) / (2 * scale)),
