@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=0, help="to go on where an earlier run ended")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--precision", default="bf16", help="of ours: bf16 or float32")
+    parser.add_argument("--precision", default="bf16", help="of our training passes: bf16 or float32")
     parser.add_argument("--json", type=Path, default=Path("same_training.json"))
     return parser.parse_args()
 
