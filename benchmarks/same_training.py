@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=0, help="to go on where an earlier run ended")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--precision", default="bf16", help="of our training passes: bf16 or float32")
+    parser.add_argument("--precision", default="bf16", help="of ours, passes and search: bf16 or float32")
     parser.add_argument("--json", type=Path, default=Path("same_training.json"))
     return parser.parse_args()
 
@@ -88,7 +88,7 @@ def main() -> None:
     o = arguments()
     source = gsem.data.load(o.data)
     told = {"batch": o.batch, "steps": 5, "eot": 2, "draws": 2, "attacked": 0.5, "ema": 0.0, "augment": "crop"}
-    base = replace(gsem.RECIPES["gcat"], data=o.data, model=o.model, precision=o.precision, **told)
+    base = replace(gsem.RECIPES["gcat"], data=o.data, model=o.model, precision=o.precision, search=o.precision, **told)
     print(f"{o.model} on {source.name}, {o.steps} steps of {o.batch}: 5 attack steps × 2 draws on half, 2 draws")
     curves: dict[str, list[list[float]]] = {"ours": [], "reference": []}
     accuracy: dict[str, list[float]] = {"ours": [], "reference": []}

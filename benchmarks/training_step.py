@@ -3,11 +3,12 @@
     python benchmarks/training_step.py [--model gsem-resnet18] [--batch 64] [--repeats 3] [--device cuda] [--json FILE]
 
 reference: benchmarks/reference.py, eager, NCHW; float32 on a CPU, fp16 autocast on a GPU.
-stock: the same code with autocast (bf16) and channels-last, and nothing else.
+stock: the same code with channels-last and autocast in the precision that `auto` chooses here, and nothing else.
 ours: `gsem.step.Stepper`, the step that `gsem train gcat-published` runs, its data and augmentation included.
 
-The sides take turns. Then the parts of ours, beside the time that their arithmetic takes at the rate of a large bf16
-product (measured here, too). Images and labels are random: no time depends on them. Prints tables, writes JSON.
+The sides take turns. Then the parts of ours, beside the time that their arithmetic takes at the rate of a large
+product in the search's precision (measured here, too). Images and labels are random: no time depends on them. Prints
+tables, writes JSON.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gsem
 from gsem.attacks._core import expected_gradient
 from gsem.data import Source, Split
+from gsem.device import DTYPES, choose_precision
 from gsem.losses import cross_entropy
 from gsem.step import Stepper
 
@@ -95,12 +97,12 @@ class Sides:
             draws=o.draws,
             model=o.model,
             batch=o.batch,
-            search="fp16" if o.fp16 else "bf16",
+            search="fp16" if o.fp16 else "auto",
         )
         gpu = self.device.type == "cuda"
         self.casts = {
             "reference": partial(torch.autocast, "cuda", torch.float16) if gpu else nullcontext,
-            "stock": partial(torch.autocast, self.device.type, torch.bfloat16),
+            "stock": partial(self._cast, DTYPES[choose_precision("auto", self.device)]),
         }
         self.models = {name: self._model(torch.contiguous_format) for name in ("reference",)}
         self.models["stock"] = self._model(torch.channels_last)
@@ -116,6 +118,9 @@ class Sides:
     def _model(self, layout: torch.memory_format) -> nn.Module:
         torch.manual_seed(0)
         return gsem.create_model(self.o.model).to(self.device, memory_format=layout)
+
+    def _cast(self, dtype: torch.dtype) -> AbstractContextManager:
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
     def images(self, side: str) -> Tensor:
         layout = torch.contiguous_format if side == "reference" else torch.channels_last
@@ -186,10 +191,10 @@ class Sides:
         }
 
 
-def ceiling(device: torch.device) -> float:
-    """FLOP/s of a bf16 product of 4096 × 4096 matrices."""
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product in this precision."""
     n = 4096 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    a = torch.randn(n, n, device=device, dtype=dtype)
     taken(device, lambda: a @ a)
     return 2 * n**3 / min(taken(device, lambda: a @ a) for _ in range(10))
 
@@ -246,9 +251,11 @@ def main() -> None:
         for name in names:
             ratio = statistics.median(times[name]) / statistics.median(times["ours"])
             print(f"  {name:<10} {told(times[name])}  {ratio:5.2f}×")
-    top = ceiling(device)
+    top = ceiling(device, sides.stepper.search_dtype)
     whole, flops = statistics.median(found["the step"]["ours"]), sides.flops()
-    print(f"\nthe parts of ours (a bf16 product runs at {top / 1e12:.2f} TFLOP/s here)")
+    print(
+        f"\nthe parts of ours ({sides.stepper.used['search']}; a product runs at {top / 1e12:.2f} TFLOP/s in it here)"
+    )
     parts = {}
     for name, (work, count) in sides.parts().items():
         work()

@@ -502,3 +502,29 @@ def test_bf16_directions_break_as_many_images_as_float32(name, tmp_path):
     print(name, shares)
     assert 5 < shares[torch.float32] < 95, "an attack that breaks nothing, or all, compares nothing"
     assert abs(shares[torch.bfloat16] - shares[torch.float32]) <= 1
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_confident_image_keeps_its_gradient_in_fp16(draws):
+    """At a lead of 18 logits the cross-entropy's gradient is 1e-8, which fp16 rounds to 0."""
+    torch.manual_seed(0)
+    model = gsem.insert(
+        nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, 10)),
+        after="1",
+        example=torch.rand(2, 1, 8, 8),
+    ).eval()
+    with torch.no_grad():
+        model[3].weight.mul_(0.01)
+        model[3].bias[0] = 18.0
+    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        twin = search_twin(model, dtype)
+        pixels = x.clone().requires_grad_()
+        with gsem.noise(model, "fresh", seed=1):
+            loss = nn.functional.cross_entropy(twin.logits_of_draws(pixels, draws), y.repeat(draws), reduction="sum")
+        grads.append(torch.autograd.grad(loss, pixels)[0])
+    exact, low = grads
+    assert 0 < exact.abs().max() < 6e-8
+    # fp16 has 11 significant bits; a few of them are lost on the way through the layers.
+    assert (low - exact).norm() < 0.01 * exact.norm()

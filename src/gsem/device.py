@@ -1,20 +1,99 @@
-"""Where tensors live."""
+"""Where tensors live, and the precision that a device is fast in."""
+
+import os
+import platform
+import warnings
+from collections.abc import Collection
+from typing import Literal
 
 import torch
+
+Used = Literal["float32", "bf16", "fp16"]
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# oneDNN multiplies with no newer instructions than this environment variable allows. These allow bf16 on x86.
+ONEDNN_BF16 = ("AVX512_CORE_BF16", "AVX10", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "ALL", "DEFAULT")
 
 
 def device_named(name: str | None) -> torch.device:
     """A torch device; `None` is the GPU where there is one.
 
     Raises:
-        ValueError: a device that torch does not know or have.
+        ValueError: a device that torch does not know, or that this machine does not have.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown: cpu, cuda or cuda:N") from None
+        raise ValueError(f"device {name!r} is unknown: it is cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device {name!r} was asked for, but torch sees {count} GPUs here: cuda:0 to cuda:{count - 1}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' was asked for, but torch sees no Apple GPU here: use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {name!r} is not supported: it is cpu, cuda, cuda:N or mps")
     return device
+
+
+def require_float64(device: torch.device, what: str) -> None:
+    """Refuse what computes in float64 on a device without it.
+
+    Raises:
+        ValueError: naming `what`.
+    """
+    if device.type == "mps":
+        raise ValueError(f"{what} computes in float64, which mps does not have: use --device cpu")
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware: AMX or AVX512-BF16 on x86, the bf16 extension on Arm.
+
+    Others emulate it, several times slower than float32. `ONEDNN_MAX_CPU_ISA`, which takes instructions away from
+    torch's convolutions, is respected.
+    """
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return arm_multiplies_bf16()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return bool(has) and limit.startswith(ONEDNN_BF16)
+
+
+def arm_multiplies_bf16() -> bool:
+    """Whether an Arm processor has the bf16 extension, and torch's build uses it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def choose_precision(asked: str, device: torch.device) -> Used:
+    """The precision that `asked` (auto, float32, bf16 or fp16) means on `device`.
+
+    A rule and not a timing, so that a run can be repeated. `auto` is bf16 where the device multiplies it in hardware
+    (see `cpu_multiplies_bf16`; CUDA from compute capability 8), fp16 on older CUDA GPUs, and float32 elsewhere.
+    fp16 means the same as `auto` on a CPU, which is slow in it: the published recipes ask for fp16.
+
+    Raises:
+        ValueError: bf16 or fp16 on mps, where only float32 is supported.
+    """
+    if device.type == "mps":
+        if asked in ("bf16", "fp16"):
+            raise ValueError(f"precision {asked} is not supported on mps: use float32 or auto")
+        return "float32"
+    if device.type == "cpu" and asked in ("auto", "fp16"):
+        return "bf16" if cpu_multiplies_bf16() else "float32"
+    if asked == "auto":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    assert asked in ("float32", "bf16", "fp16")
+    return asked  # type: ignore[return-value]
+
+
+def warn_if_emulated(used: Collection[str], device: torch.device) -> None:
+    """One warning where bf16 is among the precisions used, and the processor emulates it."""
+    if "bf16" in used and device.type == "cpu" and not cpu_multiplies_bf16():
+        warnings.warn(
+            "this processor has no bf16 instructions: passes in bf16 take 6 to 22 times as long as in float32 "
+            "(precision auto chooses float32 here)",
+            stacklevel=2,
+        )

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Schedule = Literal["step", "cosine", "cyclic"]
-Precision = Literal["float32", "bf16", "fp16"]
+Precision = Literal["auto", "float32", "bf16", "fp16"]
+PRECISIONS = ("auto", "float32", "bf16", "fp16")
 Objective = Literal["ce", "mart", "trades"]
 Augment = Literal["none", "crop", "autoaugment"]
 Start = Literal["uniform", "gaussian"]
@@ -105,9 +106,10 @@ class Recipe:
     patience: int = 0
     """Validations without a better robust accuracy after which the run stops early; 0 never."""
 
-    precision: Precision = "bf16"
-    """Of the training passes (autocast)."""
-    search: Precision = "bf16"
+    precision: Precision = "auto"
+    """Of the training passes (autocast). auto: bf16 where the device multiplies it in hardware, fp16 on older GPUs,
+    else float32; on a CPU, fp16 means auto."""
+    search: Precision = "auto"
     """Of the attack's gradient directions, on the search twin."""
     validate_every: int = 1
     """Epochs between validations, each on at most 1,000 held-out training images under PGD-10."""
@@ -161,8 +163,8 @@ class Recipe:
             ("start", ("uniform", "gaussian")),
             ("gradient", ("corrected", "semi-masked")),
             ("schedule", ("step", "cosine", "cyclic")),
-            ("precision", ("float32", "bf16", "fp16")),
-            ("search", ("float32", "bf16", "fp16")),
+            ("precision", PRECISIONS),
+            ("search", PRECISIONS),
         ):
             require(getattr(self, field) in known, field, f"one of {', '.join(known)}")
 

@@ -42,6 +42,9 @@ class Progress:
     best_robust: float | None
     """Of the best validation so far: above `robust`, it shows robust overfitting."""
     epoch_ended: bool
+    device: str
+    precision: dict[str, str]
+    """What the run computes in: `precision` of the training passes and `search`, each float32, bf16 or fp16."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,22 @@ def resume_recipe(path: Path) -> Recipe:
         return Recipe.from_dict(json.loads(file.read_text())["recipe"])
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from None
+
+
+def recorded_precision(path: Path, device: torch.device) -> dict[str, str]:
+    """The precision that the run in `path` was started in, by recipe field; empty where there is none recorded.
+
+    Raises:
+        ValueError: fp16 on a device that is not a GPU.
+    """
+    file = path / "recipe.json"
+    recorded = json.loads(file.read_text()).get("precision", {}) if file.is_file() else {}
+    used = {field: choice["used"] for field, choice in recorded.items()}
+    if "fp16" in used.values() and device.type != "cuda":
+        raise ValueError(
+            f"{path} was started in fp16, which only GPUs are fast in: resume it on a GPU, not on {device}"
+        )
+    return used
 
 
 @contextmanager

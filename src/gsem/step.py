@@ -13,12 +13,11 @@ from gsem.attacks.pgd import climb
 from gsem.awp import awp
 from gsem.checkpoint import part
 from gsem.data import Source, auto_augment, crop_flip, cutout, to_float
+from gsem.device import DTYPES, choose_precision, require_float64, warn_if_emulated
 from gsem.losses import Loss, cross_entropy, divergence_from, mart, trades
 from gsem.recipes import Recipe
 from gsem.streams import generator, reseed, split, stream
 from gsem.twin import SearchTwin, search_twin
-
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def attacked_rows(batch: int, share: float) -> slice | Tensor:
@@ -57,7 +56,11 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 class Stepper:
     """The moving parts of a training: model, average, optimizer, and the twin that attacks search on.
 
-    With `compiled`, torch.compile runs the training passes and the twin.
+    With `compiled`, torch.compile runs the training passes and the twin. `used` is the precision that the training
+    passes and the search run in: what the recipe's `auto` means on the model's device.
+
+    Raises:
+        ValueError: a precision or an augmentation that the device cannot do.
     """
 
     def __init__(
@@ -73,7 +76,12 @@ class Stepper:
         self.recipe, self.source, self.eps = recipe, source, eps
         self.model, self.average = model, average
         self.device = next(model.parameters()).device
-        self.twin = search_twin(model, DTYPES[recipe.search])
+        if recipe.augment == "autoaugment":
+            require_float64(self.device, "augment autoaugment")
+        self.used = {field: choose_precision(getattr(recipe, field), self.device) for field in ("precision", "search")}
+        warn_if_emulated(self.used.values(), self.device)
+        self.dtype, self.search_dtype = DTYPES[self.used["precision"]], DTYPES[self.used["search"]]
+        self.twin = search_twin(model, self.search_dtype)
         self.training_pass: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         if compiled:
             self.twin.compile_graph()
@@ -91,10 +99,8 @@ class Stepper:
             weight_decay=r.weight_decay,
             fused=self.device.type == "cuda" or None,
         )
-        # fp16's narrow range needs scaled gradients. CPUs have bf16 in hardware, fp16 rarely: bf16 runs there.
-        fp16 = r.precision == "fp16" and self.device.type == "cuda"
-        self.dtype = torch.float16 if fp16 else DTYPES["bf16" if r.precision == "fp16" else r.precision]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        # fp16's narrow range needs scaled gradients.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def clear_sums(self) -> None:
         self.sums = torch.zeros(2, device=self.device)  # loss, steps

@@ -27,12 +27,19 @@ def reseed(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 @contextmanager
 def stream(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's own stream, from which a stochastic model draws, starts at `seed` for this block only."""
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        reseed(seed, device)
-        yield
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            reseed(seed, device)
+            yield
+    finally:
+        if mps is not None:
+            torch.mps.set_rng_state(mps)

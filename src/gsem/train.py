@@ -9,7 +9,9 @@ import platform
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +32,9 @@ from gsem.run import (
     finish_step_on_interrupt,
     rank,
     read_metrics,
+    recorded_precision,
 )
-from gsem.step import DTYPES, Average, Stepper
+from gsem.step import Average, Stepper
 from gsem.streams import generator, reseed, split, stream
 from gsem.twin import SearchTwin, search_twin
 
@@ -71,7 +74,9 @@ def train(
     path = Path(out) if out is not None else Path("runs") / default
     where = device_named(device)
     with stream(split(recipe.seed, "run"), where), deterministic(recipe.deterministic):
-        loop = _Loop(recipe, source, path, where, compiled)
+        # A resumed run keeps its precision, also on a machine where `auto` would now choose another.
+        used = recorded_precision(path, where) if resume else {}
+        loop = _Loop(recipe, source, path, where, compiled, used)
         if loop.last.exists() and not resume:
             raise ValueError(f"{path} already holds a run: resume it (--resume {path}) or choose another --out")
         if loop.last.exists():
@@ -86,7 +91,15 @@ def train(
 class _Loop:
     """A training run in memory: the weights, the optimizer, and the place in the schedule."""
 
-    def __init__(self, recipe: Recipe, source: Source, path: Path, device: torch.device, compiled: bool = False):
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        path: Path,
+        device: torch.device,
+        compiled: bool,
+        used: dict[str, Any],
+    ):
         self.recipe, self.source, self.path, self.device = recipe, source, path, device
         self.eps = recipe.eps or source.eps
         self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=self.eps)
@@ -107,7 +120,9 @@ class _Loop:
         average = None
         if recipe.ema or recipe.swa_from is not None:
             average = Average(model, self._new_model(), decay=recipe.ema, equal=recipe.swa_from is not None)
-        self.stepper = Stepper(recipe, source, self.eps, model, average, compiled=compiled)
+        self.stepper = Stepper(replace(recipe, **used), source, self.eps, model, average, compiled=compiled)
+        chosen = self.stepper.used.items()
+        self.meta["precision"] = {field: {"asked": getattr(recipe, field), "used": value} for field, value in chosen}
         self.validation_twin: SearchTwin | None = None
         self.step = 0  # done, over all rounds
         self.best_robust = -1.0
@@ -267,7 +282,7 @@ class _Loop:
         if model is self.stepper.model:
             twin = self.stepper.twin
         else:
-            self.validation_twin = twin = self.validation_twin or search_twin(model, DTYPES[self.recipe.search])
+            self.validation_twin = twin = self.validation_twin or search_twin(model, self.stepper.search_dtype)
         x, y = to_float(self.validation.x), self.validation.y
         seed = split(self.recipe.seed, "validation")
         draws = VALIDATION_DRAWS if is_stochastic(model, x[:1]) else 1
@@ -295,6 +310,8 @@ class _Loop:
             robust=self.latest.get("robust"),
             best_robust=self.best_robust if self.best_robust >= 0 else None,
             epoch_ended=epoch_ended,
+            device=str(self.device),
+            precision=dict(self.stepper.used),
         )
 
     def save(self) -> None:

@@ -21,6 +21,11 @@ from torch import Tensor, fx, nn
 
 from gsem.module import GSeM, IntegerNoise
 
+# Where the largest element of a logit gradient is brought on an fp16 twin. As it is, the cross-entropy of a confident
+# image has a gradient below fp16's smallest number, 6e-8, and all of it would be 0. Up to fp16's largest number, 65504,
+# there is room for a growth of 255 on the way back to the image.
+FP16_TARGET = 256.0
+
 
 def _affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """(scale, shift) of a BatchNorm in eval mode."""
@@ -51,6 +56,37 @@ class _Mirror(nn.Module):
 
     def refresh(self, dtype: torch.dtype) -> None:
         raise RuntimeError("every mirror says how it is refreshed")
+
+
+class _Enlarge(torch.autograd.Function):
+    """The identity on logits forward. Backward, each image's gradient is multiplied by a power of two that brings its
+    largest element, over the draws, near `FP16_TARGET`; the factors [images] are left in `held`."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, images: int, held: list[Tensor]) -> Tensor:
+        ctx.images, ctx.held = images, held
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        of_draws = grad.unflatten(0, (-1, ctx.images))
+        largest = of_draws.abs().amax((0, 2)).clamp_min(1e-30)
+        factor = torch.exp2(torch.floor(torch.log2(FP16_TARGET / largest)))
+        ctx.held[:] = [factor]
+        return (of_draws * factor[:, None]).flatten(0, 1), None, None
+
+
+class _Reduce(torch.autograd.Function):
+    """The identity on images forward; backward, it takes the factors of `_Enlarge` out of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, held: list[Tensor]) -> Tensor:
+        ctx.held = held
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.held[0][:, None, None, None], None
 
 
 def _weight(value: Float[Tensor, "o i h w"], dtype: torch.dtype) -> Tensor:
@@ -417,8 +453,12 @@ class SearchTwin(nn.Module):
             self.gate.draws = 1
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        logits = self.graph(x.to(dtype=self.dtype, memory_format=torch.channels_last))
-        return logits if self.dtype == torch.float64 else logits.float()
+        if self.dtype != torch.float16:
+            logits = self.graph(x.to(dtype=self.dtype, memory_format=torch.channels_last))
+            return logits if self.dtype == torch.float64 else logits.float()
+        held: list[Tensor] = []
+        images = _Reduce.apply(x, held).to(dtype=self.dtype, memory_format=torch.channels_last)
+        return _Enlarge.apply(self.graph(images).float(), len(x), held)
 
 
 def search_twin(model: nn.Module, dtype: torch.dtype = torch.float32) -> SearchTwin:

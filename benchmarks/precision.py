@@ -1,0 +1,108 @@
+"""What a pass costs in each precision on this machine, and whether `auto` chooses the fastest.
+
+    python benchmarks/precision.py [--repeats 9] [--device cuda] [--json FILE]
+
+Attack passes (a gradient of the images, on the folded model) and training passes (forward and backward) of a small
+network on digits and on 32 × 32 images, and of a large one. The precisions take turns; images and labels are random,
+no time depends on them. Prints one table, medians and spread in milliseconds, and writes JSON.
+
+A processor with bf16 instructions can be measured as one without: set ONEDNN_MAX_CPU_ISA=AVX2 and
+ATEN_CPU_CAPABILITY=avx2 before the start.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import gsem
+from gsem.attacks._core import expected_gradient
+from gsem.device import choose_precision, cpu_multiplies_bf16
+from gsem.losses import cross_entropy
+from gsem.step import Stepper
+
+CASES = (
+    ("gsem-resnet10x16", (1, 8, 8), 128),
+    ("gsem-resnet10x16", (3, 32, 32), 128),
+    ("gsem-resnet18", (3, 32, 32), 16),
+)
+
+
+def sides(name: str, shape: tuple[int, int, int], batch: int, precision: str, device: torch.device):
+    """The attack pass and the training pass of a network in one precision."""
+    torch.manual_seed(0)
+    model = gsem.create_model(name, in_channels=shape[0]).to(device, memory_format=torch.channels_last)
+    recipe = replace(gsem.RECIPES["gcat"], model=name, precision=precision, search=precision)
+    stepper = Stepper(recipe, gsem.data.load("digits"), 8 / 255, model, None)
+    x = torch.rand(batch, *shape, device=device).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(10, (batch,), device=device)
+
+    def train() -> None:
+        model.train()
+        stepper.scaler.scale(stepper._loss(x, x, y).mean()).backward()
+
+    return {"attack": lambda: expected_gradient(stepper.twin, x, y, cross_entropy, 1), "training": train}
+
+
+def measured(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(repeats + 1):  # the first turn warms up
+        for name, run in work.items():
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, compute capability {torch.cuda.get_device_capability(device)}"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}" + (
+        f", limited to {limit}" if limit else ""
+    )
+    return f"{kind}, bf16 in hardware: {'yes' if cpu_multiplies_bf16() else 'no'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, default=Path("precision.json"))
+    o = parser.parse_args()
+    device = torch.device(o.device)
+    precisions = ["float32", "bf16"] + (["fp16"] if device.type == "cuda" else [])
+    auto = choose_precision("auto", device)
+    warnings.simplefilter("ignore")  # bf16 is measured where it is emulated, too
+    print(f"{processor(device)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"auto chooses {auto}; milliseconds, median (least – most) of {o.repeats}\n")
+    rows = []
+    print(f"{'network, batch':<33}{'pass':<9}" + "".join(f"{p:>22}" for p in precisions) + "   auto / best")
+    for name, shape, batch in CASES:
+        each = {p: sides(name, shape, batch, p, device) for p in precisions}
+        for kind in ("attack", "training"):
+            times = measured({p: each[p][kind] for p in precisions}, o.repeats, device)
+            medians = {p: statistics.median(t) for p, t in times.items()}
+            ratio = medians[auto] / min(medians.values())
+            cells = [f"{medians[p]:9.1f} ({min(t):.1f} – {max(t):.1f})" for p, t in times.items()]
+            what = f"{name} {'×'.join(map(str, shape))}, {batch}"
+            print(f"{what:<33}{kind:<9}" + "".join(f"{cell:>22}" for cell in cells) + f"   {ratio:.2f}", flush=True)
+            rows.append({"network": name, "shape": shape, "batch": batch, "pass": kind, "ms": times, "ratio": ratio})
+    print(f"\nauto is at most {max(row['ratio'] for row in rows):.2f} times the best")
+    facts = {"on": processor(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "auto": auto}
+    o.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
