@@ -1,7 +1,9 @@
 """What an evaluation found, per image and attack: the four accuracies of a stochastic classifier, and files."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from gsem.checkpoint import write_atomically
 from gsem.streams import split
 
 BOOTSTRAP = 10_000
+KEPT = 50_000_000  # counts of resamples that are kept for the next interval: 100 MB
 VOTERS = 11
 PERSISTENCE = (1, 10, 100)
 
@@ -152,12 +155,10 @@ class Result:
         return 1 - scores.correct / self.draws_of(scores)
 
     def _interval(self, values: Float[np.ndarray, " n"]) -> Interval:
-        chance = np.random.Generator(np.random.PCG64(split(self.facts["seed"], "bootstrap")))
-        # A resample of n images is a multinomial count of each; in blocks, so that memory stays small.
-        n, means = len(values), []
-        for _ in range(BOOTSTRAP // 500):
-            means.append(chance.multinomial(n, np.full(n, 1 / n), size=500) @ values / n)
-        low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+        means = np.concatenate(
+            [counts @ values / len(values) for counts in _resamples(self.facts["seed"], len(values))]
+        )
+        low, high = np.quantile(means, [0.025, 0.975])
         return Interval(float(values.mean()), float(low), float(high))
 
     # --- files ---------------------------------------------------------------------------------------------
@@ -202,12 +203,12 @@ class Result:
             arrays |= {f"{number}.{key}": getattr(s, key) for key in ARRAYS}
             if s.x_adv is not None:
                 arrays[f"{number}.x_adv"] = s.x_adv
-        meta = json.dumps(self.to_dict())
+        summary = self.to_dict()
         beside = path.with_name(f".{path.name}.writing.npz")
-        arrays["meta"] = np.array(meta)
+        arrays["meta"] = np.array(json.dumps(summary))
         np.savez_compressed(beside, **arrays)  # type: ignore[arg-type]  # (its stub takes them for its flag)
         beside.replace(with_ending(path, ".npz"))
-        write_atomically(with_ending(path, ".json"), json.dumps(self.to_dict(), indent=2).encode())
+        write_atomically(with_ending(path, ".json"), json.dumps(summary, indent=2).encode())
         return path
 
     @classmethod
@@ -225,6 +226,23 @@ class Result:
                 for number, row in enumerate(meta["attacks"])
             ]
             return cls(scores, file["y"], meta["facts"])
+
+
+def _resamples(seed: int, n: int) -> Iterable[Int[np.ndarray, "500 n"]]:
+    """The bootstrap's resamples of n images: how often each image is drawn, in blocks, so that memory stays small."""
+    return _kept_resamples(seed, n) if n * BOOTSTRAP <= KEPT else _drawn_resamples(seed, n)
+
+
+@lru_cache(maxsize=2)
+def _kept_resamples(seed: int, n: int) -> list[Int[np.ndarray, "500 n"]]:
+    # Every interval of a result uses the same ones; drawing them is nearly all of its time.
+    return [counts.astype(np.uint16) for counts in _drawn_resamples(seed, n)]
+
+
+def _drawn_resamples(seed: int, n: int) -> Iterator[Int[np.ndarray, "500 n"]]:
+    random = np.random.Generator(np.random.PCG64(split(seed, "bootstrap")))
+    for _ in range(BOOTSTRAP // 500):
+        yield random.multinomial(n, np.full(n, 1 / n), size=500)
 
 
 def joined(parts: list[Scores], *, keep_images: bool) -> Scores:

@@ -15,8 +15,11 @@ Images = Float[Tensor, "b c h w"]  # in [0, 1]; eps in the same unit
 Labels = Int[Tensor, " b"]
 Norm = Literal["Linf", "L2"]
 
-# Draws are folded into the batch up to this many rows, so that a small batch does not starve the machine.
-FOLDED_ROWS = 512
+# Draws are folded into the batch up to this many pixels: 128 images of 32 × 32, 2,048 of 8 × 8. Fewer leave a processor
+# with little to do; more no longer fit into its cache, and images of 32 × 32 then take a fifth longer.
+FOLDED_PIXELS = 128 * 32 * 32
+# A GPU has more to fill, and no such cache.
+FOLDED_PIXELS_GPU = 2048 * 32 * 32
 
 NOT_FINITE = "the model's loss is NaN or infinite there"
 
@@ -100,9 +103,10 @@ def resolve_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
-def folds(draws: int, rows: int) -> list[int]:
-    """How many draws go into each pass over a batch of so many rows."""
-    per_pass = max(1, min(draws, FOLDED_ROWS // max(1, rows)))
+def folds(draws: int, x: Images) -> list[int]:
+    """How many draws go into each pass over this batch."""
+    pixels = FOLDED_PIXELS if x.device.type == "cpu" else FOLDED_PIXELS_GPU
+    per_pass = max(1, min(draws, pixels // max(1, x[:, :1].numel())))
     full, rest = divmod(draws, per_pass)
     return [per_pass] * full + ([rest] if rest else [])
 
@@ -121,7 +125,7 @@ def _averaged(
     values, wrong = x.new_zeros(len(x)), x.new_zeros(len(x))
     grad: Tensor | None = None
     x = x.detach().requires_grad_(differentiate)
-    for fold in folds(eot, len(x)):
+    for fold in folds(eot, x):
         with torch.set_grad_enabled(differentiate):
             logits = drawn(model, x, fold)
             labels = y.repeat(fold)
@@ -156,7 +160,7 @@ def expected_gradient(
 def expected_logits(model: nn.Module, x: Images, eot: int) -> Float[Tensor, "b k"]:
     """Logits averaged over `eot` forward passes."""
     total: Tensor | float = 0.0
-    for fold in folds(eot, len(x)):
+    for fold in folds(eot, x):
         logits = drawn(model, x, fold)
         total = total + logits.view(fold, len(x), -1).sum(0)
     assert isinstance(total, Tensor)

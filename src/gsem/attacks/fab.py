@@ -289,7 +289,7 @@ def _look(task: _Task, path: _Path, *, differentiate: bool) -> _Seen:
     value, wrong = x.new_zeros(b), x.new_zeros(b)
     total: Tensor | float = 0.0
     grads: Tensor | float = 0.0
-    for fold in folds(task.eot, b):
+    for fold in folds(task.eot, x):
         with torch.set_grad_enabled(differentiate):
             each = drawn(task.model, x, fold)
             logits = each.view(fold, b, -1).sum(0)
