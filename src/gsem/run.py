@@ -116,9 +116,12 @@ def recorded_precision(path: Path, device: torch.device) -> dict[str, str]:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
+    if not wanted:  # torch's switch imports its compiler, which takes a second
+        yield
+        return
     former = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
-        torch.use_deterministic_algorithms(wanted or former[0], warn_only=former[1])
+        torch.use_deterministic_algorithms(True, warn_only=former[1])
         yield
     finally:
         torch.use_deterministic_algorithms(former[0], warn_only=former[1])
