@@ -88,16 +88,15 @@ def main() -> None:
     print(f"{processor(device)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"auto chooses {auto}; milliseconds, median (least – most) of {o.repeats}\n")
     rows = []
-    print(f"{'network, batch':<33}{'pass':<9}" + "".join(f"{p:>22}" for p in precisions) + "   auto / best")
     for name, shape, batch in CASES:
+        print(f"{name}, images {'×'.join(map(str, shape))}, batch {batch}")
         each = {p: sides(name, shape, batch, p, device) for p in precisions}
         for kind in ("attack", "training"):
             times = measured({p: each[p][kind] for p in precisions}, o.repeats, device)
             medians = {p: statistics.median(t) for p, t in times.items()}
             ratio = medians[auto] / min(medians.values())
-            cells = [f"{medians[p]:9.1f} ({min(t):.1f} – {max(t):.1f})" for p, t in times.items()]
-            what = f"{name} {'×'.join(map(str, shape))}, {batch}"
-            print(f"{what:<33}{kind:<9}" + "".join(f"{cell:>22}" for cell in cells) + f"   {ratio:.2f}", flush=True)
+            cells = [f"{p} {medians[p]:.1f} ({min(t):.1f} – {max(t):.1f})" for p, t in times.items()]
+            print(f"  {kind:<9}" + "".join(f"{cell:<30}" for cell in cells) + f"auto / best {ratio:.2f}", flush=True)
             rows.append({"network": name, "shape": shape, "batch": batch, "pass": kind, "ms": times, "ratio": ratio})
     print(f"\nauto is at most {max(row['ratio'] for row in rows):.2f} times the best")
     facts = {"on": processor(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "auto": auto}
