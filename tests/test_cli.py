@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gsem
-from gsem.cli import _scaled, main
+from gsem.cli import COMMANDS, _scaled, main
 from gsem.options import TrainOptions, parse
 
 TINY = ["--epochs", "1", "--warmup", "0", "--steps", "1", "--batch", "64"]
@@ -57,7 +57,7 @@ def test_listings(capsys, words):
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "report", "recipes", "models", "data"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -138,6 +138,9 @@ def test_published_rounds_are_kept():
     [
         (("evaluat",), "evaluate"),
         (("train", "gcta"), "Did you mean gcat"),
+        (("study", "ablaton"), "Did you mean ablation"),
+        (("study", "--passes", "3"), "--passes belongs to gsem study recipes"),
+        (("study", "--only", "plian"), "Did you mean plain"),
         (("train", "--epohcs", "3"), "--epochs"),
         (("train", "--model", "gsem-resnt18"), "gsem-resnet18"),
         (("train", "--data", "digts"), "digits"),
@@ -187,6 +190,16 @@ def test_python_m_gsem_is_the_command(tmp_path):
     ran = subprocess.run([sys.executable, "-m", "gsem", "--version"], capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0
     assert ran.stdout.startswith(f"gsem {gsem.__version__}")
+
+
+def test_ctrl_c_in_a_study_names_the_study_not_its_training(capsys, in_tmp, monkeypatch):
+    def stop(*args, **how):
+        raise gsem.TrainingInterrupted("runs/study-ablation-digits/plain-seed0")
+
+    monkeypatch.setattr("gsem.cli_study.study", stop)
+    code, _, err = run(capsys, "study")
+    assert code == 130
+    assert err == "stopped; what is finished is kept: the same command goes on from there\n"
 
 
 def test_ctrl_c_tells_how_to_go_on(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 
 import gsem
 from gsem.audit import Audit
-from gsem.cli import main
+from gsem.cli import main, read
+from gsem.cli_audit import repeated_by
 
 FACTORY = """
 import torch
@@ -70,6 +71,22 @@ def test_a_stranger_is_audited_and_the_table_fits(capsys, here):
         assert word in " ".join(out.split())
     found = json.loads((here / "found" / "audit.json").read_text())
     assert found["verdict"] == "INVALID" and found["facts"]["data"] == "digits"
+
+
+@pytest.mark.parametrize(
+    ("words", "repeated"),
+    [
+        ("run --quick --only gradient --out a.json", "run --quick"),
+        ("--model m:net --only=noise --data d --eps 8/255", "m:net --data d --eps 8/255"),
+        ("run --source a b --eps 0.3 --seed 3", "run --source a b --eps 0.3 --seed 3"),
+        ("'my run' --normalize=-0.5/1 --num-classes 7", "'my run' --normalize=-0.5/1 --num-classes 7"),
+    ],
+)
+def test_the_command_that_repeats_an_audit_has_its_options(words, repeated):
+    options = read("audit", shlex.split(words))
+    again = repeated_by(options)
+    assert again == f"gsem audit {repeated}"
+    assert read("audit", shlex.split(again)[2:]) == replace(options, only=None, out=None)
 
 
 def test_what_is_refused(capsys, here):

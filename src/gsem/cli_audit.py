@@ -1,6 +1,7 @@
 """gsem audit: from what a user names to the checks, their table and the verdict."""
 
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 
@@ -12,11 +13,11 @@ from rich.text import Text
 
 from gsem.audit.record import Audit, Check
 from gsem.audit.run import CHECKS, Progress, audit, told
-from gsem.cli_evaluate import _check_fit, _model, _subset, _told, model_first, source_and_eps
+from gsem.cli_evaluate import _check_fit, _model, _subset, _told, source_and_eps
 from gsem.data import to_float
 from gsem.device import device_named
 from gsem.module import GSeM
-from gsem.options import AuditOptions, parse
+from gsem.options import AuditOptions
 from gsem.progress import duration
 from gsem.show import pixels
 
@@ -27,26 +28,32 @@ STYLES = {"pass": "green", "flag": "bold red", "inconclusive": "yellow"}
 VERDICTS = {"TRUSTED": "bold green", "SUSPECT": "bold yellow", "INVALID": "bold red"}
 
 
-def audit_command(console: Console, words: list[str]) -> None:
-    words = model_first(words)
-    o = parse(AuditOptions, "audit", words)
-    audit_model(console, o, shlex.join(["gsem", "audit", *_without_only(words)]))
+def repeated_by(o: AuditOptions) -> str:
+    """The command line that repeats the audit: every option but --only, --out and those at their defaults."""
+    words = ["gsem", "audit", o.model]
+    for field in fields(o):
+        value = getattr(o, field.name)
+        if field.name in ("model", "only", "out") or value == field.default:
+            continue
+        option = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option)
+        elif isinstance(value, tuple):
+            words += [option, *value]
+        else:
+            # The form with = is for values like -0.5/1, which would be taken for an option.
+            text = _number(value) if isinstance(value, float) else str(value)
+            words += [f"{option}={text}"] if text.startswith("-") else [option, text]
+    return shlex.join(words)
 
 
-def _without_only(words: list[str]) -> list[str]:
-    """The words without `--only …` and `--out …`: what repeats the audit, or one check of it."""
-    kept, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif word in ("--only", "--out"):
-            skip = True
-        elif not word.startswith(("--only=", "--out=")):
-            kept.append(word)
-    return kept
+def _number(value: float) -> str:
+    """The shortest text that is read as this number: 8/255, or 0.3."""
+    of_255 = round(255 * value)
+    return min([repr(value)] + [f"{of_255}/255"] * (of_255 / 255 == value), key=len)
 
 
-def audit_model(console: Console, o: AuditOptions, command: str) -> Audit:
+def audit_command(console: Console, o: AuditOptions) -> Audit:
     """Audit, show and save, as the options say."""
     if o.suite is not None and o.attacks is not None:
         raise ValueError("give --suite or --attacks, not both")
@@ -79,7 +86,12 @@ def audit_model(console: Console, o: AuditOptions, command: str) -> Audit:
             quick=o.quick,
             sources={name: other.to(device) for name, other in sources.items()},
             surrogate=None if surrogate is None else surrogate.to(device),
-            about={"model": o.model, "data": o.data or meta["recipe"]["data"], "subset": subset, "command": command},
+            about={
+                "model": o.model,
+                "data": o.data or meta["recipe"]["data"],
+                "subset": subset,
+                "command": repeated_by(o),
+            },
             report=bar,
         )
     what = f"{o.model} on {source.name}: {_told(subset, len(x), len(test))}, eps = {pixels(eps)} ({o.norm})"

@@ -12,7 +12,7 @@ from gsem.data import Source, Split, balanced, load, to_float
 from gsem.device import device_named
 from gsem.evaluate import evaluate
 from gsem.insert import normalized
-from gsem.options import EvaluateOptions, VerifyOptions, parse
+from gsem.options import EvaluateOptions, VerifyOptions
 from gsem.progress import AttackBar, percent
 from gsem.result import Result, with_ending
 from gsem.show import show_as_published, show_result
@@ -29,18 +29,6 @@ NORMALIZATION = {
 }
 
 
-def evaluate_command(console: Console, words: list[str]) -> None:
-    evaluate_model(console, parse(EvaluateOptions, "evaluate", model_first(words)))
-
-
-def model_first(words: list[str]) -> list[str]:
-    """The words with MODEL in front, where it is told as an option: --model package.module:function."""
-    if "--model" not in words[:-1]:
-        return words
-    at = words.index("--model")
-    return [words[at + 1], *words[:at], *words[at + 2 :]]
-
-
 def source_and_eps(o: Any, meta: dict[str, Any]) -> tuple[Source, float]:
     """Whose test images, and how far from them: the options', else the run's own."""
     named = _named(o, meta)
@@ -52,7 +40,7 @@ def source_and_eps(o: Any, meta: dict[str, Any]) -> tuple[Source, float]:
     return source, 0.5 if o.norm == "L2" else meta.get("data", {}).get("eps", source.eps)
 
 
-def evaluate_model(console: Console, o: EvaluateOptions) -> Result:
+def evaluate_command(console: Console, o: EvaluateOptions) -> Result:
     """Attack, show and save, as the options say."""
     attacks = _attacks(o)
     model, meta = _model(o.model, o)
@@ -99,8 +87,7 @@ def _named(o: Any, meta: dict[str, Any]) -> dict[str, Any]:
     return {"data": o.data or recipe.get("data"), "data_path": data_path}
 
 
-def verify_command(console: Console, words: list[str]) -> None:
-    o = parse(VerifyOptions, "verify", words)
+def verify_command(console: Console, o: VerifyOptions) -> None:
     result = Result.load(o.result)
     model, meta = _model(o.model, o)
     about = result.facts.get("about", {})

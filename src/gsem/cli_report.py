@@ -6,11 +6,10 @@ from pathlib import Path
 from rich.console import Console
 
 from gsem.compose import IMAGES, report
-from gsem.options import ReportOptions, parse
+from gsem.options import ReportOptions
 
 
-def report_command(console: Console, words: list[str]) -> None:
-    o = parse(ReportOptions, "report", words)
+def report_command(console: Console, o: ReportOptions) -> None:
     if not o.runs:
         raise ValueError("give at least one RUN: gsem report runs/NAME (gsem report --help tells the options)")
     first = Path(o.runs[0])

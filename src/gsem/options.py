@@ -1,7 +1,9 @@
 """What each command takes, and how words become it."""
 
+from collections.abc import Collection
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fractions import Fraction
 from io import StringIO
 from pathlib import Path
@@ -222,6 +224,9 @@ class ReportOptions:
     """cpu, cuda or cuda:N; the GPU where there is one."""
 
 
+STUDIES = ("ablation", "recipes")
+
+
 @dataclass(frozen=True)
 class StudyOptions:
     """Train and evaluate variants over seeds: `gsem study ablation` or `gsem study recipes`.
@@ -230,6 +235,8 @@ class StudyOptions:
     finished is not computed again: start the same command to go on.
     """
 
+    study: tyro.conf.Suppress[str]
+    """One of STUDIES: it stands in front of the options."""
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
     seeds: int = 3
     """Trainings of each variant."""
@@ -271,6 +278,13 @@ class DataOptions:
 @dataclass(frozen=True)
 class NoOptions:
     """This command takes no options."""
+
+
+def unknown(kind: str, name: str, known: Collection[str]) -> str:
+    """What is said of a name that does not exist: the names like it, and all there are."""
+    near = get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"{kind} {name!r} is unknown.{hint} Possible are: {', '.join(known)}"
 
 
 def parse(kind: Any, command: str, words: list[str], **how: Any) -> Any:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from gsem.checkpoint import write_atomically
 from gsem.data import load, to_float
@@ -76,13 +75,12 @@ def recipes(base: Recipe, passes: float | None = None) -> list[Variant]:
     return variants
 
 
-STUDIES = ("ablation", "recipes")
-
-
 def _over_seeds(results: list[Result], label: str) -> Interval:
     """The mean over seeds with its 95% t-interval; for one seed, the bootstrap interval over images."""
     if len(results) == 1:
         return results[0].expected(label)
+    from scipy import stats  # here, since it takes most of a second to import
+
     values = [r.expected(label).mean for r in results]
     mean = float(np.mean(values))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor, nn
 
 from gsem.attacks._core import check_eval_mode
@@ -116,6 +115,8 @@ def _allowed(saved: np.ndarray, again: np.ndarray, draws: int, count: int) -> fl
     if draws == 1 and count == 1:
         # A deterministic model: rounding in another batch size may turn a point that lies on the boundary.
         return 1 / len(saved)
+    from scipy import stats  # here, since it takes most of a second to import
+
     p = (saved * draws + again * count) / (draws + count)
     spread = np.sqrt((p * (1 - p)).sum() * (1 / draws + 1 / count)) / len(saved)
     return float(stats.norm.ppf(1 - CHANCE / 2) * spread) + 0.5 / len(saved)
