@@ -3,13 +3,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import gsem
+from gsem import cli_train
 from gsem.cli import COMMANDS, _scaled, main
+from gsem.cli_evaluate import evaluate_command
+from gsem.device import choose_precision
 from gsem.options import TrainOptions, parse
 
 TINY = ["--epochs", "1", "--warmup", "0", "--steps", "1", "--batch", "64"]
@@ -213,3 +217,27 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert err == "stopped; saved. Go on with: gsem train --resume r\n"
     assert (tmp_path / "r/checkpoints/last.safetensors").exists()
+
+
+def test_a_training_says_what_it_computes_in(capsys, npz, in_tmp):
+    options = ["--precision", "float32", "--search", "auto", "--device", "cpu"]
+    code, out, _ = run(capsys, "train", "--data", npz, "--out", "r", *options, *TINY)
+    assert code == 0
+    search = choose_precision("auto", torch.device("cpu"))
+    assert f"training passes in float32, attack in {search} (auto), on cpu" in out.splitlines()
+
+
+def test_the_demo_ends_with_its_page_and_the_command_of_the_audit(capsys, in_tmp, tmp_path, monkeypatch):
+    def shorter(console, o):
+        return evaluate_command(console, replace(o, attacks="clean,pgd:steps=2:eot=2", images=20, draws=11))
+
+    monkeypatch.setattr(cli_train, "RECIPES", {"gcat": replace(gsem.RECIPES["gcat"], epochs=1, warmup=0, steps=1)})
+    monkeypatch.setattr(cli_train, "evaluate_command", shorter)
+    code, out, err = run(capsys, "demo")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "runs/demo/report.html").stat().st_size > 10_000
+    *_, page, question, command = out.splitlines()
+    assert page == "report: runs/demo/report.html"
+    assert re.fullmatch(r"Is that accuracy real\? Next, about \d.* on this machine:", question)
+    assert command == "  gsem audit runs/demo --quick"
+    assert all(len(line) <= 80 for line in out.splitlines())

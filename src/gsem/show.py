@@ -13,7 +13,7 @@ from gsem.result import Interval, Result, Scores
 def show_result(console: Console, result: Result, what: str) -> None:
     """The accuracies of every attack, the worst case, and what stands beside them."""
     facts = result.facts
-    console.print(f"\n{what}, eps = {pixels(facts['eps'])} ({facts['norm']})", soft_wrap=True)
+    console.print(f"\n{what}, eps = {pixels(facts['eps'])} ({facts['norm']})")
     fresh = [s for s in result.scores if s.noise == "fresh" and s.bounded]
     several = result.draws > 1
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
