@@ -8,7 +8,7 @@ import pytest
 import gsem
 
 ROOT = Path(gsem.__file__).parent
-BASE = {"module", "losses", "recipes", "data", "streams", "device"}
+BASE = {"module", "losses", "recipes", "data", "streams", "device", "fingerprint", "lock"}
 # What each part may import of the package; a part not named here may not exist.
 ALLOWED: dict[str, set[str]] = {
     **{part: set() for part in BASE},

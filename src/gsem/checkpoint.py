@@ -4,8 +4,10 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -15,14 +17,61 @@ from gsem.models import create_model, load_published
 from gsem.recipes import Recipe
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """`path` holds either its former content or all of `content`, also after a crash in between."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which becomes `path` at the end of the block.
+
+    `path` holds either its former content or all of the new, also after a crash in between.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full. The message names `path`, and nothing
+            half-written is left.
+    """
     beside = path.with_name(f".{path.name}.writing")
-    with open(beside, "wb") as file:
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise not_written(path, error) from error
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def not_written(path: Path, error: OSError) -> OSError:
+    """The error with a message for people: which file, why, and what is kept."""
+    why = error.strerror or str(error)
+    told = OSError(f"{path} could not be written: {why}. What was written before is kept")
+    told.errno = error.errno
+    return told
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """All of `content`, or nothing (see `written_whole`)."""
+    with written_whole(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, all of it or nothing.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
+    """
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab", buffering=0) as file:
+            content = f"{line}\n".encode()
+            while content:
+                content = content[file.write(content) :]
+    except OSError as error:
+        if path.exists():
+            os.truncate(path, before)
+        raise not_written(path, error) from error
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ be set; `--device N` without a GPU runs on the CPU and says so; MART corrects th
 
 import sys
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from gsem.checkpoint import load_model
+from gsem.checkpoint import load_model, write_atomically
 from gsem.data import load, to_float
 from gsem.evaluate import evaluate
 from gsem.models import canonical_name
@@ -157,9 +158,9 @@ def export(state: dict[str, torch.Tensor], options: TrainOptions, accuracy: floa
     name = f"{o.classifier_name}_{o.alpha}_{o.beta}_{100 * accuracy:.2f}.pt"
     path = Path(o.model_save_path) / o.dataset_name / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{name}.writing")
-    torch.save(state, beside)
-    beside.replace(path)
+    content = BytesIO()
+    torch.save(state, content)
+    write_atomically(path, content.getvalue())
     return path
 
 

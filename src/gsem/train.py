@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsem.checkpoint import load_model, model_meta, part, read_checkpoint, save_checkpoint, write_atomically
+from gsem.checkpoint import (
+    append_line,
+    load_model,
+    model_meta,
+    part,
+    read_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from gsem.data import Source, Split, load, mixed_order, read_extra, to_float
 from gsem.device import device_named
 from gsem.models import create_model
@@ -258,8 +266,7 @@ class _Loop:
         if epoch % self.recipe.validate_every == 0 or self.step == self.total_steps:
             line |= self._validate()
         self.stepper.clear_sums()
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path / "metrics.jsonl", json.dumps(line))
         if "robust" not in line:
             return
         self.stale = 0 if line["robust"] > self.best_robust else self.stale + 1
