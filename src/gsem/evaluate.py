@@ -111,7 +111,7 @@ def evaluate(
     labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
     if len(set(labels)) < len(labels):
         raise ValueError(f"the same attack twice: {', '.join(labels)}")
-    facts = {
+    facts: dict[str, Any] = {
         "images": len(x),
         "fingerprint": model_fingerprint(model) | data_fingerprint(x, y),
         "eps": eps,
