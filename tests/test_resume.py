@@ -199,9 +199,9 @@ def test_two_evaluations_into_one_place_do_not_run_at_once(tmp_path):
 def test_the_fingerprint_tells_weights_images_and_labels_apart():
     x, y = halves(4)
     net, other = small_net(), small_net()
-    first, data = model_fingerprint(net), data_fingerprint(x, y)
-    assert same_model(first, model_fingerprint(other)) and data == data_fingerprint(x.clone(), y.clone())
-    changed = data_fingerprint(x + 1e-3, 1 - y)
+    first, data = model_fingerprint(net), data_fingerprint((x, y))
+    assert same_model(first, model_fingerprint(other)) and data == data_fingerprint((x.clone(), y.clone()))
+    changed = data_fingerprint((x + 1e-3, 1 - y))
     assert changed["images"] != data["images"] and changed["labels"] != data["labels"]
     with torch.no_grad():
         next(other.parameters()).view(-1)[0] += 1e-3

@@ -113,7 +113,7 @@ def evaluate(
         raise ValueError(f"the same attack twice: {', '.join(labels)}")
     facts: dict[str, Any] = {
         "images": len(x),
-        "fingerprint": model_fingerprint(model) | data_fingerprint(x, y),
+        "fingerprint": model_fingerprint(model) | data_fingerprint((x, y)),
         "eps": eps,
         "norm": norm,
         "draws": draws if stochastic else 1,

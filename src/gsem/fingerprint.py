@@ -32,14 +32,13 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
     return {"structure": structure.hexdigest()[:DIGITS], "weights": weights.hexdigest()[:DIGITS]}
 
 
-def data_fingerprint(x: Tensor, y: Tensor) -> dict[str, str]:
-    """`images` and `labels`: of the values, their types and their order."""
-    found = {}
-    for name, tensor in (("images", x), ("labels", y)):
-        digest = hashlib.sha256()
-        _add(digest, tensor)
-        found[name] = digest.hexdigest()[:DIGITS]
-    return found
+def data_fingerprint(*parts: tuple[Tensor, Tensor]) -> dict[str, str]:
+    """`images` and `labels` of one or several pairs (x, y): of the values, their types and their order."""
+    images, labels = hashlib.sha256(), hashlib.sha256()
+    for x, y in parts:
+        _add(images, x)
+        _add(labels, y)
+    return {"images": images.hexdigest()[:DIGITS], "labels": labels.hexdigest()[:DIGITS]}
 
 
 def _add(digest: Any, value: Any) -> None:

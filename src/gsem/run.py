@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gsem.checkpoint import load_model
+from gsem.checkpoint import load_model, read_facts
 from gsem.recipes import Recipe
 
 
@@ -87,15 +87,9 @@ def resume_recipe(path: Path) -> Recipe:
     """The recipe of an existing run directory.
 
     Raises:
-        FileNotFoundError: no run there.
+        FileNotFoundError, ValueError: no run there, or one that this version does not know.
     """
-    file = path / "recipe.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
-    try:
-        return Recipe.from_dict(json.loads(file.read_text())["recipe"])
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from None
+    return Recipe.from_dict(read_facts(path)["recipe"])
 
 
 def recorded_precision(path: Path, device: torch.device) -> dict[str, str]:
