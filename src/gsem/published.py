@@ -18,11 +18,12 @@ from rich.console import Console
 from gsem.checkpoint import load_model, write_atomically
 from gsem.data import load, to_float
 from gsem.evaluate import evaluate
+from gsem.interrupt import exit_code, sigterm_raises
 from gsem.models import canonical_name
 from gsem.progress import AttackBar
 from gsem.recipes import RECIPES, Recipe
 from gsem.result import Result
-from gsem.run import Progress
+from gsem.run import Progress, TrainingInterrupted
 from gsem.show import show_as_published, show_result
 from gsem.suite import ATTACKS, Attack, suite
 from gsem.train import train
@@ -211,11 +212,13 @@ def run_evaluation(options: EvaluateOptions) -> Result:
 
 def _main(kind: Any, run: Any) -> int:
     try:
-        run(tyro.cli(kind))
+        options = tyro.cli(kind)
+        with sigterm_raises():
+            run(options)
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return exit_code(stopped.kind() if isinstance(stopped, TrainingInterrupted) else stopped)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -60,15 +60,16 @@ def training_data(recipe: Recipe, data: Source | None, former: Mapping[str, Any]
         source = data or load(recipe.data, recipe.data_path)
         if data is not None:
             recipe = replace(recipe, data=data.name, data_path=None)
-        return TrainingData(source, recipe, data is not None, _places(recipe, run, data), recipe.extra_data, run)
+        places = places_of(None if data else recipe.data, recipe.data_path, run, recipe.extra_data)
+        return TrainingData(source, recipe, data is not None, places, recipe.extra_data, run)
     then = former["recipe"]
-    extra = recipe.extra_data and _located("extra_data", recipe.extra_data, former, run)
+    places, passed = former.get("places", {}), former["data"].get("passed", False)
+    extra = recipe.extra_data and _located("extra_data", recipe.extra_data, places, run)
     # Where data lie may change; what they are called in the run, and what it is compared by, does not.
     as_then = replace(recipe, data=then["data"], data_path=then.get("data_path"))
-    passed, places = former["data"].get("passed", False), former.get("places", {})
     if data is None and as_then != recipe:
         source = load(recipe.data, recipe.data_path)
-        passed, places = False, _places(recipe, run)
+        passed, places = False, places_of(recipe.data, recipe.data_path, run, extra)
     else:
         source = data or find(former, run)
     return TrainingData(source, as_then, passed, places, extra, run, former["data"])
@@ -91,16 +92,27 @@ def find(facts: Mapping[str, Any], run: Path) -> Source:
             f"{run} was trained on data that were passed in Python ({described(data)}), which no name leads to: "
             "give them by --data (in Python: data=)"
         )
-    name = recipe["data"]
-    if name in SOURCES and "data" not in facts.get("places", {}):
-        root = recipe.get("data_path")
-        if root is not None or "data_path" in facts.get("places", {}):
-            root = _located("data_path", root or str(ROOT), facts, run, needed=name in ("folder", "npz"))
-        source = load(name, root)
-    else:
-        source = load(_located("data", name, facts, run))
+    source = find_named(recipe["data"], recipe.get("data_path"), facts.get("places", {}), run)
     check_same(data, {"classes": list(source.classes), "shape": list(source.shape)}, run)
     return source
+
+
+def find_named(name: str, root: str | None, places: Places, folder: Path) -> Source:
+    """The data set of that name or path, where a path may have been recorded elsewhere.
+
+    Args:
+        name, root: as they were given then (see `gsem.data.load`).
+        places: recorded then by `places_of`, for files in `folder`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `find`.
+    """
+    if name not in SOURCES or "data" in places:
+        return load(_located("data", name, places, folder))
+    if root is None and "data_path" not in places:
+        return load(name)
+    # (Of a data set that can be downloaded the folder may be missing.)
+    return load(name, _located("data_path", root or str(ROOT), places, folder, needed=name in ("folder", "npz")))
 
 
 def described(data: Mapping[str, Any]) -> str:
@@ -121,27 +133,25 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> No
         )
 
 
-def _places(recipe: Recipe, run: Path, passed: Source | None = None) -> Places:
-    told = {"data": recipe.data, "data_path": recipe.data_path or str(ROOT), "extra_data": recipe.extra_data}
-    if passed is not None or recipe.data in SOURCES:
-        del told["data"]
-    if passed is not None or recipe.data not in SOURCES or recipe.data == "digits":
-        del told["data_path"]
-    paths = {key: Path(value).expanduser().absolute() for key, value in told.items() if value is not None}
-    return {key: [str(p), os.path.relpath(p, run.absolute())] for key, p in paths.items() if p.exists()}
+def places_of(name: str | None, root: str | None, folder: Path, extra: str | None = None) -> Places:
+    """Where data lie now that were given by name or path: to be kept by files in `folder`."""
+    named = name in SOURCES
+    told = {"data": None if named else name, "data_path": (root or str(ROOT)) if named else None, "extra_data": extra}
+    paths = {field: Path(value).expanduser().absolute() for field, value in told.items() if value is not None}
+    return {field: [str(p), os.path.relpath(p, folder.absolute())] for field, p in paths.items() if p.exists()}
 
 
-def _located(field: str, told: str, facts: Mapping[str, Any], run: Path, *, needed: bool = True) -> str:
-    """The first place that exists: where it was, where it lies seen from the run, and what the recipe says."""
-    absolute, *beside = facts.get("places", {}).get(field, [told])
-    tried = list(dict.fromkeys(os.path.normpath(p) for p in (absolute, *(run / b for b in beside), told)))
+def _located(field: str, told: str, places: Places, folder: Path, *, needed: bool = True) -> str:
+    """The first that exists of: where it was, where it lies seen from the folder, and what was given."""
+    absolute, *beside = places.get(field, [told])
+    tried = list(dict.fromkeys(os.path.normpath(p) for p in (absolute, *(str(folder / b) for b in beside), told)))
     for path in tried:
         if Path(path).expanduser().exists():
             return path
     if not needed:
         return told
-    option = field.replace("_", "-")
+    what = "additional images" if field == "extra_data" else "data"
     raise FileNotFoundError(
-        f"the {'additional images' if field == 'extra_data' else 'data'} of {run} are not found. Looked for: "
-        f"{', '.join(tried)} (from {Path.cwd()}). Give the place by --{option}"
+        f"the {what} of {folder} are not found. Looked for: {', '.join(tried)} (from {Path.cwd()}). "
+        f"Say where they are by --{field.replace('_', '-')}"
     )

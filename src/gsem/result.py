@@ -1,8 +1,8 @@
 """What an evaluation found, per image and attack: the four accuracies of a stochastic classifier, and files."""
 
 import json
-from collections.abc import Iterable, Iterator
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path

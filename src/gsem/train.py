@@ -7,7 +7,6 @@ anywhere and resumed computes what the uninterrupted one does.
 import json
 import platform
 import shlex
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +31,7 @@ from gsem.checkpoint import (
 from gsem.data import Source, Split, load, mixed_order, read_extra, to_float
 from gsem.device import device_named
 from gsem.fingerprint import model_fingerprint
+from gsem.interrupt import Interruption, finish_step_on_interrupt
 from gsem.lock import locked
 from gsem.models import create_model
 from gsem.predict import BATCH, correct_draws, is_stochastic
@@ -44,7 +44,6 @@ from gsem.run import (
     TrainingDiverged,
     TrainingInterrupted,
     deterministic,
-    finish_step_on_interrupt,
     rank,
     read_metrics,
     recorded_precision,
@@ -84,7 +83,7 @@ def train(
         ValueError: a run is already there (and `resume` was not asked for), it follows another recipe, was trained
             on other data, or is in progress in another process (`Locked`).
         TrainingDiverged: the loss or gradient is not finite, or exploded.
-        TrainingInterrupted: Ctrl-C, after the running step was saved.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after the running step was saved.
     """
     if out is None:
         name = (data or load(recipe.data, recipe.data_path)).name
@@ -200,7 +199,7 @@ class _Loop:
         if self.stepper.average:
             self.stepper.average.model.load_state_dict(weights)
 
-    def run(self, interrupted: threading.Event, report: Callable[[Progress], None] | None) -> None:
+    def run(self, interrupted: Interruption, report: Callable[[Progress], None] | None) -> None:
         per_round = self.steps_per_epoch * self.recipe.epochs
         order: Tensor | None = None
         first, started = self.step, time.monotonic()
@@ -228,7 +227,9 @@ class _Loop:
             if report is not None and (due or self.step % CHECK_EVERY == 0 or self.step == first + 1):
                 report(self._progress((now - started) / (self.step - first), ended))
             if interrupted.is_set() and self.step < self.total_steps and not self._stops_early:
-                raise TrainingInterrupted(self.path)
+                stopped = TrainingInterrupted(self.path)
+                stopped.kind = interrupted.kind
+                raise stopped
 
     @property
     def _stops_early(self) -> bool:
