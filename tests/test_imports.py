@@ -8,7 +8,7 @@ import pytest
 import gsem
 
 ROOT = Path(gsem.__file__).parent
-BASE = {"module", "losses", "recipes", "data", "streams", "device"}
+BASE = {"module", "losses", "recipes", "data", "streams", "device", "fingerprint", "interrupt", "lock"}
 # What each part may import of the package; a part not named here may not exist.
 ALLOWED: dict[str, set[str]] = {
     **{part: set() for part in BASE},
@@ -21,8 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "awp": set(),
     "provenance": set(),
     "step": BASE | {"attacks", "awp", "checkpoint", "twin"},
+    "recorded": {"data", "fingerprint", "recipes"},
     "run": {"checkpoint", "recipes"},
-    "train": BASE | {"attacks", "checkpoint", "models", "predict", "provenance", "run", "step", "twin"},
+    "train": BASE | {"attacks", "checkpoint", "models", "predict", "provenance", "recorded", "run", "step", "twin"},
     "suite": {"attacks"},
     "result": {"checkpoint", "streams"},
     "ledger": {"checkpoint", "result", "streams"},
@@ -30,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "audit": BASE | {"attacks", "checkpoint", "evaluate", "insert", "predict", "result", "suite", "twin"},
     "report": {"audit", "progress", "recipes", "result", "run", "show"},
     "gallery": BASE | {"attacks", "predict", "report", "twin"},
-    "compose": BASE | {"checkpoint", "gallery", "provenance", "report"},
+    "compose": BASE | {"checkpoint", "gallery", "provenance", "recorded", "report"},
     "cli_audit": BASE
     | {"audit", "checkpoint", "cli_evaluate", "evaluate", "options", "progress", "result", "show", "suite"},
     "cli_list": {"data", "models", "options", "recipes", "show"},
@@ -44,9 +45,9 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"recipes"},
     "published": BASE | {"checkpoint", "evaluate", "models", "progress", "result", "run", "show", "suite", "train"},
     "cli_evaluate": BASE
-    | {"checkpoint", "evaluate", "insert", "options", "progress", "result", "show", "suite", "verify"},
+    | {"checkpoint", "evaluate", "insert", "options", "progress", "recorded", "result", "show", "suite", "verify"},
     # (It names the modules of the commands as text, and imports one when its command runs.)
-    "cli": {"options", "recipes"},
+    "cli": {"interrupt", "options", "recipes"},
 }
 FORBIDDEN = {"torchvision", "timm", "torchattacks"}
 

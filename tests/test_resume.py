@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,17 @@ import pytest
 import torch
 
 import gsem
-from gsem.evaluate import evaluate
-from gsem.ledger import Ledger, fingerprint
+from gsem.evaluate import _Evaluation, evaluate
+from gsem.fingerprint import data_fingerprint, model_fingerprint, same_model
+from gsem.ledger import Ledger
 from gsem.result import Result
 from gsem.verify import verify
 from killed_evaluation import question
 from planted import Flipper, Halves, halves, small_net
+
+
+def gsem_net(**how) -> torch.nn.Module:
+    return gsem.create_model("gsem-resnet10x16", num_classes=3, in_channels=1, **how).eval()
 
 
 def table(result: Result) -> list:
@@ -110,40 +116,120 @@ def test_a_half_written_piece_counts_as_not_written(tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "told"),
     [
-        {"eps": 0.2},
-        {"draws": 13},
-        {"attacks": "clean,pgd:steps=5"},
-        {"batch": 4},
-        {"seed": 1},
-        {"sources": {"other": small_net()}},
+        ({"eps": 0.2}, "eps (0.1 then, 0.2 now)"),
+        ({"draws": 13}, "draws (12 then, 13 now)"),
+        (
+            {"attacks": "clean,pgd:steps=5"},
+            "the attacks (clean, pgd4-eot2, apgd6-eot2, square20-eot2 then, clean, pgd5-eot20 now)",
+        ),
+        ({"attacks": "clean,pgd:steps=4:step=0.01:eot=2,apgd:steps=6:eot=2,square:queries=20:eot=2"}, "the attacks"),
+        ({"batch": 4}, "batch (8 then, 4 now)"),
+        ({"seed": 1}, "seed (0 then, 1 now)"),
+        ({"sources": {"other": small_net()}}, "the other models of the transfer attack"),
+        ({"model": gsem_net()}, "the model's weights"),
+        ({"model": gsem_net(levels=5)}, "the model's layers, settings or normalisation; the model's weights"),
+        ({"x": halves(24, contrast=0.2)[0]}, "the images"),
+        ({"y": 2 - halves(24)[1]}, "the labels"),
     ],
 )
-def test_another_question_does_not_touch_what_is_there(tmp_path, change):
+def test_another_question_does_not_touch_what_is_there_and_is_told_what_differs(tmp_path, change, told):
     def stop(p) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(**question(), save=tmp_path / "r", report=stop)
     before = {p: p.read_bytes() for p in (tmp_path / "r.unfinished").iterdir()}
-    what = "options" if "attacks" in change else next(iter(change))
-    with pytest.raises(ValueError, match=rf"asked something else \(.*{what}.* differ\): repeat that command"):
+    with pytest.raises(ValueError, match=rf"Different are: {re.escape(told)}.*\. Repeat that command"):
         evaluate(**question() | change, save=tmp_path / "r")
     assert {p: p.read_bytes() for p in (tmp_path / "r.unfinished").iterdir()} == before
+
+
+def test_an_evaluation_that_finished_nothing_leaves_the_place_free(tmp_path, monkeypatch):
+    def crash(*args, **how):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as m:
+        m.setattr(_Evaluation, "_batch", crash)
+        with pytest.raises(RuntimeError):
+            evaluate(**question() | {"model": small_net()}, save=tmp_path / "r")
+    assert list(tmp_path.iterdir()) == []
+    # Also where the crash left no time to clear it away.
+    Ledger(tmp_path / "r", {"eps": 0.3})
+    halves_ = question() | {"model": Halves(), "attacks": "clean"}
+    assert len(evaluate(**halves_, save=tmp_path / "r").scores) == 1
+
+
+def test_a_result_of_something_else_is_not_overwritten(tmp_path):
+    x, y = halves(6)
+    how = {"x": x, "y": y, "attacks": "clean", "eps": 0.1}
+    evaluate(small_net(), **how, save=tmp_path / "r")
+    evaluate(small_net(), **how, save=tmp_path / "r.json")  # the same once more
+    before = (tmp_path / "r.npz").read_bytes()
+    for model, change, told in (
+        (Halves(), {}, "the model's layers"),
+        (small_net(), {"eps": 0.2}, r"eps \(0\.1 then"),
+        (small_net(), {"x": x[:4], "y": y[:4]}, "the images"),
+    ):
+        with pytest.raises(ValueError, match=rf"r\.npz is there already.*Different are: {told}.*another --out"):
+            evaluate(model, **how | change, save=tmp_path / "r")
+    (tmp_path / "other.npz").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"other\.npz is there already"):
+        evaluate(small_net(), **how, save=tmp_path / "other")
+    assert (tmp_path / "r.npz").read_bytes() == before and (tmp_path / "other.npz").read_bytes() == b"mine"
+
+
+def test_two_evaluations_into_one_place_do_not_run_at_once(tmp_path):
+    x, y = halves(6)
+    how = {"model": Halves(), "x": x, "y": y, "attacks": "pgd:steps=3", "eps": 0.1, "save": tmp_path / "r"}
+    refused = []
+
+    def second(p) -> None:
+        if not refused:
+            with pytest.raises(ValueError, match=r"is evaluating into .*r, since .*: wait for its end") as error:
+                evaluate(**how)
+            refused.append(error)
+
+    result = evaluate(**how, report=second)
+    assert refused and table(Result.load(tmp_path / "r")) == table(result)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.npz"]
 
 
 def test_the_fingerprint_tells_weights_images_and_labels_apart():
     x, y = halves(4)
     net, other = small_net(), small_net()
-    first = fingerprint(x, y, net)
-    assert fingerprint(x.clone(), y.clone(), other) == first
-    assert fingerprint(x + 1e-3, y, net) != first
-    assert fingerprint(x, 1 - y, net) != first
+    first, data = model_fingerprint(net), data_fingerprint((x, y))
+    assert same_model(first, model_fingerprint(other)) and data == data_fingerprint((x.clone(), y.clone()))
+    changed = data_fingerprint((x + 1e-3, 1 - y))
+    assert changed["images"] != data["images"] and changed["labels"] != data["labels"]
     with torch.no_grad():
         next(other.parameters()).view(-1)[0] += 1e-3
-    assert fingerprint(x, y, other) != first
-    assert fingerprint(x, y, Halves()) != fingerprint(x, y, Flipper())
+    assert model_fingerprint(other)["structure"] == first["structure"]
+    assert model_fingerprint(other)["weights"] != first["weights"] and not same_model(first, model_fingerprint(other))
+    assert not same_model(model_fingerprint(Halves()), model_fingerprint(Flipper()))
+    assert not same_model(first, None) and not same_model({}, {})
+
+
+def test_the_fingerprint_sees_normalisation_settings_and_a_numbers_type():
+    net = small_net()
+    prints = [gsem.normalized(net, 0.5, s) for s in (0.2, 0.3)] + [Flipper(0.3), Flipper(0.34), net]
+    prints = [model_fingerprint(m) for m in prints] + [model_fingerprint(small_net().bfloat16())]
+    assert len({tuple(p.values()) for p in prints}) == len(prints)
+
+
+def test_the_fingerprint_of_a_state_that_is_no_tensor():
+    """As quantized modules have it."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, scale: float):
+            super().__init__()
+            self.packed = (torch.ones(3, dtype=torch.bfloat16), {"scale": scale})
+
+        def get_extra_state(self):
+            return self.packed
+
+    assert model_fingerprint(Packed(0.1)) == model_fingerprint(Packed(0.1)) != model_fingerprint(Packed(0.2))
 
 
 def test_the_question_is_what_json_makes_of_it(tmp_path):

@@ -4,6 +4,7 @@ The words are read first, which needs neither torch nor scipy; the module of a c
 """
 
 import os
+import shlex
 import sys
 import warnings
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from gsem.interrupt import exit_code, sigterm_raises
 from gsem.options import (
     STUDIES,
     AuditOptions,
@@ -104,11 +106,33 @@ def _model_first(words: list[str]) -> list[str]:
 
 
 def _read_train(words: list[str]) -> TrainOptions:
-    name, words = _name_first(words, "gcat")
-    if name not in RECIPES:
+    name, words = _name_first(words, "")
+    if name and name not in RECIPES:
         raise ValueError(unknown("recipe", name, RECIPES))
-    options: TrainOptions = parse(TrainOptions, "train", words, default=TrainOptions(_scaled(RECIPES[name], words)))
+    recipe = RECIPES[name or "gcat"]
+    options: TrainOptions = parse(TrainOptions, "train", words, default=TrainOptions(_scaled(recipe, words)))
+    if options.resume is None:
+        return options
+    former = import_module("gsem.run").resume_recipe(options.resume)
+    options = parse(TrainOptions, "train", words, default=TrainOptions(former))
+    _refuse_changes(options, former, name)
     return options
+
+
+def _refuse_changes(o: TrainOptions, former: Recipe, name: str) -> None:
+    """Raise a ValueError if what is given beside --resume is not what the run has. Its data may lie elsewhere now."""
+    now, then = o.recipe.to_dict(), former.to_dict()
+    place = ("data", "data_path")
+    changed = [f"--{key.replace('_', '-')}" for key in now if now[key] != then[key] and key not in place]
+    changed += [f"the recipe {name}"] if name not in ("", former.name) else []
+    changed += ["--out"] if o.out not in (None, o.resume) else []
+    if changed:
+        start = shlex.join(["gsem", "train", "--start-from", str(o.resume)])
+        raise ValueError(
+            f"{', '.join(changed)} cannot be given with --resume: {o.resume} goes on with its own recipe "
+            f"({former.name}), whose schedule spans its {former.epochs} epochs. For other settings start a new run "
+            f"from its weights: {start} …"
+        )
 
 
 def _scaled(recipe: Recipe, words: list[str]) -> Recipe:
@@ -125,7 +149,7 @@ def _note(message: Warning | str, *where: Any) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for an error (one line on stderr), 130 for Ctrl-C."""
+    """Run one command. Returns the exit code: 0; 2 for an error (one line on stderr), 130 Ctrl-C, 143 SIGTERM."""
     words = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
@@ -139,14 +163,14 @@ def main(words: list[str] | None = None) -> int:
     try:
         options = read(command, rest)
         module, function = COMMANDS[command][1].split(":")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), sigterm_raises():
             warnings.showwarning = _note  # type: ignore[assignment]  # (who warned is not for people)
             getattr(import_module(module), function)(console, options)
         return 0
     except KeyboardInterrupt as stopped:
         kept = "; what is finished is kept: the same command goes on from there" if command in RESUMED else ""
         errors.print(str(stopped) or f"stopped{kept}", soft_wrap=True)
-        return 130
+        return exit_code(stopped)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except BrokenPipeError:  # the reader, like `head`, has seen enough

@@ -11,9 +11,11 @@ from gsem.checkpoint import load_model
 from gsem.data import Source, Split, balanced, load, to_float
 from gsem.device import device_named
 from gsem.evaluate import evaluate
+from gsem.fingerprint import data_fingerprint
 from gsem.insert import normalized
 from gsem.options import EvaluateOptions, VerifyOptions
 from gsem.progress import AttackBar, percent
+from gsem.recorded import find, find_named, places_of
 from gsem.result import Result, with_ending
 from gsem.show import show_as_published, show_result
 from gsem.suite import SUITES, Attack, parse_attacks
@@ -34,10 +36,19 @@ def source_and_eps(o: Any, meta: dict[str, Any]) -> tuple[Source, float]:
     named = _named(o, meta)
     if named["data"] is None:
         raise ValueError(f"{o.model} does not tell its data: give --data")
-    source = load(named["data"], named["data_path"])
+    if o.data is None and o.data_path is None:
+        source = find(meta, _folder(o.model))
+    else:
+        source = load(named["data"], named["data_path"])
     if o.eps is not None:
         return source, o.eps
     return source, 0.5 if o.norm == "L2" else meta.get("data", {}).get("eps", source.eps)
+
+
+def _folder(spec: str) -> Path:
+    """The run directory of a run or of one of its checkpoints."""
+    path = Path(spec)
+    return path if path.is_dir() else path.parent.parent
 
 
 def evaluate_command(console: Console, o: EvaluateOptions) -> Result:
@@ -70,7 +81,7 @@ def evaluate_command(console: Console, o: EvaluateOptions) -> Result:
             frozen=o.frozen,
             keep_images=o.keep_images,
             save=out,
-            about={"model": o.model, **_named(o, meta), "subset": subset},
+            about={"model": o.model, **about_data(o, meta, test, out), "subset": subset},
             report=bar,
         )
     show_result(console, result, told)
@@ -87,6 +98,17 @@ def _named(o: Any, meta: dict[str, Any]) -> dict[str, Any]:
     return {"data": o.data or recipe.get("data"), "data_path": data_path}
 
 
+def about_data(o: Any, meta: dict[str, Any], test: Split, out: Path) -> dict[str, Any]:
+    """What a result keeps of the test images: their name and place, and a hash of the whole test set."""
+    named = _named(o, meta)
+    recorded = meta.get("places", {}) if o.data is None and o.data_path is None else {}
+    name, root = (recorded[key][0] if key in recorded else named[key] for key in ("data", "data_path"))
+    return named | {
+        "places": places_of(name, root, out.parent),
+        "test_set": "-".join(data_fingerprint((test.x, test.y)).values()),
+    }
+
+
 def verify_command(console: Console, o: VerifyOptions) -> None:
     result = Result.load(o.result)
     model, meta = _model(o.model, o)
@@ -94,7 +116,10 @@ def verify_command(console: Console, o: VerifyOptions) -> None:
     where = o.data or about.get("data") or meta.get("recipe", {}).get("data")
     if where is None:
         raise ValueError(f"{o.result} does not tell its data: give --data")
-    test = load(where, o.data_path or about.get("data_path")).test()
+    if o.data is None and o.data_path is None:
+        test = find_named(where, about.get("data_path"), about.get("places", {}), Path(o.result).parent).test()
+    else:
+        test = load(where, o.data_path).test()
     chosen = _subset(test, about.get("subset", {"kind": "first", "images": len(result.y)}))
     device = device_named(o.device)
     x, y = to_float(chosen.x).to(device), chosen.y.to(device)

@@ -40,8 +40,8 @@ def study_command(console: Console, o: StudyOptions) -> None:
             device=o.device,
             report=report,
         )
-    except TrainingInterrupted:
-        raise KeyboardInterrupt from None  # the study goes on, not this training of it
+    except TrainingInterrupted as stopped:
+        raise stopped.kind from None  # the study goes on, not this training of it
     console.print()
     console.print(study_table(rows))
     interval = "t-interval over seeds" if o.seeds > 1 else "bootstrap interval over images"

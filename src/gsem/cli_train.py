@@ -13,7 +13,7 @@ from gsem.models import canonical_name
 from gsem.options import DemoOptions, EvaluateOptions, TrainOptions
 from gsem.progress import Scalars, TrainingBar, duration, percent
 from gsem.recipes import RECIPES, Recipe
-from gsem.run import Progress, Run, TrainingInterrupted, resume_recipe
+from gsem.run import Progress, Run, TrainingInterrupted
 from gsem.train import train
 
 # A quick audit of the demo's run takes so many times the seconds of the demo's attack: 3.4 measured on a processor with
@@ -22,11 +22,8 @@ AUDIT_SECONDS = 3.5
 
 
 def train_command(console: Console, options: TrainOptions) -> None:
-    recipe, out = options.recipe, options.out
-    if options.resume is not None:
-        recipe, out = resume_recipe(options.resume), options.resume
-    else:
-        recipe = replace(recipe, model=canonical_name(recipe.model))
+    recipe = replace(options.recipe, model=canonical_name(options.recipe.model))
+    out = options.out if options.resume is None else options.resume
     how: dict[str, Any] = {"resume": options.resume is not None, "compiled": options.compile}
     run = _run(console, recipe, out, options.device, tensorboard=options.tensorboard, **how)
     best = run.best
@@ -34,7 +31,7 @@ def train_command(console: Console, options: TrainOptions) -> None:
         f"best: epoch {best['epoch']}, validation clean {percent(best['clean']).strip()}, "
         f"robust {percent(best['robust']).strip()} (PGD-10 on held-out training images)"
     )
-    console.print(f"saved; next: gsem evaluate {run.path}", soft_wrap=True)
+    console.print(f"saved; next: {shlex.join(['gsem', 'evaluate', str(run.path)])}", soft_wrap=True)
 
 
 def _run(
@@ -63,7 +60,8 @@ def _run(
         try:
             return train(recipe, out=out, device=device, resume=resume, compiled=compiled, report=report)
         except TrainingInterrupted as stopped:
-            raise KeyboardInterrupt(f"stopped; saved. Go on with: gsem train --resume {stopped}") from None
+            again = shlex.join(["gsem", "train", "--resume", str(stopped)])
+            raise stopped.kind(f"stopped; saved. Go on with: {again}") from None
 
 
 def _heading(recipe: Recipe, p: Progress) -> str:

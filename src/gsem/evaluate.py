@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from gsem.attacks import Counting, NotFinite, Step, counting
 from gsem.attacks._core import Norm, check_arguments, check_result, distances
-from gsem.ledger import Ledger, fingerprint
+from gsem.fingerprint import data_fingerprint, model_fingerprint
+from gsem.ledger import Ledger, differences, question
+from gsem.lock import locked
 from gsem.module import GSeM, noise
 from gsem.predict import BATCH, answers, is_stochastic, votes_won
-from gsem.result import VOTERS, Result, Scores, joined
+from gsem.result import VOTERS, Result, Scores, joined, with_ending
 from gsem.streams import split, stream
 from gsem.suite import SUITES, Attack, suite
 from gsem.twin import search_twin
@@ -88,13 +90,14 @@ def evaluate(
             attacker knows, and with its noise off.
         keep_images: keep the adversarial examples in the result.
         save: where the result goes (`Result.save`). Every finished batch is kept beside it meanwhile, and the same
-            call goes on from there after an interruption, to the same result.
+            call goes on from there after an interruption, to the same result. A result that is there already is
+            replaced only by one of the same model, images and arguments.
         about: what the caller wants to be kept in the result's facts (values as JSON takes them).
         report: called with a `Progress` while it runs.
 
     Raises:
-        ValueError: an unknown attack or option, arguments out of range, logits that are not finite; at `save`, an
-            unfinished evaluation of another question.
+        ValueError: an unknown attack or option, arguments out of range, logits that are not finite; at `save`, a
+            result or an unfinished evaluation of something else, or one in progress in another process (`Locked`).
     """
     if not len(x):
         raise ValueError("there are no images to evaluate on")
@@ -108,8 +111,9 @@ def evaluate(
     labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
     if len(set(labels)) < len(labels):
         raise ValueError(f"the same attack twice: {', '.join(labels)}")
-    facts = {
+    facts: dict[str, Any] = {
         "images": len(x),
+        "fingerprint": model_fingerprint(model) | data_fingerprint((x, y)),
         "eps": eps,
         "norm": norm,
         "draws": draws if stochastic else 1,
@@ -117,30 +121,57 @@ def evaluate(
         "seed": seed,
         "noise": modes,
         "options": {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, chosen, strict=True)},
+        "batch": batch,
+        "sources": {name: model_fingerprint(source) for name, source in (sources or {}).items()},
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(x.device),
     } | ({} if about is None else {"about": dict(about)})
-    asked = {key: facts[key] for key in ("images", "eps", "norm", "draws", "seed", "noise", "options")}
-    ledger = None
-    if save is not None:
-        others = {name: fingerprint(x, y, source) for name, source in (sources or {}).items()}
-        ledger = Ledger(save, asked | {"batch": batch, "data": fingerprint(x, y, model), "sources": others})
-    evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, report)
-    scores: list[Scores] = []
-    for mode in modes:
-        # What others are broken by, and unbounded points, are questions about the model as it is used.
-        asked_now = [a for a in chosen if mode == "fresh" or (a.bounded and a.name != "transfer")]
-        with _mode(model, mode, seed, len(modes) > 1):
-            transfers = any(a.name == "transfer" for a in asked_now)
-            evaluation.ready(mode, facts["draws"], dict(sources or {}) if transfers else None)
-            scores += [evaluation.score(attack) for attack in asked_now]
-    result = Result(scores, y.cpu().numpy(), facts)
-    if save is not None:
-        result.save(save)
-        assert ledger is not None
+
+    def scored(ledger: Ledger | None) -> Result:
+        evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, report)
+        scores: list[Scores] = []
+        for mode in modes:
+            # What others are broken by, and unbounded points, are questions about the model as it is used.
+            asked_now = [a for a in chosen if mode == "fresh" or (a.bounded and a.name != "transfer")]
+            with _mode(model, mode, seed, len(modes) > 1):
+                transfers = any(a.name == "transfer" for a in asked_now)
+                evaluation.ready(mode, facts["draws"], dict(sources or {}) if transfers else None)
+                scores += [evaluation.score(attack) for attack in asked_now]
+        return Result(scores, y.cpu().numpy(), facts)
+
+    return scored(None) if save is None else _saved(Path(save), question(facts), scored)
+
+
+def _saved(save: Path, asked: dict[str, Any], scored: Callable[[Ledger], Result]) -> Result:
+    """The result, computed with a ledger beside `save`, and saved there."""
+    out = with_ending(save, "")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    instead = "wait for its end, or choose another --out"
+    with locked(out.with_name(f".{out.name}.lock"), f"evaluating into {out}", instead):
+        refuse_to_overwrite(out, asked)
+        ledger = Ledger(out, asked)
+        try:
+            result = scored(ledger)
+        except BaseException:
+            ledger.discard_if_empty()
+            raise
+        result.save(out)
         ledger.discard()
     return result
+
+
+def refuse_to_overwrite(out: Path, asked: Mapping[str, Any]) -> None:
+    """Raise a ValueError if at `out` there is the result of another question."""
+    facts = Result.saved_facts(out)
+    if facts is None:
+        return
+    other = differences(question(facts), asked) if "fingerprint" in facts else ["it does not say what it is of"]
+    if other:
+        raise ValueError(
+            f"{with_ending(out, '.npz')} is there already, and is an evaluation of something else. Different are: "
+            f"{'; '.join(other)}. Choose another --out, or move it away"
+        )
 
 
 def _chosen(attacks: str | Sequence[Attack | str], *, transferable: bool) -> list[Attack]:

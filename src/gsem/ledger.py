@@ -1,26 +1,64 @@
 """What of an evaluation is finished, batch by batch, so that an interrupted one goes on."""
 
-import hashlib
 import json
 import shutil
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
 
-from gsem.checkpoint import write_atomically
+from gsem.checkpoint import write_atomically, written_whole
 from gsem.result import ARRAYS, FIELDS, Scores, with_ending
 from gsem.streams import split
 
+# The facts of a result that decide it: two results that agree in them have the same figures.
+QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "noise", "options", "batch", "sources")
+_WORDS = {
+    "structure": "the model's layers, settings or normalisation",
+    "weights": "the model's weights",
+    "images": "the images",
+    "labels": "the labels",
+    "noise": "the modes of the noise",
+    "options": "the attacks",
+    "sources": "the other models of the transfer attack",
+}
 
-def fingerprint(x: Tensor, y: Tensor, model: nn.Module) -> str:
-    """Of the images, their labels, and the model's weights and structure."""
-    digest = hashlib.sha256(str(model).encode())
-    for tensor in (x, y, *model.state_dict().values()):
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
-    return digest.hexdigest()
+
+def question(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides a result, from its facts."""
+    return {key: facts[key] for key in QUESTION if key in facts}
+
+
+def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two questions differ, in words."""
+    former, now = _plain(former), _plain(now)
+    found = []
+    for key in dict.fromkeys([*now, *former]):
+        one, other = former.get(key), now.get(key)
+        if one == other:
+            continue
+        if key == "options" and one and other and list(one) == list(other):
+            if former.get("eps") == now.get("eps"):  # (with another eps, the steps that follow from it are others too)
+                found.append(f"the options of {', '.join(lb for lb in one if one[lb] != other[lb])}")
+        elif key == "options" and one and other:
+            found.append(f"{_WORDS[key]} ({', '.join(one)} then, {', '.join(other)} now)")
+        elif isinstance(one, (int, float, str)) and isinstance(other, (int, float, str)) and key not in _WORDS:
+            found.append(f"{key} ({_short(one)} then, {_short(other)} now)")
+        else:
+            found.append(_WORDS.get(key, key))
+    return found
+
+
+def _short(value: float | str) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plain(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it, with the parts of the fingerprint beside the rest."""
+    found = json.loads(json.dumps(dict(asked)))
+    return (found.pop("fingerprint", None) or {}) | found
 
 
 class Ledger:
@@ -28,7 +66,8 @@ class Ledger:
 
     Args:
         path: where the result will go.
-        question: all that decides the result. A ledger of another question is not touched.
+        question: all that decides the result. A ledger of another question is not touched, unless nothing in it is
+            finished.
 
     Raises:
         ValueError: an unfinished evaluation of another question is there.
@@ -37,17 +76,21 @@ class Ledger:
     def __init__(self, path: str | Path, question: dict[str, Any]):
         self.folder = with_ending(path, ".unfinished")
         file = self.folder / "question.json"
-        question = json.loads(json.dumps(question))
-        if file.exists():
-            former = json.loads(file.read_text())
-            other = sorted(key for key in former.keys() | question.keys() if former.get(key) != question.get(key))
-            if other:
-                raise ValueError(
-                    f"{self.folder} holds an unfinished evaluation that asked something else ({', '.join(other)} "
-                    "differ): repeat that command to finish it, choose another --out, or delete the folder"
-                )
+        # (Pieces without their question are what a removal of the folder left that was itself interrupted.)
+        if not file.exists() or not self.finished:
+            self.discard()
+        elif other := differences(json.loads(file.read_text()), question):
+            raise ValueError(
+                f"{self.folder} holds an unfinished evaluation in which other things were asked. Different are: "
+                f"{'; '.join(other)}. Repeat that command to finish it, choose another --out, or delete the folder"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(question, indent=2).encode())
+
+    @property
+    def finished(self) -> int:
+        """Batches that are not computed again."""
+        return sum(not file.name.startswith(".") for file in self.folder.glob("*.npz"))
 
     def _file(self, name: str, first: int) -> Path:
         return self.folder / f"{split(0, name):016x}-{first}.npz"
@@ -57,18 +100,24 @@ class Ledger:
         file = self._file(name, first)
         if not file.exists():
             return None
-        with np.load(file, allow_pickle=False) as arrays:
-            facts = json.loads(str(arrays["facts"]))
-            return Scores(**{key: arrays[key] for key in (*ARRAYS, "x_adv")}, **facts)
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                facts = json.loads(str(arrays["facts"]))
+                return Scores(**{key: arrays[key] for key in (*ARRAYS, "x_adv")}, **facts)
+        except (KeyError, ValueError, EOFError, zipfile.BadZipFile):  # damaged: it is computed again
+            return None
 
     def write(self, name: str, first: int, part: Scores) -> None:
         facts = {key: getattr(part, key) for key in ("label", *FIELDS)}
         arrays = {key: getattr(part, key) for key in (*ARRAYS, "x_adv")}
-        file = self._file(name, first)
-        beside = self.folder / f".{file.stem}.writing.npz"
-        np.savez(beside, facts=np.array(json.dumps(facts)), **arrays)
-        beside.replace(file)
+        with written_whole(self._file(name, first)) as file:
+            np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
 
     def discard(self) -> None:
         """The result is saved: the pieces are not needed any more."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def discard_if_empty(self) -> None:
+        """Nothing was finished: the next evaluation finds the place free."""
+        if not self.finished:
+            self.discard()

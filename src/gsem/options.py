@@ -53,7 +53,8 @@ class TrainOptions:
     out: Path | None = None
     """Run directory; runs/RECIPE-DATA-MODEL-seedN unless told."""
     resume: Path | None = None
-    """Go on with the run in this directory. It follows its own recipe: options of the recipe are not read."""
+    """Go on with the run in this directory. Its recipe stays as it is; --data says where its images are now, if they
+    are not found."""
     tensorboard: Path | None = None
     """Directory for TensorBoard's event files (needs the extra: pip install 'gsem[tensorboard]')."""
     device: str | None = None

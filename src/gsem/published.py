@@ -7,6 +7,7 @@ be set; `--device N` without a GPU runs on the CPU and says so; MART corrects th
 
 import sys
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import torch
 import tyro
 from rich.console import Console
 
-from gsem.checkpoint import load_model
+from gsem.checkpoint import load_model, write_atomically
 from gsem.data import load, to_float
 from gsem.evaluate import evaluate
+from gsem.interrupt import exit_code, sigterm_raises
 from gsem.models import canonical_name
 from gsem.progress import AttackBar
 from gsem.recipes import RECIPES, Recipe
 from gsem.result import Result
-from gsem.run import Progress
+from gsem.run import Progress, TrainingInterrupted
 from gsem.show import show_as_published, show_result
 from gsem.suite import ATTACKS, Attack, suite
 from gsem.train import train
@@ -157,9 +159,9 @@ def export(state: dict[str, torch.Tensor], options: TrainOptions, accuracy: floa
     name = f"{o.classifier_name}_{o.alpha}_{o.beta}_{100 * accuracy:.2f}.pt"
     path = Path(o.model_save_path) / o.dataset_name / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{name}.writing")
-    torch.save(state, beside)
-    beside.replace(path)
+    content = BytesIO()
+    torch.save(state, content)
+    write_atomically(path, content.getvalue())
     return path
 
 
@@ -210,11 +212,13 @@ def run_evaluation(options: EvaluateOptions) -> Result:
 
 def _main(kind: Any, run: Any) -> int:
     try:
-        run(tyro.cli(kind))
+        options = tyro.cli(kind)
+        with sigterm_raises():
+            run(options)
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return exit_code(stopped.kind() if isinstance(stopped, TrainingInterrupted) else stopped)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

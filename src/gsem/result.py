@@ -1,6 +1,7 @@
 """What an evaluation found, per image and attack: the four accuracies of a stochastic classifier, and files."""
 
 import json
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from gsem.checkpoint import write_atomically
+from gsem.checkpoint import write_atomically, written_whole
 from gsem.streams import split
 
 BOOTSTRAP = 10_000
@@ -204,10 +205,9 @@ class Result:
             if s.x_adv is not None:
                 arrays[f"{number}.x_adv"] = s.x_adv
         summary = self.to_dict()
-        beside = path.with_name(f".{path.name}.writing.npz")
         arrays["meta"] = np.array(json.dumps(summary))
-        np.savez_compressed(beside, **arrays)  # type: ignore[arg-type]  # (its stub takes them for its flag)
-        beside.replace(with_ending(path, ".npz"))
+        with written_whole(with_ending(path, ".npz")) as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # (its stub takes them for its flag)
         write_atomically(with_ending(path, ".json"), json.dumps(summary, indent=2).encode())
         return path
 
@@ -226,6 +226,19 @@ class Result:
                 for number, row in enumerate(meta["attacks"])
             ]
             return cls(scores, file["y"], meta["facts"])
+
+    @classmethod
+    def saved_facts(cls, path: str | Path) -> dict[str, Any] | None:
+        """The facts of the result that was saved there, {} of a file that holds none; None where there is no file."""
+        file = with_ending(path, ".npz")
+        if not file.exists():
+            return None
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                facts = json.loads(str(arrays["meta"]))["facts"]
+        except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile):
+            return {}
+        return facts if isinstance(facts, dict) else {}
 
 
 def _resamples(seed: int, n: int) -> Iterable[Int[np.ndarray, "500 n"]]:

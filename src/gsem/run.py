@@ -1,8 +1,6 @@
 """What a training leaves behind, what it tells while it runs, and how it ends before its end."""
 
 import json
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gsem.checkpoint import load_model
+from gsem.checkpoint import load_model, read_facts
 from gsem.recipes import Recipe
 
 
@@ -21,7 +19,10 @@ class TrainingDiverged(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C: the step was finished and saved; `gsem.train(recipe, resume=True)` goes on from there."""
+    """Ctrl-C or SIGTERM: the step was finished and saved; `gsem.train(recipe, resume=True)` goes on from there."""
+
+    kind: type[KeyboardInterrupt] = KeyboardInterrupt
+    """`gsem.interrupt.Terminated` for SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,9 @@ def resume_recipe(path: Path) -> Recipe:
     """The recipe of an existing run directory.
 
     Raises:
-        FileNotFoundError: no run there.
+        FileNotFoundError, ValueError: no run there, or one that this version does not know.
     """
-    file = path / "recipe.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
-    try:
-        return Recipe.from_dict(json.loads(file.read_text())["recipe"])
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from None
+    return Recipe.from_dict(read_facts(path)["recipe"])
 
 
 def recorded_precision(path: Path, device: torch.device) -> dict[str, str]:
@@ -125,23 +120,3 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(former[0], warn_only=former[1])
-
-
-@contextmanager
-def finish_step_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that a step is never torn; the second stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    former = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, former)

@@ -6,7 +6,7 @@ anywhere and resumed computes what the uninterrupted one does.
 
 import json
 import platform
-import threading
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,20 +16,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsem.checkpoint import load_model, model_meta, part, read_checkpoint, save_checkpoint, write_atomically
+from gsem.checkpoint import (
+    BEST,
+    LAST,
+    append_line,
+    load_model,
+    model_meta,
+    part,
+    read_checkpoint,
+    read_facts,
+    save_checkpoint,
+    write_atomically,
+)
 from gsem.data import Source, Split, load, mixed_order, read_extra, to_float
 from gsem.device import device_named
+from gsem.fingerprint import model_fingerprint
+from gsem.interrupt import Interruption, finish_step_on_interrupt
+from gsem.lock import locked
 from gsem.models import create_model
 from gsem.predict import BATCH, correct_draws, is_stochastic
 from gsem.provenance import commit, release
 from gsem.recipes import Recipe
+from gsem.recorded import TrainingData, training_data
 from gsem.run import (
     Progress,
     Run,
     TrainingDiverged,
     TrainingInterrupted,
     deterministic,
-    finish_step_on_interrupt,
     rank,
     read_metrics,
     recorded_precision,
@@ -58,33 +72,36 @@ def train(
 
     Args:
         out: the run directory; `runs/RECIPE-DATA-MODEL-seedN` unless told.
-        data: where the images come from; `recipe.data` unless given. Its test split is never opened.
+        data: where the images come from; `recipe.data` unless given. Its test split is never opened. The run records
+            the name, shape, classes and a hash of what was used; to resume it, pass the same again.
         device: "cpu", "cuda", "cuda:N"; the GPU where there is one unless told.
         resume: go on where `out` stopped. On a CPU, the end is the same, bit for bit, as without the stop.
         compiled: run the passes by torch.compile. Its first steps take minutes; on a CPU it gains nothing.
         report: called with a `Progress` every few steps and after each epoch.
 
     Raises:
-        ValueError: a run is already there (and `resume` was not asked for), or it follows another recipe.
+        ValueError: a run is already there (and `resume` was not asked for), it follows another recipe, was trained
+            on other data, or is in progress in another process (`Locked`).
         TrainingDiverged: the loss or gradient is not finite, or exploded.
-        TrainingInterrupted: Ctrl-C, after the running step was saved.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after the running step was saved.
     """
-    source = data or load(recipe.data, recipe.data_path)
-    default = f"{recipe.name}-{Path(source.name).stem}-{recipe.model}-seed{recipe.seed}"
-    path = Path(out) if out is not None else Path("runs") / default
+    if out is None:
+        name = (data or load(recipe.data, recipe.data_path)).name
+        out = Path("runs") / f"{recipe.name}-{Path(name).stem}-{recipe.model}-seed{recipe.seed}"
+    path = Path(out)
+    former = read_facts(path) if resume and (path / LAST).exists() else None
+    found = training_data(recipe, data, former, path)
+    recipe = found.recipe
     where = device_named(device)
     with stream(split(recipe.seed, "run"), where), deterministic(recipe.deterministic):
         # A resumed run keeps its precision, also on a machine where `auto` would now choose another.
         used = recorded_precision(path, where) if resume else {}
-        loop = _Loop(recipe, source, path, where, compiled, used)
-        if loop.last.exists() and not resume:
-            raise ValueError(f"{path} already holds a run: resume it (--resume {path}) or choose another --out")
-        if loop.last.exists():
-            loop.restore()
-        else:
-            loop.begin()
-        with finish_step_on_interrupt() as interrupted:
-            loop.run(interrupted, report)
+        loop = _Loop(recipe, found, path, where, compiled, used)
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path / ".lock", f"training in {path}", "wait for its end, or choose another --out"):
+            loop.begin_or_restore(resume)
+            with finish_step_on_interrupt() as interrupted:
+                loop.run(interrupted, report)
     return Run(path, recipe, read_metrics(path))
 
 
@@ -94,27 +111,28 @@ class _Loop:
     def __init__(
         self,
         recipe: Recipe,
-        source: Source,
+        data: TrainingData,
         path: Path,
         device: torch.device,
         compiled: bool,
         used: dict[str, Any],
     ):
-        self.recipe, self.source, self.path, self.device = recipe, source, path, device
+        self.recipe, self.path, self.device = recipe, path, device
+        self.source = source = data.source
         self.eps = recipe.eps or source.eps
         self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=self.eps)
         training, validation = source.training(recipe.seed)
+        self.meta |= {"data": data.facts(training, validation) | {"eps": self.eps}, "places": data.places}
         self.real = len(training)
-        if recipe.extra_data is not None:
-            extra = read_extra(recipe.extra_data, source.shape, source.classes)
+        if data.extra is not None:
+            extra = read_extra(data.extra, source.shape, source.classes)
             training = Split(torch.cat([training.x, extra.x]), torch.cat([training.y, extra.y]))
         self.training = training.to(device)
         self.validation = validation.to(device)
         self.batch = min(recipe.batch, self.real)
         self.steps_per_epoch = len(self._order(0, 0))
         self.total_steps = self.steps_per_epoch * recipe.epochs * recipe.rounds
-        self.last = path / "checkpoints" / "last.safetensors"
-        self.best = path / "checkpoints" / "best.safetensors"
+        self.last, self.best = path / LAST, path / BEST
         reseed(split(recipe.seed, "weights"), device)
         model = self._new_model()
         average = None
@@ -138,6 +156,22 @@ class _Loop:
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     # --- the run -------------------------------------------------------------------------------------------
+
+    def begin_or_restore(self, resume: bool) -> None:
+        """Begin the run, or go on where it stopped.
+
+        Raises:
+            ValueError: a run is there, and it is not to be resumed; or it cannot be.
+        """
+        if self.last.exists() and resume:
+            self.restore()
+        elif self.last.exists():
+            path = shlex.quote(str(self.path))
+            raise ValueError(f"{self.path} already holds a run: resume it (--resume {path}) or choose another --out")
+        elif self.best.exists():
+            raise ValueError(f"{self.path} holds {BEST}, but no {LAST} to go on from: choose another --out")
+        else:
+            self.begin()
 
     def begin(self) -> None:
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -165,7 +199,7 @@ class _Loop:
         if self.stepper.average:
             self.stepper.average.model.load_state_dict(weights)
 
-    def run(self, interrupted: threading.Event, report: Callable[[Progress], None] | None) -> None:
+    def run(self, interrupted: Interruption, report: Callable[[Progress], None] | None) -> None:
         per_round = self.steps_per_epoch * self.recipe.epochs
         order: Tensor | None = None
         first, started = self.step, time.monotonic()
@@ -193,7 +227,9 @@ class _Loop:
             if report is not None and (due or self.step % CHECK_EVERY == 0 or self.step == first + 1):
                 report(self._progress((now - started) / (self.step - first), ended))
             if interrupted.is_set() and self.step < self.total_steps and not self._stops_early:
-                raise TrainingInterrupted(self.path)
+                stopped = TrainingInterrupted(self.path)
+                stopped.kind = interrupted.kind
+                raise stopped
 
     @property
     def _stops_early(self) -> bool:
@@ -258,8 +294,7 @@ class _Loop:
         if epoch % self.recipe.validate_every == 0 or self.step == self.total_steps:
             line |= self._validate()
         self.stepper.clear_sums()
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path / "metrics.jsonl", json.dumps(line))
         if "robust" not in line:
             return
         self.stale = 0 if line["robust"] > self.best_robust else self.stale + 1
@@ -267,7 +302,8 @@ class _Loop:
         if rank(self.recipe, line) > self.best_rank:
             self.best_rank = rank(self.recipe, line)
             tensors = {f"model.{name}": t for name, t in self._chosen.state_dict().items()}
-            save_checkpoint(self.best, tensors, self.meta | {"metrics": line})
+            facts = {"metrics": line, "fingerprint": model_fingerprint(self._chosen)}
+            save_checkpoint(self.best, tensors, self.meta | facts)
 
     def _validate(self) -> dict[str, float]:
         """Clean and PGD-10 accuracy on held-out training images, expected over the noise."""
@@ -339,6 +375,10 @@ class _Loop:
         self.step, self.round, self.seconds = state["step"], state["round"], state["seconds"]
         self.best_robust, self.best_rank = state["best_robust"], tuple(state["best_rank"])
         self.stale, self.latest = state["stale"], state["latest"]
+        facts = read_facts(self.path)
+        moved = {key: self.meta[key] for key in ("data", "places") if facts.get(key) != self.meta[key]}
+        if moved:
+            write_atomically(self.path / "recipe.json", json.dumps(facts | moved, indent=2).encode())
         # Lines that a killed run wrote after this checkpoint will be written again.
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.step]
         text = "".join(json.dumps(line) + "\n" for line in kept)

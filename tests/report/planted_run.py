@@ -114,10 +114,12 @@ def planted_audit(**change: Any) -> Audit:
     return replace(Audit(checks, "INVALID", reason, facts), **change)
 
 
-def planted_run(path: Path, *, classes: tuple[str, ...] = CLASSES, weights: bool = False, audit: bool = True) -> Path:
+def planted_run(
+    path: Path, *, classes: tuple[str, ...] = CLASSES, weights: bool = False, audit: bool = True, data: str = "digits"
+) -> Path:
     """A run directory as gsem train, evaluate and audit leave it."""
     path.mkdir(parents=True)
-    recipe = replace(RECIPES["gcat"], epochs=4, warmup=0.0, seed=7)
+    recipe = replace(RECIPES["gcat"], epochs=4, warmup=0.0, seed=7, data=data)
     meta = model_meta(recipe, classes=classes, shape=(1, 8, 8), eps=EPS)
     told = {
         "gsem_torch": "2.13.0",

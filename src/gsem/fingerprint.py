@@ -1,0 +1,60 @@
+"""Hashes by which files say which network and which images they are about."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MODEL = ("structure", "weights")
+DIGITS = 16  # hexadecimal: two different networks agree by accident once in 10^19
+
+
+def model_fingerprint(model: nn.Module) -> dict[str, str]:
+    """`structure`: the modules, their settings and their normalisation; `weights`: the state dict.
+
+    Settings are what `print(model)` shows, the numbers (float) and texts that modules keep as attributes, and the
+    buffers that are not saved with the weights, like the mean and std of `gsem.normalized`. Constants inside a
+    `forward` are not seen.
+    """
+    # An address in memory (of a function that a module prints) is another one in every process.
+    structure = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(model)).encode())
+    weights = hashlib.sha256()
+    for name, module in model.named_modules():
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, (float, str)) and not k.startswith("_")}
+        structure.update(repr((name, sorted(settings.items()))).encode())
+        for buffer in sorted(module._non_persistent_buffers_set):
+            _add(structure, getattr(module, buffer))
+    for value in model.state_dict().values():
+        _add(weights, value)
+    return {"structure": structure.hexdigest()[:DIGITS], "weights": weights.hexdigest()[:DIGITS]}
+
+
+def data_fingerprint(*parts: tuple[Tensor, Tensor]) -> dict[str, str]:
+    """`images` and `labels` of one or several pairs (x, y): of the values, their types and their order."""
+    images, labels = hashlib.sha256(), hashlib.sha256()
+    for x, y in parts:
+        _add(images, x)
+        _add(labels, y)
+    return {"images": images.hexdigest()[:DIGITS], "labels": labels.hexdigest()[:DIGITS]}
+
+
+def _add(digest: Any, value: Any) -> None:
+    """Of quantized modules a state holds tuples and types too."""
+    if isinstance(value, (tuple, list)):
+        for one in value:
+            _add(digest, one)
+    elif isinstance(value, Tensor):
+        plain = value.detach().cpu()
+        plain = (plain.int_repr() if plain.is_quantized else plain).contiguous()
+        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    else:
+        digest.update(str(value).encode())
+
+
+def same_model(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether both fingerprints are known, and are of one network."""
+    return bool(one and other) and all(one.get(key) == other.get(key) is not None for key in MODEL)  # type: ignore[union-attr]
