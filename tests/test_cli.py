@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -206,17 +207,20 @@ def test_ctrl_c_in_a_study_names_the_study_not_its_training(capsys, in_tmp, monk
     assert err == "stopped; what is finished is kept: the same command goes on from there\n"
 
 
-def test_ctrl_c_tells_how_to_go_on(tmp_path):
-    words = [sys.executable, "-m", "gsem", "train", "--out", "r", "--epochs", "500"]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_training_is_saved_and_says_how_to_go_on(tmp_path, number, code):
+    """Ctrl-C, and the signal that clusters send before they kill."""
+    words = [sys.executable, "-m", "gsem", "train", "--out", "my run", "--epochs", "500"]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("epoch"):
-                os.kill(process.pid, 2)
+                os.kill(process.pid, number)
                 break
         _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert err == "stopped; saved. Go on with: gsem train --resume r\n"
-    assert (tmp_path / "r/checkpoints/last.safetensors").exists()
+    assert process.returncode == code
+    assert err == "stopped; saved. Go on with: gsem train --resume 'my run'\n"
+    assert (tmp_path / "my run/checkpoints/last.safetensors").exists()
+    assert not (tmp_path / "my run/.lock").exists()
 
 
 def test_a_training_says_what_it_computes_in(capsys, npz, in_tmp):

@@ -1,6 +1,8 @@
 """gsem evaluate and gsem verify on files, factories and suites, and the fixed subset of images."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -173,11 +175,21 @@ def test_a_warning_is_one_line_for_people(capsys, here):
     assert err == "gsem: note: the targeted DLR loss needs 4 classes, the model has 3: the targeted margin is used\n"
 
 
-def test_ctrl_c_says_how_to_go_on(capsys, here, monkeypatch):
-    def stop(*args, **how):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("number", "stopped"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_evaluation_keeps_what_is_finished_and_says_how_to_go_on(capsys, here, monkeypatch, number, stopped):
+    words = ("evaluate", "halfnet:net", "--data", "images.npz", "--attacks", "pgd:steps=2", "--batch", "12")
 
-    monkeypatch.setattr("gsem.cli_evaluate.evaluate", stop)
-    code, _, err = run(capsys, "evaluate", "halfnet:net", "--data", "images.npz")
-    assert code == 130
+    def stop(bar, progress) -> None:
+        if progress.done == 12:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr("gsem.progress.AttackBar.__call__", stop)
+        code, _, err = run(capsys, *words)
+    assert (code, signal.getsignal(signal.SIGTERM)) == (stopped, before)
     assert err == "stopped; what is finished is kept: the same command goes on from there\n"
+    assert len(list((here / "evaluation.unfinished").glob("*.npz"))) == 1
+    assert not list(here.glob(".*.lock"))
+    assert run(capsys, *words)[0] == 0
+    assert sorted(p.name for p in here.glob("evaluation*")) == ["evaluation.json", "evaluation.npz"]

@@ -31,18 +31,22 @@ class TrainingData:
     then: Mapping[str, Any] | None = None
     """What the run that is resumed recorded of its data."""
 
-    def facts(self, training: Split, validation: Split) -> dict[str, Any]:
-        """What the run records: name, classes, shape, a hash of images and labels, whether they were passed in Python.
+    def read(self, seed: int) -> tuple[Split, Split, dict[str, Any]]:
+        """Training and validation images, and what the run records: name, classes, shape, hashes, whether passed.
 
         Raises:
             ValueError: the run that is resumed was trained on others.
         """
         s = self.source
         found: dict[str, Any] = {"name": s.name, "classes": list(s.classes), "shape": list(s.shape), "eps": s.eps}
-        found |= data_fingerprint(*((part.x, part.y) for part in (training, validation)))
+        if s.read_train is not None:
+            # Of the whole part as it was read, so that the hash is that of the data, whatever is held out of them.
+            whole = s.read_train()
+            found |= data_fingerprint((whole.x, whole.y))
+            s = replace(s, read_train=lambda: whole)
         if self.then is not None:
             check_same(self.then, found, self.run)
-        return found | {"passed": self.passed}
+        return *s.training(seed), found | {"passed": self.passed}
 
 
 def training_data(recipe: Recipe, data: Source | None, former: Mapping[str, Any] | None, run: Path) -> TrainingData:
@@ -72,6 +76,8 @@ def training_data(recipe: Recipe, data: Source | None, former: Mapping[str, Any]
         passed, places = False, places_of(recipe.data, recipe.data_path, run, extra)
     else:
         source = data or find(former, run)
+        found = {field: _located(field, was[0], places, run, needed=False) for field, was in places.items()}
+        places = {field: _place(path, run) for field, path in found.items()}
     return TrainingData(source, as_then, passed, places, extra, run, former["data"])
 
 
@@ -137,8 +143,13 @@ def places_of(name: str | None, root: str | None, folder: Path, extra: str | Non
     """Where data lie now that were given by name or path: to be kept by files in `folder`."""
     named = name in SOURCES
     told = {"data": None if named else name, "data_path": (root or str(ROOT)) if named else None, "extra_data": extra}
-    paths = {field: Path(value).expanduser().absolute() for field, value in told.items() if value is not None}
-    return {field: [str(p), os.path.relpath(p, folder.absolute())] for field, p in paths.items() if p.exists()}
+    there = {field: path for field, path in told.items() if path is not None and Path(path).expanduser().exists()}
+    return {field: _place(path, folder) for field, path in there.items()}
+
+
+def _place(path: str, folder: Path) -> list[str]:
+    absolute = Path(path).expanduser().absolute()
+    return [str(absolute), os.path.relpath(absolute, folder.absolute())]
 
 
 def _located(field: str, told: str, places: Places, folder: Path, *, needed: bool = True) -> str:

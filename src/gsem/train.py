@@ -121,8 +121,8 @@ class _Loop:
         self.source = source = data.source
         self.eps = recipe.eps or source.eps
         self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=self.eps)
-        training, validation = source.training(recipe.seed)
-        self.meta |= {"data": data.facts(training, validation) | {"eps": self.eps}, "places": data.places}
+        training, validation, facts = data.read(recipe.seed)
+        self.meta |= {"data": facts | {"eps": self.eps}, "places": data.places}
         self.real = len(training)
         if data.extra is not None:
             extra = read_extra(data.extra, source.shape, source.classes)
