@@ -21,7 +21,7 @@ from planted import Flipper, Halves, chance, halves, small_net
 def test_a_flipper_that_no_image_influences_gives_an_attack_nothing():
     x, y = halves(500)
     result = evaluate(Flipper(), x, y, ["clean", "pgd:steps=10:eot=10:loss=margin"], eps=0.1)
-    clean, attacked = (result.expected(s.label).mean for s in result.scores)
+    clean, attacked = (result.expected(s.name).mean for s in result.scores)
     assert result.facts["stochastic"] and result.draws == 100
     assert clean == pytest.approx(0.70, abs=0.01)
     assert clean - attacked == pytest.approx(0.0, abs=0.015)
@@ -43,7 +43,7 @@ def test_a_flip_that_attacks_make_likelier_is_measured_and_not_rounded(loss):
     y = torch.zeros(400, dtype=torch.int64)
     result = evaluate(Rising(), x, y, ["clean", f"pgd:steps=10:eot=10:loss={loss}"], eps=0.1)
     assert result.expected("clean").mean == pytest.approx(0.95, abs=0.01)
-    assert result.expected(result.scores[1].label).mean == pytest.approx(0.60, abs=0.02)
+    assert result.expected(result.scores[1].name).mean == pytest.approx(0.60, abs=0.02)
 
 
 def test_a_deterministic_model_has_one_draw_and_the_plain_accuracy():
@@ -115,7 +115,7 @@ def test_a_gsem_network_is_attacked_also_through_itself_without_noise_and_withou
     assert undefended(small_net()) == {}
     result = evaluate(model, x, y, ["transfer:steps=3"], eps=0.1, draws=5, frozen=False)
     label = "transfer3-eot20"
-    assert [s.label for s in result.scores] == ["clean", label]
+    assert [s.name for s in result.scores] == ["clean", label]
     # The gradients are of the sources; the network itself is only asked.
     assert result[label].gradients == 0 and result[label].forwards > 0
 

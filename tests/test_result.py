@@ -56,7 +56,7 @@ def test_a_result_is_read_back_as_it_was(tmp_path, keep_images, name):
     assert again.to_dict() == result.to_dict()
     assert (again.y == result.y).all() and again.y.dtype == np.int64
     for a, b in zip(again.scores, result.scores, strict=True):
-        assert (a.label, a.forwards, a.gradients, a.seconds) == (b.label, b.forwards, b.gradients, b.seconds)
+        assert (a.name, a.forwards, a.gradients, a.seconds) == (b.name, b.forwards, b.gradients, b.seconds)
         assert all((getattr(a, key) == getattr(b, key)).all() for key in ARRAYS)
         assert (a.x_adv is None) if not keep_images else (a.x_adv == b.x_adv).all()
     stem = name.removesuffix(".json").removesuffix(".npz")

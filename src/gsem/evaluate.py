@@ -20,7 +20,7 @@ from gsem.ledger import Ledger, differences, question
 from gsem.lock import locked
 from gsem.module import GSeM, noise
 from gsem.predict import BATCH, answers, is_stochastic, votes_won
-from gsem.result import VOTERS, Result, Scores, joined, with_ending
+from gsem.result import VOTERS, Result, Scores, attack_name, joined, with_ending
 from gsem.streams import split, stream
 from gsem.suite import SUITES, Attack, suite
 from gsem.twin import search_twin
@@ -233,21 +233,20 @@ class _Evaluation:
 
     def score(self, attack: Attack) -> Scores:
         """All images under one attack."""
-        label = attack.label(eps=self.eps, stochastic=self.stochastic)
-        name = label if self.mode == "fresh" else f"{label}@{self.mode}"
+        name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
         parts: list[Scores] = []
         for first in range(0, len(self.x), self.batch):
             watch = _Watch(self.report, name, len(self.x), parts, min(self.batch, len(self.x) - first))
             part = self.ledger.read(name, first) if self.ledger is not None else None
             if part is None:
-                part = self._batch(attack, label, name, first, watch)
+                part = self._batch(attack, name, first, watch)
                 if self.ledger is not None:
                     self.ledger.write(name, first, part)
             parts.append(part)
             watch.finished()
         return joined(parts, keep_images=self.keep_images)
 
-    def _batch(self, attack: Attack, label: str, name: str, first: int, watch: "_Watch") -> Scores:
+    def _batch(self, attack: Attack, name: str, first: int, watch: "_Watch") -> Scores:
         one = slice(first, first + self.batch)
         x, y = self.x[one], self.y[one]
         # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
@@ -286,7 +285,7 @@ class _Evaluation:
             "x_adv": x_adv,
         }
         return Scores(
-            label=label,
+            name=name,
             **{key: value.cpu().numpy() for key, value in arrays.items()},
             forwards=counted.forwards,
             gradients=counted.gradients,

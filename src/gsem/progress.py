@@ -6,25 +6,12 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from gsem._text import duration, percent
 from gsem.evaluate import Progress as AttackProgress
 from gsem.run import Progress as TrainingProgress
 
 # A fall of the robust accuracy below its best that is worth showing: robust overfitting (Rice et al. 2020).
 OVERFITTING = 0.02
-
-
-def duration(seconds: float) -> str:
-    """`4 s`, `3:20 min`, `1:05 h`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02} min"
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02} h"
-
-
-def percent(share: float | None) -> str:
-    return "   –  " if share is None else f"{100 * share:5.1f}%"
 
 
 class TrainingBar:
