@@ -40,7 +40,8 @@ class Progress:
     standing: int
     """Images of the current batch that this attack still works on."""
     accuracy: float | None
-    """Share of the images so far, 0 to 1, that stand: those finished, and those of the current batch."""
+    """Expected accuracy so far, 0 to 1, on the selection draws; images of the current batch that still stand count as
+    right."""
     gradients_per_second: float
     """Image rows forward and back, in the current batch."""
     seconds_left: float | None
@@ -236,7 +237,8 @@ class _Evaluation:
         name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
         parts: list[Scores] = []
         for first in range(0, len(self.x), self.batch):
-            watch = _Watch(self.report, name, len(self.x), parts, min(self.batch, len(self.x) - first))
+            size = min(self.batch, len(self.x) - first)
+            watch = _Watch(self.report, name, len(self.x), parts, size, self.draws)
             part = self.ledger.read(name, first) if self.ledger is not None else None
             if part is None:
                 part = self._batch(attack, name, first, watch)
@@ -311,10 +313,11 @@ def undefended(model: nn.Module) -> dict[str, nn.Module]:
 class _Watch:
     """One batch under one attack, as its observer sees it."""
 
-    def __init__(self, report: Report | None, name: str, images: int, parts: list[Scores], size: int):
+    def __init__(self, report: Report | None, name: str, images: int, parts: list[Scores], size: int, draws: int):
         self.report, self.name, self.images, self.size = report, name, images, size
         self.done = sum(len(p.correct) for p in parts)
-        self.stood = sum(int((p.selection > 0).sum()) for p in parts)
+        self.draws = draws
+        self.right = self._right(parts)
         self.seconds = sum(p.seconds for p in parts)
         self.parts = parts
         self.started = self.told = time.monotonic()
@@ -324,14 +327,17 @@ class _Watch:
         now = time.monotonic()
         if now - self.told >= REPORT_EVERY:
             self.told = now
-            self._tell(self.done, len(step.rows), (self.stood + len(step.rows)) / (self.done + self.size))
+            self._tell(self.done, len(step.rows), (self.right + len(step.rows)) / (self.done + self.size))
 
     def finished(self) -> None:
         """The batch is in `parts` now."""
         done = self.done + self.size
-        stood = sum(int((p.selection > 0).sum()) for p in self.parts)
         self.seconds = sum(p.seconds for p in self.parts)
-        self._tell(done, 0, stood / done)
+        self._tell(done, 0, self._right(self.parts) / done)
+
+    def _right(self, parts: list[Scores]) -> float:
+        """Images that are right: each counts with its share of right selection draws, as in an expected accuracy."""
+        return sum(float(p.selection.sum()) for p in parts) / self.draws
 
     def _tell(self, done: int, standing: int, accuracy: float) -> None:
         if self.report is None:

@@ -57,9 +57,7 @@ def class_figure(entry: Entry, number: int) -> Figure | None:
         (names[k], n, *(rounded(v) for v in found), rounded(clean[k][0].mean) if k in clean else None)
         for k, (found, n) in worst.items()
     )
-    caption = (
-        "Expected accuracy in the worst case over the attacks, with the 95% Wilson interval over the class's images."
-    )
+    caption = "Expected accuracy in each image's worst case, with the 95% Wilson interval over the class's images."
     if len(worst) > MANY:
         caption += f" The {MANY // 2} lowest and the {MANY // 2} highest of {len(worst)} classes."
     keys = [swatch("worst", "bar"), *([_clean_key()] if clean else [])]
