@@ -34,10 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "compose": BASE | {"checkpoint", "gallery", "provenance", "recorded", "report"},
     "cli_audit": BASE
     | {"audit", "checkpoint", "cli_evaluate", "evaluate", "options", "progress", "result", "show", "suite"},
-    "cli_list": {"data", "models", "options", "recipes", "show"},
+    "cli_list": {"_text", "data", "models", "options", "recipes", "show"},
     "cli_report": {"compose", "options"},
-    "cli_study": {"models", "options", "progress", "recipes", "run", "show", "study", "suite"},
-    "cli_train": {"cli_evaluate", "cli_report", "models", "options", "progress", "recipes", "run", "train"},
+    "cli_study": {"_text", "models", "options", "recipes", "run", "show", "study", "suite"},
+    "cli_train": {"_text", "cli_evaluate", "cli_report", "models", "options", "progress", "recipes", "run", "train"},
     "verify": BASE | {"attacks", "predict", "result"},
     "progress": {"_text", "evaluate", "run"},
     "show": {"_text", "result"},

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from gsem._text import percent
 from gsem.checkpoint import load_model
 from gsem.data import Source, Split, balanced, load, to_float
 from gsem.device import device_named
@@ -14,7 +15,7 @@ from gsem.evaluate import evaluate
 from gsem.fingerprint import data_fingerprint
 from gsem.insert import normalized
 from gsem.options import EvaluateOptions, VerifyOptions
-from gsem.progress import AttackBar, percent
+from gsem.progress import AttackBar
 from gsem.recorded import find, find_named, places_of
 from gsem.result import Result, with_ending
 from gsem.show import show_as_published, show_result
