@@ -1,6 +1,11 @@
 """Numbers and tables as plain text, for the terminal, for `print` and for the report. Nothing slow is imported."""
 
+import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def percent(share: float | None) -> str:
@@ -27,6 +32,18 @@ def pixels(eps: float) -> str:
     """`8/255` where eps is a whole number of 255ths, else the number itself."""
     of_255 = eps * 255
     return f"{round(of_255)}/255" if abs(of_255 - round(of_255)) < 1e-6 else f"{eps:g}"
+
+
+def with_rows(text: str, rows: "Sequence[int] | np.ndarray | None") -> str:
+    """`image 7` becomes `image 7 (row 412 of the data set)` where the rows are known and are not the numbers."""
+
+    def named(match: re.Match[str]) -> str:
+        number = int(match[1])
+        if rows is None or number >= len(rows) or int(rows[number]) == number:
+            return match[0]
+        return f"{match[0]} (row {int(rows[number])} of the data set)"
+
+    return re.sub(r"\bimage (\d+)\b", named, text)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -85,7 +85,6 @@ def demo_command(console: Console, o: DemoOptions) -> None:
         attacks="clean,pgd:steps=100",
         images=200,
         frozen=False,
-        out=run.path / "evaluation",
         keep_images=True,  # for the report to show
         device=o.device,
     )

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gsem._text import with_rows
 from gsem.attacks._core import check_eval_mode
 from gsem.module import noise
 from gsem.predict import answers
@@ -84,6 +85,7 @@ def _judged(result: Result, scores: Scores, model: nn.Module, x: Tensor, y: Tens
         problems.append(
             f"expected accuracy is {right.mean():.2%}, saved is {saved.mean():.2%}: chance explains {allowed:.2%}"
         )
+    problems = [with_rows(problem, result.rows) for problem in problems]
     return Verified(scores.name, float(saved.mean()), float(right.mean()), problems)
 
 
