@@ -1,11 +1,14 @@
 """Your own network and training loop: insert a GSeM, train on PGD examples, evaluate.
 
-    python 03_your_own_network.py          (writes own_network.pt)
+    python 03_your_own_network.py [EPOCHS]
 
-and then the same network from the command line, by `module:function`, in the folder of this file:
+EPOCHS: 15 by default. The weights are written to own_network.pt. In the folder of this file, the command line then
+evaluates the same network, named by `module:function`:
 
-    gsem evaluate 03_your_own_network:trained --data digits --images 100 --attacks clean,pgd:steps=20:eot=5
+    gsem evaluate 03_your_own_network:trained --data digits --images 50 --first --attacks clean,pgd:steps=20:eot=5
 """
+
+import sys
 
 import torch
 from torch import nn
@@ -46,8 +49,7 @@ def train(net: nn.Module, x: torch.Tensor, y: torch.Tensor, *, eps: float, epoch
             loss.backward()
             optimizer.step()
             total += loss.item() * len(rows)
-        if epoch % 5 == 0:
-            print(f"epoch {epoch:>2}/{epochs}: loss on PGD examples {total / len(x):.3f}")
+        print(f"epoch {epoch:>2}/{epochs}: loss on PGD examples {total / len(x):.3f}")
 
 
 def main() -> None:
@@ -55,15 +57,16 @@ def main() -> None:
     source = gsem.data.load("digits")
     part, _ = source.training()
     net = make()
-    train(net, gsem.data.to_float(part.x), part.y, eps=source.eps, epochs=15)
+    epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    train(net, gsem.data.to_float(part.x), part.y, eps=source.eps, epochs=epochs)
     torch.save(net.state_dict(), "own_network.pt")
 
     test = source.test()
-    x, y = gsem.data.to_float(test.x[:100]), test.y[:100]
+    x, y = gsem.data.to_float(test.x[:50]), test.y[:50]
     result = gsem.evaluate(net.eval(), x, y, ["clean", "pgd:steps=20:eot=5"], eps=source.eps)
-    for scores in result.scores:
-        mean, low, high = result.expected(scores.label)
-        print(f"{scores.label:<11} {100 * mean:5.1f}%   95% interval {100 * low:.1f} to {100 * high:.1f}")
+    for name in result.names:
+        mean, low, high = result.expected(name)
+        print(f"{name:<18} {100 * mean:5.1f}%   95% interval {100 * low:.1f} to {100 * high:.1f}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def scores(correct: np.ndarray, label: str = "clean", **change) -> Scores:
     none = np.zeros(n)
     how = {"votes": none, "selection": correct, "single": np.zeros((n, 2), dtype=bool), "linf": none, "l2": none}
     cost = {"forwards": 0, "gradients": 0, "seconds": 0.0}
-    return Scores(**{"label": label, "correct": correct} | how | cost | change)
+    return Scores(**{"name": label, "correct": correct} | how | cost | change)
 
 
 def planted(correct: np.ndarray, draws: int, label: str = "clean", seed: int = 0) -> Result:

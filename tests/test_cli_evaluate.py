@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -35,6 +36,14 @@ def normal():
 
 def noisy():
     return Net(noise=0.02)
+
+class Bright(Net):
+    """NaN for the brighter images."""
+    def forward(self, x):
+        return super().forward(x) / (x.amax((1, 2, 3)) < 0.6)[:, None] * 1.0
+
+def bright():
+    return Bright()
 '''
 
 
@@ -73,7 +82,7 @@ def refused(capsys, *words) -> str:
 @pytest.mark.filterwarnings("ignore:the targeted DLR loss needs 4 classes")
 def test_a_suite_on_a_factory_named_by_an_option(capsys, here):
     out = evaluated(capsys, "--model", "halfnet:net", "--suite", "quick", "--draws", "5")
-    assert "24 test images" in out and "worst of all" in out
+    assert "24 test images" in out and re.search(r"^worst +\d", out, re.M)
     for label in ("clean", "apgd20-eot1", "apgd20-t3-eot1", "square300-eot1"):
         assert label in out
     assert max(len(line) for line in out.splitlines()[2:]) <= 80
@@ -129,13 +138,75 @@ def test_saved_points_are_verified_and_a_changed_one_is_found(capsys, here):
     result.scores[1].x_adv[2] += 0.2
     result.save("changed")
     code, out, err = run(capsys, "verify", "changed.npz", "--model", "halfnet:net")
-    assert code == 2 and "image 2 lies" in out and "do not hold" in err
+    assert code == 2 and re.search(r"image 2 \(row \d+ of the data set\) lies", out) and "do not hold" in err
     assert "holds no adversarial examples" in _without_images(capsys)
 
 
 def _without_images(capsys) -> str:
     evaluated(capsys, "halfnet:net", "--attacks", "clean", "--out", "bare")
     return refused(capsys, "verify", "bare.npz", "--model", "halfnet:net")
+
+
+def test_a_finished_evaluation_is_shown_again_and_computed_anew_only_when_asked(capsys, here, monkeypatch):
+    first = evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4")
+    table = first[first.index("attack ") : first.index("saved in")]
+    before = (here / "evaluation.npz").stat().st_mtime_ns
+    evaluated(capsys, "halfnet:net", "--attacks", "clean")  # something else, to evaluation-2
+
+    def searched(*args, **how):
+        raise AssertionError("it is computed again")
+
+    with monkeypatch.context() as m:
+        m.setattr("gsem.suite.Attack.run", searched)
+        for out in ((), ("--out", "evaluation")):
+            again = evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", *out)
+            told = "already finished: evaluation.json and evaluation.npz; --again computes it anew\n"
+            assert table in again and again.endswith(told)
+        with pytest.raises(AssertionError):
+            main(["--debug", "evaluate", "halfnet:net", "--attacks", "pgd:steps=4", "--data", "images.npz",
+                  "--eps", "0.05", "--again"])  # fmt: skip
+        err = refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--eps", "0.05", "--attacks",
+                      "pgd:steps=4", "--keep-images")  # fmt: skip
+        assert "finished without its adversarial examples. --again (again=True) computes it anew" in err
+    assert (here / "evaluation.npz").stat().st_mtime_ns == before
+    anew = evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", "--again", "--keep-images")
+    assert "saved in evaluation.json and evaluation.npz" in anew
+    assert (here / "evaluation.npz").stat().st_mtime_ns > before
+    assert {p.name for p in here.glob("*.npz")} == {"evaluation.npz", "evaluation-2.npz", "images.npz"}
+
+
+def test_a_finished_evaluation_of_something_else_is_not_overwritten(capsys, here):
+    evaluated(capsys, "halfnet:net", "--attacks", "clean", "--out", "mine")
+    before = (here / "mine.npz").read_bytes()
+    for words in (("halfnet:normal",), ("halfnet:net", "--seed", "1", "--again"), ("halfnet:net", "--images", "6")):
+        how = ("--attacks", "clean", "--data", "images.npz", "--eps", "0.05", "--out", "mine")
+        err = refused(capsys, "evaluate", *words, *how)
+        assert "mine.npz is there already" in err and "Choose another --out" in err
+    assert "Different are: the images; the labels" in err
+    assert (here / "mine.npz").read_bytes() == before
+
+
+def test_without_a_terminal_every_finished_attack_prints_a_line(capsys, here):
+    out = evaluated(capsys, "halfnet:net", "--attacks", "clean,pgd:steps=4")
+    assert re.findall(r"^(\S+) +24/24 images, \d+\.\d%, ", out, re.M) == ["clean", "pgd4-eot1"]
+
+
+def test_the_rows_of_the_images_are_kept_and_named(capsys, here):
+    evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6", "--keep-images", "--out", "few")
+    evaluated(capsys, "halfnet:net", "--attacks", "clean", "--out", "all")
+    few, whole = gsem.Result.load("few"), gsem.Result.load("all")
+    with np.load("images.npz") as file:
+        assert (few.y == file["y_test"][few.rows]).all() and len(set(few.rows.tolist())) == 6
+    assert whole.rows.tolist() == list(range(24))
+    assert (few["clean"].correct == whole["clean"].correct[few.rows]).all()  # what subsets are joined by
+    assert run(capsys, "verify", "few.npz", "--model", "halfnet:net")[0] == 0
+    few.scores[0].x_adv[4] += 0.2
+    few.save("changed")
+    _, out, _ = run(capsys, "verify", "changed.npz", "--model", "halfnet:net")
+    assert f"image 4 (row {few.rows[4]} of the data set) lies" in out
+    err = refused(capsys, "evaluate", "halfnet:bright", "--data", "images.npz", "--images", "6", "--eps", "0.05")
+    image, row = re.search(r"image (\d) \(row (\d+) of the data set\)", err).groups()
+    assert few.rows[int(image)] == int(row)
 
 
 def test_an_unfinished_evaluation_of_another_question_is_not_touched(capsys, here):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import gsem
 from gsem import suite
 from gsem.attacks import pgd
-from gsem.evaluate import Progress, _chosen, evaluate, undefended
+from gsem.evaluate import AnotherQuestion, Progress, _chosen, evaluate, undefended
 from gsem.predict import correct_draws, is_stochastic
 from planted import Flipper, Halves, chance, halves, small_net
 
@@ -21,7 +21,7 @@ from planted import Flipper, Halves, chance, halves, small_net
 def test_a_flipper_that_no_image_influences_gives_an_attack_nothing():
     x, y = halves(500)
     result = evaluate(Flipper(), x, y, ["clean", "pgd:steps=10:eot=10:loss=margin"], eps=0.1)
-    clean, attacked = (result.expected(s.label).mean for s in result.scores)
+    clean, attacked = (result.expected(s.name).mean for s in result.scores)
     assert result.facts["stochastic"] and result.draws == 100
     assert clean == pytest.approx(0.70, abs=0.01)
     assert clean - attacked == pytest.approx(0.0, abs=0.015)
@@ -43,7 +43,7 @@ def test_a_flip_that_attacks_make_likelier_is_measured_and_not_rounded(loss):
     y = torch.zeros(400, dtype=torch.int64)
     result = evaluate(Rising(), x, y, ["clean", f"pgd:steps=10:eot=10:loss={loss}"], eps=0.1)
     assert result.expected("clean").mean == pytest.approx(0.95, abs=0.01)
-    assert result.expected(result.scores[1].label).mean == pytest.approx(0.60, abs=0.02)
+    assert result.expected(result.scores[1].name).mean == pytest.approx(0.60, abs=0.02)
 
 
 def test_a_deterministic_model_has_one_draw_and_the_plain_accuracy():
@@ -115,7 +115,7 @@ def test_a_gsem_network_is_attacked_also_through_itself_without_noise_and_withou
     assert undefended(small_net()) == {}
     result = evaluate(model, x, y, ["transfer:steps=3"], eps=0.1, draws=5, frozen=False)
     label = "transfer3-eot20"
-    assert [s.label for s in result.scores] == ["clean", label]
+    assert [s.name for s in result.scores] == ["clean", label]
     # The gradients are of the sources; the network itself is only asked.
     assert result[label].gradients == 0 and result[label].forwards > 0
 
@@ -291,6 +291,42 @@ def test_logits_that_are_not_finite_name_the_image_among_all():
     x[7, 0, 0, 0] = 0.25
     with pytest.raises(ValueError, match=r"image 7: the model's logits are not finite"):
         evaluate(Poisoned(), x, y, ["clean"], eps=0.1, batch=4)
+
+
+def test_errors_name_the_row_in_the_data_set(monkeypatch):
+    x, y = halves(10)
+    rows = np.arange(10) * 11
+    with pytest.raises(ValueError, match=r"^image 7 \(row 77 of the data set\) has label 5"):
+        evaluate(Halves(), x, torch.where(torch.arange(10) == 7, 5, y), ["clean"], eps=0.1, rows=rows)
+
+    def broken(model, x, y, **how):
+        return torch.where((torch.arange(len(x)) == 2)[:, None, None, None], torch.nan, x)
+
+    monkeypatch.setitem(suite._FUNCTIONS, "pgd", broken)
+    with pytest.raises(ValueError, match=r"^attack 'pgd100-eot1': image 2 \(row 22 of the data set\): the attack re"):
+        evaluate(Halves(), x, y, ["pgd"], eps=0.1, batch=4, rows=rows.tolist())
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [0, 1, 2, -3], [0.0, 1.0, 2.0, 3.0], [[0, 1, 2, 3]]])
+def test_rows_that_are_none_are_refused(rows):
+    x, y = halves(4)
+    with pytest.raises(ValueError, match="rows must be the rows of the 4 images in their data set"):
+        evaluate(Halves(), x, y, ["clean"], eps=0.1, rows=rows)
+
+
+def test_a_finished_result_is_returned_and_not_computed_again(tmp_path, monkeypatch):
+    x, y = halves(10)
+    how = {"attacks": ["clean", "pgd:steps=2"], "eps": 0.1, "save": tmp_path / "r"}
+    first = evaluate(Halves(), x, y, **how, rows=range(5, 15))
+    assert first.rows.tolist() == list(range(5, 15)) and evaluate(Halves(), x, y, "clean", eps=0.1).rows[-1] == 9
+    told: list[Progress] = []
+    again = evaluate(Halves(), x, y, **how, report=told.append)
+    assert told == [] and again.to_dict() == first.to_dict() and again.rows.tolist() == first.rows.tolist()
+    evaluate(Halves(), x, y, **how, rows=range(5, 15), report=told.append, again=True)
+    assert [p.name for p in told] == ["clean", "pgd2-eot1"]
+    for change, different in (({"seed": 1}, "seed"), ({"rows": range(10)}, "the rows of the images")):
+        with pytest.raises(AnotherQuestion, match=rf"r\.npz is there already.*{different}"):
+            evaluate(Halves(), x, y, **how | change, again=True)
 
 
 def test_an_attack_that_cheats_is_caught(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import gsem
 
 ROOT = Path(gsem.__file__).parent
-BASE = {"module", "losses", "recipes", "data", "streams", "device", "fingerprint", "interrupt", "lock"}
+BASE = {"_text", "module", "losses", "recipes", "data", "streams", "device", "fingerprint", "interrupt", "lock"}
 # What each part may import of the package; a part not named here may not exist.
 ALLOWED: dict[str, set[str]] = {
     **{part: set() for part in BASE},
@@ -22,25 +22,25 @@ ALLOWED: dict[str, set[str]] = {
     "provenance": set(),
     "step": BASE | {"attacks", "awp", "checkpoint", "twin"},
     "recorded": {"data", "fingerprint", "recipes"},
-    "run": {"checkpoint", "recipes"},
+    "run": {"_text", "checkpoint", "recipes"},
     "train": BASE | {"attacks", "checkpoint", "models", "predict", "provenance", "recorded", "run", "step", "twin"},
     "suite": {"attacks"},
-    "result": {"checkpoint", "streams"},
+    "result": {"_text", "checkpoint", "streams"},
     "ledger": {"checkpoint", "result", "streams"},
     "evaluate": BASE | {"attacks", "ledger", "predict", "result", "suite", "twin"},
     "audit": BASE | {"attacks", "checkpoint", "evaluate", "insert", "predict", "result", "suite", "twin"},
-    "report": {"audit", "progress", "recipes", "result", "run", "show"},
+    "report": {"_text", "audit", "recipes", "result", "run"},
     "gallery": BASE | {"attacks", "predict", "report", "twin"},
     "compose": BASE | {"checkpoint", "gallery", "provenance", "recorded", "report"},
     "cli_audit": BASE
     | {"audit", "checkpoint", "cli_evaluate", "evaluate", "options", "progress", "result", "show", "suite"},
-    "cli_list": {"data", "models", "options", "recipes", "show"},
+    "cli_list": {"_text", "data", "models", "options", "recipes", "show"},
     "cli_report": {"compose", "options"},
-    "cli_study": {"models", "options", "progress", "recipes", "run", "show", "study", "suite"},
-    "cli_train": {"cli_evaluate", "cli_report", "models", "options", "progress", "recipes", "run", "train"},
+    "cli_study": {"_text", "models", "options", "recipes", "run", "show", "study", "suite"},
+    "cli_train": {"_text", "cli_evaluate", "cli_report", "models", "options", "progress", "recipes", "run", "train"},
     "verify": BASE | {"attacks", "predict", "result"},
-    "progress": {"evaluate", "run"},
-    "show": {"progress", "result"},
+    "progress": {"_text", "evaluate", "run"},
+    "show": {"_text", "result"},
     "study": BASE | {"checkpoint", "evaluate", "result", "run", "train"},
     "options": {"recipes"},
     "published": BASE | {"checkpoint", "evaluate", "models", "progress", "result", "run", "show", "suite", "train"},

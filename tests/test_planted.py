@@ -94,7 +94,7 @@ def test_a_killed_gradient_stops_pgd_and_neither_random_search_nor_labels_only(f
     how = {"eps": FRAGILE, "batch": 100}
     assert evaluate(network, x, y, "pgd:steps=20", **how).expected("worst").mean < 0.05  # it is not robust at all
     result = evaluate(Killed(network), x, y, "pgd:steps=20,square:queries=1000,rays:queries=1500", **how)
-    clean, pgd, square, rays = (result.expected(s.label).mean for s in result.scores)
+    clean, pgd, square, rays = (result.expected(s.name).mean for s in result.scores)
     assert clean == 1 and pgd > 0.9
     assert square < 0.05 and rays < 0.05
     assert result.expected("worst").mean <= min(square, rays)
@@ -119,7 +119,7 @@ def test_quantise_and_noise_holds_against_plain_pgd_only(fragile):
     listed = "pgd:steps=20:eot=1,square:queries=300:eot=5,transfer:steps=30:eot=5"
     result = evaluate(Quantised(network).eval(), x, y, listed, **how, sources={"bare": network})
     assert result.facts["stochastic"]
-    _, pgd, square, transfer = (result.expected(s.label).mean for s in result.scores)
+    _, pgd, square, transfer = (result.expected(s.name).mean for s in result.scores)
     assert pgd > 0.9 and transfer < 0.05 and square < 0.15
     assert result.expected("worst").mean < 0.05
 
@@ -132,10 +132,10 @@ def test_the_accuracies_of_a_deterministic_model_are_one(fragile):
     y = torch.where(torch.arange(len(y)) < 7, (y + 1) % 10, y)
     result = evaluate(network, x, y, "clean,pgd:steps=5,square:queries=50", eps=0.05)
     assert not result.facts["stochastic"] and result.facts["noise"] == ["fresh"]
-    for name in (*(s.label for s in result.scores), "worst"):
+    for name in (*(s.name for s in result.scores), "worst"):
         expected = result.expected(name)
         assert 0 < expected.mean < 1 and math.isfinite(expected.low)
         assert result.vote(name) == expected == result.as_published(name)
         assert all(result.persistent(name, sends) == expected for sends in (1, 10, 100))
     assert result.expected("clean").mean == 0.93
-    assert result.expected("worst").mean <= min(result.expected(s.label).mean for s in result.scores)
+    assert result.expected("worst").mean <= min(result.expected(s.name).mean for s in result.scores)

@@ -76,7 +76,7 @@ def test_the_evaluation_script_reads_what_training_saved(trained):
             model_load_path=str(path), classifier_name=o.classifier_name, att_eot_num=1, suite="quick", device="cpu"
         )
     )
-    fresh = [s.label for s in result.scores if s.noise == "fresh"]
+    fresh = [s.name for s in result.scores if s.noise == "fresh"]
     assert fresh == ["clean", "apgd20-eot1", "apgd20-t3-eot1", "square300-eot1"]
     assert len(gsem.Result.load(str(path).removesuffix(".pt")).y) == 4
 

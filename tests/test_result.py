@@ -1,17 +1,21 @@
 """Accuracies, intervals and files of a result, against closed forms and planted answers."""
 
 import importlib
+import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from rich.console import Console
 
 from gsem.evaluate import evaluate
 from gsem.predict import votes_won
-from gsem.result import ARRAYS, Interval, Result
+from gsem.result import ARRAYS, Interval, Result, attack_name
+from gsem.show import show_result
 from planted import chance, halves, planted, scores, small_net
 
 module = importlib.import_module("gsem.result")
@@ -56,7 +60,7 @@ def test_a_result_is_read_back_as_it_was(tmp_path, keep_images, name):
     assert again.to_dict() == result.to_dict()
     assert (again.y == result.y).all() and again.y.dtype == np.int64
     for a, b in zip(again.scores, result.scores, strict=True):
-        assert (a.label, a.forwards, a.gradients, a.seconds) == (b.label, b.forwards, b.gradients, b.seconds)
+        assert (a.name, a.forwards, a.gradients, a.seconds) == (b.name, b.forwards, b.gradients, b.seconds)
         assert all((getattr(a, key) == getattr(b, key)).all() for key in ARRAYS)
         assert (a.x_adv is None) if not keep_images else (a.x_adv == b.x_adv).all()
     stem = name.removesuffix(".json").removesuffix(".npz")
@@ -72,11 +76,107 @@ def test_results_whose_names_differ_behind_a_dot_do_not_overwrite_each_other(tmp
     assert Result.load(tmp_path / "accuracy-0.90").expected("clean").mean == pytest.approx(0.9)
 
 
-def test_a_result_names_its_attacks():
-    result = planted(np.full(5, 1), 1)
+def with_noises(draws: int = 20) -> Result:
+    """Two attacks on 30 images, with the noise fresh, frozen and off."""
+    rng, each = np.random.default_rng(0), []
+    for noise in ("fresh", "frozen", "off"):
+        for label, share in (("clean", 0.9), ("pgd5-eot2" if noise == "fresh" else "pgd5-eot1", 0.5)):
+            m = draws if noise == "fresh" else 1
+            each.append(scores(rng.binomial(m, share, 30), attack_name(label, noise), noise=noise))
+    each.append(scores(np.zeros(30, dtype=int), "cw9-unbounded", bounded=False))
+    return Result(each, np.arange(30) % 3, {"draws": draws, "seed": 0, "eps": 8 / 255, "norm": "Linf"}, np.arange(30))
+
+
+NAMES = ["clean", "pgd5-eot2", "clean@frozen", "pgd5-eot1@frozen", "clean@off", "pgd5-eot1@off", "cw9-unbounded"]
+
+
+def test_one_name_is_the_key_in_the_api_in_the_files_and_in_the_table(tmp_path):
+    result = with_noises()
+    keys = [*NAMES, "worst", "worst@frozen", "worst@off"]
+    assert result.names == keys
+    for name in keys:
+        assert result[name].name == name and 0 <= result.expected(name).mean <= 1
     assert result["clean"] is result.scores[0]
-    with pytest.raises(KeyError, match="no attack 'pgd' in this result: clean"):
-        result["pgd"]
+    for unknown in ("pgd", "pgd5-eot1", "worst@of", "worstfrozen"):
+        with pytest.raises(KeyError) as error:
+            result[unknown]
+        assert error.value.args[0] == f"no attack {unknown!r} in this result: {', '.join(keys)}"
+    with pytest.raises(KeyError, match="in this result: clean, worst"):
+        planted(np.full(5, 1), 1)["worst@frozen"]
+    saved = json.loads(result.save(tmp_path / "r").with_suffix(".json").read_text())
+    assert [row["attack"] for row in saved["attacks"]] == NAMES
+    assert list(saved["worst"]) == ["worst", "worst@frozen", "worst@off"]
+    with np.load(tmp_path / "r.npz") as file:
+        assert (file["pgd5-eot1@frozen.correct"] == result["pgd5-eot1@frozen"].correct).all()
+    shown = io.StringIO()
+    show_result(Console(file=shown, width=80), replace(result, facts=result.facts | {"images": 30}), "x")
+    first_words = [line.split(" ")[0] for line in shown.getvalue().splitlines()]
+    assert [word for word in first_words if word in keys] == [
+        *("clean", "pgd5-eot2", "worst", "cw9-unbounded"),
+        *(f"{label}@{noise}" for noise in ("frozen", "off") for label in ("clean", "pgd5-eot1", "worst")),
+    ]
+
+
+def as_before(result: Result, file, about: dict) -> None:
+    """The npz of an earlier version: no name of the noise in an attack's, arrays by number, no rows."""
+    meta = result.to_dict() | {"facts": result.facts | about}
+    meta["attacks"] = [row | {"attack": row["attack"].split("@")[0]} for row in meta["attacks"]]
+    meta["worst"] = {name.partition("@")[2] or "fresh": found for name, found in meta["worst"].items()}
+    arrays = {f"{i}.{key}": getattr(s, key) for i, s in enumerate(result.scores) for key in ARRAYS}
+    np.savez(file, y=result.y, meta=np.array(json.dumps(meta)), **arrays)
+
+
+@pytest.mark.parametrize(
+    ("about", "rows"),
+    [
+        ({}, list(range(30))),
+        ({"about": {"subset": {"kind": "first", "images": 30}}}, list(range(30))),
+        ({"about": {"subset": {"kind": "balanced", "images": 30}}}, None),
+    ],
+)
+def test_files_of_earlier_versions_are_read(tmp_path, about, rows):
+    result = with_noises()
+    as_before(result, tmp_path / "r.npz", about)
+    again = Result.load(tmp_path / "r")
+    assert again.names == result.names
+    assert again.to_dict() == result.to_dict() | {"facts": result.facts | about}
+    assert (None if again.rows is None else again.rows.tolist()) == rows
+
+
+def test_a_loaded_result_draws_no_resamples_again(tmp_path, monkeypatch):
+    result = with_noises()
+    result.save(tmp_path / "new")
+    as_before(result, tmp_path / "old.npz", {})
+    summary = result.to_dict()
+
+    def drawn(*args):
+        raise AssertionError("the interval is in the file")
+
+    monkeypatch.setattr(module, "_resamples", drawn)
+    assert Result.load(tmp_path / "new").to_dict() == Result.load(tmp_path / "old").to_dict() == summary
+
+
+# --- as text -----------------------------------------------------------------------------------------------------
+
+
+def test_a_result_prints_as_a_short_table():
+    result = with_noises()
+    lines = repr(result).splitlines()
+    assert str(result) == repr(result) and len(lines) <= 12 and max(map(len, lines)) <= 80
+    assert lines[0] == "30 images, eps = 8/255 (Linf), 20 scoring draws, seed 0"
+    for name in ("clean", "pgd5-eot2", "worst", "worst@frozen", "worst@off"):
+        mean, low, high = (f"{100 * v:.1f}" for v in result.expected(name))
+        assert re.search(rf"^{name} +{mean}% +{low} – {high}$", repr(result), re.M)
+    assert re.search("^cw9-unbounded +– +no bound$", repr(result), re.M)
+    assert repr(result.scores[1]) == "Scores('pgd5-eot2', 30 images)"
+
+
+def test_a_result_of_many_attacks_prints_as_short_a_table():
+    one = with_noises()
+    many = replace(one, scores=[*one.scores, *(replace(one.scores[1], name=f"pgd{i}-eot2") for i in range(20, 60))])
+    lines = repr(many).splitlines()
+    assert len(lines) <= 12 and lines[-1].startswith("worst@off ")
+    assert "and 37 more (result.names lists all)" in lines
 
 
 def test_a_result_is_a_value():

@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from gsem._text import duration, pixels
 from gsem.audit.record import Audit, Check
 from gsem.audit.run import CHECKS, Progress, audit, told
 from gsem.cli_evaluate import _check_fit, _model, _subset, _told, source_and_eps
@@ -18,8 +19,6 @@ from gsem.data import to_float
 from gsem.device import device_named
 from gsem.module import GSeM
 from gsem.options import AuditOptions
-from gsem.progress import duration
-from gsem.show import pixels
 
 IMAGES, QUICK_IMAGES = 500, 128
 WIDTH = 80

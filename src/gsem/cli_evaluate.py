@@ -1,5 +1,6 @@
 """gsem evaluate and gsem verify: from what a user names to model, images and attacks."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,15 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from gsem._text import percent
 from gsem.checkpoint import load_model
 from gsem.data import Source, Split, balanced, load, to_float
 from gsem.device import device_named
-from gsem.evaluate import evaluate
+from gsem.evaluate import AnotherQuestion, evaluate
 from gsem.fingerprint import data_fingerprint
 from gsem.insert import normalized
 from gsem.options import EvaluateOptions, VerifyOptions
-from gsem.progress import AttackBar, percent
+from gsem.progress import AttackBar
 from gsem.recorded import find, find_named, places_of
 from gsem.result import Result, with_ending
 from gsem.show import show_as_published, show_result
@@ -59,37 +61,69 @@ def evaluate_command(console: Console, o: EvaluateOptions) -> Result:
     source, eps = source_and_eps(o, meta)
     test = source.test()
     subset = {"kind": "all" if o.images is None else "first" if o.first else "balanced", "images": o.images}
-    chosen = _subset(test, subset)
-    x, y = to_float(chosen.x), chosen.y
+    rows = _rows(test, subset)
+    x, y = to_float(test.x[rows]), test.y[rows]
     _check_fit(meta, x)
     told = f"{o.model} on {source.name}: {_told(subset, len(x), len(test))}"
-    run = Path(o.model)
-    out = o.out or _unused(run / "evaluation" if run.is_dir() else Path("evaluation"))
-    device = device_named(o.device)
+    run, device = Path(o.model), device_named(o.device)
     with AttackBar(console) as bar:
-        result = evaluate(
-            model.to(device),
-            x.to(device),
-            y.to(device),
-            attacks,
-            eps=eps,
-            norm=o.norm,
-            draws=o.draws,
-            seed=o.seed,
-            batch=o.batch,
-            sources={name: other.to(device) for name, other in sources.items()},
-            frozen=o.frozen,
-            keep_images=o.keep_images,
-            save=out,
-            about={"model": o.model, **about_data(o, meta, test, out), "subset": subset},
-            report=bar,
-        )
+
+        def evaluated(place: Path) -> Result:
+            return evaluate(
+                model.to(device),
+                x.to(device),
+                y.to(device),
+                attacks,
+                eps=eps,
+                norm=o.norm,
+                draws=o.draws,
+                seed=o.seed,
+                batch=o.batch,
+                sources={name: other.to(device) for name, other in sources.items()},
+                frozen=o.frozen,
+                keep_images=o.keep_images,
+                rows=rows.tolist(),
+                save=place,
+                again=o.again,
+                about={"model": o.model, **about_data(o, meta, test, place), "subset": subset},
+                report=bar,
+            )
+
+        default = run / "evaluation" if run.is_dir() else Path("evaluation")
+        result, place, finished = _at_its_place(evaluated, [o.out] if o.out else _places(default))
     show_result(console, result, told)
     if o.suite in ("paper", "published") and result.facts["stochastic"]:
         show_as_published(console, result)
-    saved = with_ending(out, "")
-    console.print(f"saved in {saved}.json and {saved}.npz", soft_wrap=True)
+    files = f"{with_ending(place, '.json')} and {with_ending(place, '.npz')}"
+    if finished and not o.again:
+        console.print(f"already finished: {files}; --again computes it anew", soft_wrap=True)
+    else:
+        console.print(f"saved in {files}", soft_wrap=True)
     return result
+
+
+def _places(path: Path) -> list[Path]:
+    """`path` and those with a number behind it as long as an evaluation is there, and the first free one."""
+    places = [path]
+    while with_ending(places[-1], ".npz").exists():
+        places.append(path.with_name(f"{path.name}-{len(places) + 1}"))
+    return places
+
+
+def _at_its_place(evaluated: Callable[[Path], Result], places: list[Path]) -> tuple[Result, Path, bool]:
+    """The result at the first place that is free or holds it already; that place; and whether it was there already.
+
+    Raises:
+        AnotherQuestion: all places hold evaluations of something else.
+    """
+    *others, last = places
+    for place in others:
+        try:
+            return evaluated(place), place, True
+        except AnotherQuestion:
+            continue
+    finished = with_ending(last, ".npz").exists()
+    return evaluated(last), last, finished
 
 
 def _named(o: Any, meta: dict[str, Any]) -> dict[str, Any]:
@@ -120,9 +154,12 @@ def verify_command(console: Console, o: VerifyOptions) -> None:
         test = find_named(where, about.get("data_path"), about.get("places", {}), Path(o.result).parent).test()
     else:
         test = load(where, o.data_path).test()
-    chosen = _subset(test, about.get("subset", {"kind": "first", "images": len(result.y)}))
+    if result.rows is not None and result.rows.max() < len(test):
+        rows = torch.from_numpy(result.rows)
+    else:
+        rows = _rows(test, about.get("subset", {"kind": "first", "images": len(result.y)}))
     device = device_named(o.device)
-    x, y = to_float(chosen.x).to(device), chosen.y.to(device)
+    x, y = to_float(test.x[rows]).to(device), test.y[rows].to(device)
     found = verify(result, model.to(device), x, y, draws=o.draws, seed=o.seed)
     problems = 0
     for one in found:
@@ -176,13 +213,18 @@ def _normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _subset(test: Split, subset: dict[str, Any]) -> Split:
+    rows = _rows(test, subset)
+    return Split(test.x[rows], test.y[rows])
+
+
+def _rows(test: Split, subset: dict[str, Any]) -> Tensor:
+    """The numbers of the images of a subset in the test split."""
     kind, images = subset["kind"], subset["images"]
     if images is not None and images < 1:
         raise ValueError(f"--images must be at least 1, not {images}")
     if kind == "all" or images >= len(test):
-        return test
-    picked = torch.arange(images) if kind == "first" else balanced(test.y, images)
-    return Split(test.x[picked], test.y[picked])
+        return torch.arange(len(test))
+    return torch.arange(images) if kind == "first" else balanced(test.y, images)
 
 
 def _told(subset: dict[str, Any], images: int, of: int) -> str:
@@ -190,15 +232,6 @@ def _told(subset: dict[str, Any], images: int, of: int) -> str:
         return f"{of} test images"
     kind = "the first" if subset["kind"] == "first" else "a fixed, class-balanced subset of"
     return f"{kind} {images} of {of} test images"
-
-
-def _unused(path: Path) -> Path:
-    """`path`, or with a number behind it: an earlier evaluation is not overwritten."""
-    free, number = path, 1
-    while free.with_name(f"{free.name}.npz").exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
 
 
 def _check_fit(meta: dict[str, Any], x: Tensor) -> None:

@@ -3,11 +3,12 @@
 from rich.console import Console
 from rich.table import Table
 
+from gsem._text import pixels
 from gsem.data import SOURCES, load
 from gsem.models import MODELS
 from gsem.options import DataOptions, NoOptions
 from gsem.recipes import ABOUT, RECIPES
-from gsem.show import pixels, show_list
+from gsem.show import show_list
 
 
 def recipes_command(console: Console, o: NoOptions) -> None:

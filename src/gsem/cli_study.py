@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gsem._text import percent
 from gsem.models import canonical_name
 from gsem.options import StudyOptions, unknown
-from gsem.progress import percent
 from gsem.recipes import Recipe
 from gsem.run import Progress, TrainingInterrupted
 from gsem.show import study_table

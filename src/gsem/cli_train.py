@@ -7,11 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
+from gsem._text import duration, percent
 from gsem.cli_evaluate import evaluate_command
 from gsem.cli_report import write_report
 from gsem.models import canonical_name
 from gsem.options import DemoOptions, EvaluateOptions, TrainOptions
-from gsem.progress import Scalars, TrainingBar, duration, percent
+from gsem.progress import Scalars, TrainingBar
 from gsem.recipes import RECIPES, Recipe
 from gsem.run import Progress, Run, TrainingInterrupted
 from gsem.train import train
@@ -84,7 +85,6 @@ def demo_command(console: Console, o: DemoOptions) -> None:
         attacks="clean,pgd:steps=100",
         images=200,
         frozen=False,
-        out=run.path / "evaluation",
         keep_images=True,  # for the report to show
         device=o.device,
     )

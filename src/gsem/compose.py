@@ -116,13 +116,13 @@ def _kept(entry: Entry) -> Images | None:
     if result is None or not any(s.name == "clean" for s in result.scores):
         return None
     # Not `worst`, which has the image as it is wherever no attack is worse: here the attacks are to be seen.
-    attacks = [s for s in result.scores if s.noise == "fresh" and s.bounded and s.label != "clean"]
+    attacks = [s for s in result.scores if s.noise == "fresh" and s.bounded and s.name != "clean"]
     x, kept = result["clean"].x_adv, [s.x_adv for s in attacks if s.x_adv is not None]
     if x is None or not kept or len(kept) < len(attacks):
         return None
     chosen = np.stack([s.selection for s in attacks]).argmin(0)
     points = np.stack(kept)[chosen, np.arange(len(chosen))]
-    how = f"the points of the evaluation's attacks ({', '.join(s.label for s in attacks)}), of each image the worst"
+    how = f"the points of the evaluation's attacks ({', '.join(s.name for s in attacks)}), of each image the worst"
     return torch.from_numpy(x), torch.from_numpy(result.y), torch.from_numpy(points), how
 
 

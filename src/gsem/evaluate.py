@@ -2,25 +2,28 @@
 
 import copy
 import platform
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks import Counting, NotFinite, Step, counting
+from gsem._text import with_rows
+from gsem.attacks import Counting, Step, counting
 from gsem.attacks._core import Norm, check_arguments, check_result, distances
 from gsem.fingerprint import data_fingerprint, model_fingerprint
 from gsem.ledger import Ledger, differences, question
 from gsem.lock import locked
 from gsem.module import GSeM, noise
 from gsem.predict import BATCH, answers, is_stochastic, votes_won
-from gsem.result import VOTERS, Result, Scores, joined, with_ending
+from gsem.result import VOTERS, Result, Scores, attack_name, joined, with_ending
 from gsem.streams import split, stream
 from gsem.suite import SUITES, Attack, suite
 from gsem.twin import search_twin
@@ -40,7 +43,8 @@ class Progress:
     standing: int
     """Images of the current batch that this attack still works on."""
     accuracy: float | None
-    """Share of the images so far, 0 to 1, that stand: those finished, and those of the current batch."""
+    """Expected accuracy so far, 0 to 1, on the selection draws; images of the current batch that still stand count as
+    right."""
     gradients_per_second: float
     """Image rows forward and back, in the current batch."""
     seconds_left: float | None
@@ -64,7 +68,9 @@ def evaluate(
     sources: Mapping[str, nn.Module] | None = None,
     frozen: bool = True,
     keep_images: bool = False,
+    rows: Sequence[int] | Int[np.ndarray, " n"] | None = None,
     save: str | Path | None = None,
+    again: bool = False,
     about: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> Result:
@@ -89,15 +95,18 @@ def evaluate(
         frozen: whether a stochastic GSeM model is attacked and scored also with its noise frozen by a seed that the
             attacker knows, and with its noise off.
         keep_images: keep the adversarial examples in the result.
+        rows: row of each image in the data set it is from, for the result and for messages; default: 0, 1, …, n − 1.
         save: where the result goes (`Result.save`). Every finished batch is kept beside it meanwhile, and the same
-            call goes on from there after an interruption, to the same result. A result that is there already is
-            replaced only by one of the same model, images and arguments.
+            call goes on from there after an interruption, to the same result. If a result of the same model, images
+            and arguments is there already, it is returned and nothing is computed; one of anything else is an error.
+        again: compute a result that is there already anew, and replace it.
         about: what the caller wants to be kept in the result's facts (values as JSON takes them).
         report: called with a `Progress` while it runs.
 
     Raises:
         ValueError: an unknown attack or option, arguments out of range, logits that are not finite; at `save`, a
-            result or an unfinished evaluation of something else, or one in progress in another process (`Locked`).
+            result of something else (`AnotherQuestion`), an unfinished evaluation of something else, or one in
+            progress in another process (`Locked`).
     """
     if not len(x):
         raise ValueError("there are no images to evaluate on")
@@ -105,7 +114,9 @@ def evaluate(
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
     check_arguments(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
     chosen = _chosen(attacks, transferable=bool(sources) or _defended(model))
-    _check_labels(model, x, y)
+    numbers = _checked_rows(rows, len(x))
+    with _rows_named(numbers):
+        _check_labels(model, x, y)
     stochastic = is_stochastic(model, x[:batch])
     modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
     labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
@@ -134,18 +145,73 @@ def evaluate(
         for mode in modes:
             # What others are broken by, and unbounded points, are questions about the model as it is used.
             asked_now = [a for a in chosen if mode == "fresh" or (a.bounded and a.name != "transfer")]
-            with _mode(model, mode, seed, len(modes) > 1):
+            with _mode(model, mode, seed, len(modes) > 1), _rows_named(numbers):
                 transfers = any(a.name == "transfer" for a in asked_now)
                 evaluation.ready(mode, facts["draws"], dict(sources or {}) if transfers else None)
                 scores += [evaluation.score(attack) for attack in asked_now]
-        return Result(scores, y.cpu().numpy(), facts)
+        return Result(scores, y.cpu().numpy(), facts, numbers)
 
-    return scored(None) if save is None else _saved(Path(save), question(facts), scored)
+    if save is None:
+        return scored(None)
+    finished = _finished(with_ending(save, ""), question(facts), None if rows is None else numbers)
+    if finished is None or again:
+        return _saved(with_ending(save, ""), question(facts), scored)
+    if keep_images and any(s.x_adv is None for s in finished.scores):
+        raise ValueError(
+            f"{with_ending(save, '.npz')} is this evaluation, finished without its adversarial examples. --again "
+            "(again=True) computes it anew and keeps them"
+        )
+    return finished
 
 
-def _saved(save: Path, asked: dict[str, Any], scored: Callable[[Ledger], Result]) -> Result:
-    """The result, computed with a ledger beside `save`, and saved there."""
-    out = with_ending(save, "")
+def _checked_rows(rows: Sequence[int] | Int[np.ndarray, " n"] | None, images: int) -> Int[np.ndarray, " n"]:
+    if rows is None:
+        return np.arange(images)
+    found = np.asarray(rows)
+    if found.shape != (images,) or not np.issubdtype(found.dtype, np.integer) or (found < 0).any():
+        raise ValueError(f"rows must be the rows of the {images} images in their data set, integers of at least 0")
+    return found.astype(np.int64)
+
+
+@contextmanager
+def _rows_named(rows: Int[np.ndarray, " n"]) -> Iterator[None]:
+    """An error that names an image by its number names its row in the data set too."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (with_rows(str(error), rows), *error.args[1:])
+        raise
+
+
+@contextmanager
+def _numbered_among_all(name: str, first: int) -> Iterator[None]:
+    """An error about an image of a batch names the attack, and the image's number among all."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"image (\d+) of the attacked batch", lambda m: f"image {first + int(m[1])}", str(error))
+        if text != str(error):
+            error.args = (f"attack {name!r}: {text}", *error.args[1:])
+        raise
+
+
+def _finished(out: Path, asked: Mapping[str, Any], rows: Int[np.ndarray, " n"] | None) -> Result | None:
+    """The result of this question that is saved at `out`, if there is one.
+
+    Raises:
+        AnotherQuestion: the result there is one of something else.
+    """
+    refuse_to_overwrite(out, asked)
+    if not with_ending(out, ".npz").exists():
+        return None
+    result = Result.load(out)
+    if rows is not None and result.rows is not None and not np.array_equal(rows, result.rows):
+        raise AnotherQuestion(out, ["the rows of the images in their data set"])
+    return result
+
+
+def _saved(out: Path, asked: dict[str, Any], scored: Callable[[Ledger], Result]) -> Result:
+    """The result, computed with a ledger beside `out`, and saved there."""
     out.parent.mkdir(parents=True, exist_ok=True)
     instead = "wait for its end, or choose another --out"
     with locked(out.with_name(f".{out.name}.lock"), f"evaluating into {out}", instead):
@@ -161,17 +227,24 @@ def _saved(save: Path, asked: dict[str, Any], scored: Callable[[Ledger], Result]
     return result
 
 
+class AnotherQuestion(ValueError):
+    """The result that is saved at a place is one of something else."""
+
+    def __init__(self, out: Path, different: list[str]):
+        super().__init__(
+            f"{with_ending(out, '.npz')} is there already, and is an evaluation of something else. Different are: "
+            f"{'; '.join(different)}. Choose another --out, or move it away"
+        )
+
+
 def refuse_to_overwrite(out: Path, asked: Mapping[str, Any]) -> None:
-    """Raise a ValueError if at `out` there is the result of another question."""
+    """Raise AnotherQuestion if at `out` there is the result of another question."""
     facts = Result.saved_facts(out)
     if facts is None:
         return
     other = differences(question(facts), asked) if "fingerprint" in facts else ["it does not say what it is of"]
     if other:
-        raise ValueError(
-            f"{with_ending(out, '.npz')} is there already, and is an evaluation of something else. Different are: "
-            f"{'; '.join(other)}. Choose another --out, or move it away"
-        )
+        raise AnotherQuestion(out, other)
 
 
 def _chosen(attacks: str | Sequence[Attack | str], *, transferable: bool) -> list[Attack]:
@@ -233,21 +306,21 @@ class _Evaluation:
 
     def score(self, attack: Attack) -> Scores:
         """All images under one attack."""
-        label = attack.label(eps=self.eps, stochastic=self.stochastic)
-        name = label if self.mode == "fresh" else f"{label}@{self.mode}"
+        name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
         parts: list[Scores] = []
         for first in range(0, len(self.x), self.batch):
-            watch = _Watch(self.report, name, len(self.x), parts, min(self.batch, len(self.x) - first))
+            size = min(self.batch, len(self.x) - first)
+            watch = _Watch(self.report, name, len(self.x), parts, size, self.draws)
             part = self.ledger.read(name, first) if self.ledger is not None else None
             if part is None:
-                part = self._batch(attack, label, name, first, watch)
+                part = self._batch(attack, name, first, watch)
                 if self.ledger is not None:
                     self.ledger.write(name, first, part)
             parts.append(part)
             watch.finished()
         return joined(parts, keep_images=self.keep_images)
 
-    def _batch(self, attack: Attack, label: str, name: str, first: int, watch: "_Watch") -> Scores:
+    def _batch(self, attack: Attack, name: str, first: int, watch: "_Watch") -> Scores:
         one = slice(first, first + self.batch)
         x, y = self.x[one], self.y[one]
         # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
@@ -255,7 +328,7 @@ class _Evaluation:
         started = time.monotonic()
         watch.model = counted = counting(self.twin)
         how: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "stochastic": self.stochastic}
-        try:
+        with _numbered_among_all(name, first):
             x_adv = attack.run(
                 counted,
                 x,
@@ -267,8 +340,6 @@ class _Evaluation:
             )
             if attack.bounded:
                 check_result(x_adv, x, eps=self.eps, norm=self.norm)
-        except NotFinite as error:
-            raise NotFinite(f"{name}, images from {first}: {error}") from None
         seconds = time.monotonic() - started
         selection, scoring = (
             answers(self.model, x_adv, draws=self.draws, seed=split(self.seed, stream, *names), first=first)
@@ -286,7 +357,7 @@ class _Evaluation:
             "x_adv": x_adv,
         }
         return Scores(
-            label=label,
+            name=name,
             **{key: value.cpu().numpy() for key, value in arrays.items()},
             forwards=counted.forwards,
             gradients=counted.gradients,
@@ -312,10 +383,11 @@ def undefended(model: nn.Module) -> dict[str, nn.Module]:
 class _Watch:
     """One batch under one attack, as its observer sees it."""
 
-    def __init__(self, report: Report | None, name: str, images: int, parts: list[Scores], size: int):
+    def __init__(self, report: Report | None, name: str, images: int, parts: list[Scores], size: int, draws: int):
         self.report, self.name, self.images, self.size = report, name, images, size
         self.done = sum(len(p.correct) for p in parts)
-        self.stood = sum(int((p.selection > 0).sum()) for p in parts)
+        self.draws = draws
+        self.right = self._right(parts)
         self.seconds = sum(p.seconds for p in parts)
         self.parts = parts
         self.started = self.told = time.monotonic()
@@ -325,14 +397,17 @@ class _Watch:
         now = time.monotonic()
         if now - self.told >= REPORT_EVERY:
             self.told = now
-            self._tell(self.done, len(step.rows), (self.stood + len(step.rows)) / (self.done + self.size))
+            self._tell(self.done, len(step.rows), (self.right + len(step.rows)) / (self.done + self.size))
 
     def finished(self) -> None:
         """The batch is in `parts` now."""
         done = self.done + self.size
-        stood = sum(int((p.selection > 0).sum()) for p in self.parts)
         self.seconds = sum(p.seconds for p in self.parts)
-        self._tell(done, 0, stood / done)
+        self._tell(done, 0, self._right(self.parts) / done)
+
+    def _right(self, parts: list[Scores]) -> float:
+        """Images that are right: each counts with its share of right selection draws, as in an expected accuracy."""
+        return sum(float(p.selection.sum()) for p in parts) / self.draws
 
     def _tell(self, done: int, standing: int, accuracy: float) -> None:
         if self.report is None:

@@ -108,7 +108,7 @@ class Ledger:
             return None
 
     def write(self, name: str, first: int, part: Scores) -> None:
-        facts = {key: getattr(part, key) for key in ("label", *FIELDS)}
+        facts = {key: getattr(part, key) for key in ("name", *FIELDS)}
         arrays = {key: getattr(part, key) for key in (*ARRAYS, "x_adv")}
         with written_whole(self._file(name, first)) as file:
             np.savez(file, facts=np.array(json.dumps(facts)), **arrays)

@@ -99,8 +99,10 @@ class EvaluateOptions:
     """Images attacked at once."""
     seed: int = 0
     out: Path | None = None
-    """Where the result goes, as OUT.json and OUT.npz; RUN/evaluation, or evaluation here, unless told;
-    with a number behind it where there is one already."""
+    """Where the result goes, as OUT.json and OUT.npz; default: RUN/evaluation, or evaluation here, with a number behind
+    it where there is one of something else."""
+    again: bool = False
+    """Compute the evaluation anew where it is finished already; by default, the saved table is shown."""
     keep_images: bool = False
     """Keep the adversarial examples in the .npz."""
     normalize: str | None = None

@@ -1,30 +1,20 @@
 """What a person sees of a training or an evaluation while it runs."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from gsem._text import duration, percent
 from gsem.evaluate import Progress as AttackProgress
 from gsem.run import Progress as TrainingProgress
 
 # A fall of the robust accuracy below its best that is worth showing: robust overfitting (Rice et al. 2020).
 OVERFITTING = 0.02
-
-
-def duration(seconds: float) -> str:
-    """`4 s`, `3:20 min`, `1:05 h`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02} min"
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02} h"
-
-
-def percent(share: float | None) -> str:
-    return "   –  " if share is None else f"{100 * share:5.1f}%"
+LINE_EVERY = 30.0  # seconds between lines of an evaluation that writes to a file or a pipe
 
 
 class TrainingBar:
@@ -86,9 +76,14 @@ class Scalars:
 
 
 class AttackBar:
-    """A bar on a terminal; silent elsewhere, where the table follows."""
+    """A bar for each attack on a terminal. Elsewhere a line now and then, and one when an attack is finished.
 
-    def __init__(self, console: Console):
+    Args:
+        clock: seconds, as `time.monotonic` counts them.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        self.console, self.clock = console, clock
         self.bar = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(bar_width=8),
@@ -99,6 +94,8 @@ class AttackBar:
             disable=not console.is_terminal,
         )
         self.tasks: dict[str, TaskID] = {}
+        self.printed = clock()
+        self.started: dict[str, float] = {}
 
     def __enter__(self) -> "AttackBar":
         self.bar.start()
@@ -108,6 +105,9 @@ class AttackBar:
         self.bar.stop()
 
     def __call__(self, p: AttackProgress) -> None:
+        if not self.console.is_terminal:
+            self._print(p)
+            return
         if p.name not in self.tasks:
             self.tasks[p.name] = self.bar.add_task(p.name, total=p.images, news="")
         news = f"{percent(p.accuracy).strip()} so far"
@@ -115,3 +115,15 @@ class AttackBar:
             news += f", {p.standing} stand, {p.gradients_per_second:.0f} grad/s"
             news += "" if p.seconds_left is None else f", {duration(p.seconds_left)}"
         self.bar.update(self.tasks[p.name], completed=p.done, news=news)
+
+    def _print(self, p: AttackProgress) -> None:
+        now, finished = self.clock(), p.done == p.images
+        started = self.started.setdefault(p.name, now)
+        if now - self.printed < LINE_EVERY and not finished:
+            return
+        self.printed = now
+        passed = f"{duration(now - started)}"
+        # (How long a batch takes is not known before the first one is finished.)
+        time_left = f"{passed} so far" if p.seconds_left is None else f"{duration(p.seconds_left)} left"
+        line = f"{p.name:<20} {p.done}/{p.images} images, {percent(p.accuracy).strip()}"
+        self.console.print(f"{line}, {passed}" if finished else f"{line} so far, {time_left}", soft_wrap=True)

@@ -22,7 +22,7 @@ from gsem.interrupt import exit_code, sigterm_raises
 from gsem.models import canonical_name
 from gsem.progress import AttackBar
 from gsem.recipes import RECIPES, Recipe
-from gsem.result import Result
+from gsem.result import Result, with_ending
 from gsem.run import Progress, TrainingInterrupted
 from gsem.show import show_as_published, show_result
 from gsem.suite import ATTACKS, Attack, suite
@@ -202,11 +202,14 @@ def run_evaluation(options: EvaluateOptions) -> Result:
     ]
     console = Console(highlight=False, markup=False)
     out = Path(o.model_load_path.removesuffix(".pt"))
+    finished = with_ending(out, ".npz").exists()
     with AttackBar(console) as bar:
         result = evaluate(model.to(device), x, y, attacks, eps=8 / 255, batch=o.batch_size, save=out, report=bar)
     show_result(console, result, f"{o.model_load_path} on {o.dataset_name}: {len(test)} test images")
     if result.facts["stochastic"]:
         show_as_published(console, result)
+    if finished:  # (of anything else, `evaluate` would have refused it)
+        console.print(f"already finished: {with_ending(out, '.npz')}; delete it to compute it anew", soft_wrap=True)
     return result
 
 

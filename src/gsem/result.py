@@ -1,9 +1,14 @@
-"""What an evaluation found, per image and attack: the four accuracies of a stochastic classifier, and files."""
+"""What an evaluation found, per image and attack: the four accuracies of a stochastic classifier, and files.
+
+An attack has one name everywhere, in tables, in files and as the key of a result: the label of the arguments that ran,
+with `@frozen` or `@off` behind it where the noise was not fresh (`pgd100-eot20`, `pgd100-eot1@frozen`). The worst case
+over the attacks is `worst`, `worst@frozen` and `worst@off`.
+"""
 
 import json
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from gsem._text import between, columns, percent, pixels
 from gsem.checkpoint import write_atomically, written_whole
 from gsem.streams import split
 
@@ -18,6 +24,14 @@ BOOTSTRAP = 10_000
 KEPT = 50_000_000  # counts of resamples that are kept for the next interval: 100 MB
 VOTERS = 11
 PERSISTENCE = (1, 10, 100)
+ACCURACIES = ("expected", "vote", *(f"persistent{n}" for n in PERSISTENCE))
+NOISES = ("fresh", "frozen", "off")
+SHOWN = 7  # attacks in the short table of `print(result)`
+
+
+def attack_name(label: str, noise: str) -> str:
+    """The name of an attack in a result: `pgd100-eot20`, `pgd100-eot1@frozen`."""
+    return label if noise == "fresh" else f"{label}@{noise}"
 
 
 class Interval(NamedTuple):
@@ -28,11 +42,12 @@ class Interval(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """What one attack did, per image."""
 
-    label: str
+    name: str
+    """The attack's key in the result, in files and in tables."""
     correct: Int[np.ndarray, " n"]
     """Scoring draws in which the image was still classified as its label."""
     votes: Float[np.ndarray, " n"]
@@ -53,37 +68,63 @@ class Scores:
     """Whether the points lie within eps. Others have distances, not a robust accuracy."""
     x_adv: Float[np.ndarray, "n c h w"] | None = None
 
-    @property
-    def name(self) -> str:
-        """The label, with the noise unless it is fresh."""
-        return self.label if self.noise == "fresh" else f"{self.label}@{self.noise}"
+    def __repr__(self) -> str:
+        return f"Scores({self.name!r}, {len(self.correct)} images)"
 
 
 ARRAYS = ("correct", "votes", "selection", "single", "linf", "l2")
 FIELDS = ("forwards", "gradients", "seconds", "noise", "bounded")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """An evaluation: for each attack, per image, how many scoring draws stayed right."""
+    """An evaluation: for each attack, per image, how many scoring draws stayed right. `print(result)` is a table."""
 
     scores: list[Scores]
     y: Int[np.ndarray, " n"]
     facts: dict[str, Any]
     """eps, norm, draws, seed, stochastic, images, options of each attack, versions."""
+    rows: Int[np.ndarray, " n"] | None = None
+    """Row of each image in the data set's test split, from 0; None in files of earlier versions that do not say."""
+    _bounds: dict[bytes, tuple[float, float]] = field(default_factory=dict, init=False, compare=False)
+    """Bootstrap intervals computed so far, by the values that they are of: at 10,000 images one takes seconds."""
 
     @property
     def draws(self) -> int:
         return self.facts["draws"]
 
+    @property
+    def names(self) -> list[str]:
+        """The key of every attack, then those of the worst cases: all that `result[name]` takes."""
+        modes = {s.noise for s in self.scores if s.bounded}
+        return [*(s.name for s in self.scores), *(attack_name("worst", noise) for noise in NOISES if noise in modes)]
+
     def __getitem__(self, name: str) -> Scores:
-        """Of an attack by its name (`apgd100-eot20`, `apgd100-eot1@frozen`), or of the worst: `worst`."""
-        if name.split("@")[0] == "worst":
-            return self.worst(name.removeprefix("worst").removeprefix("@") or "fresh")
+        """Of an attack by its name (`apgd100-eot20`, `apgd100-eot1@frozen`), or of a worst case (`worst@off`)."""
+        if name not in self.names:
+            raise KeyError(f"no attack {name!r} in this result: {', '.join(self.names)}")
         for scores in self.scores:
             if scores.name == name:
                 return scores
-        raise KeyError(f"no attack {name!r} in this result: {', '.join(s.name for s in self.scores)}")
+        return self.worst(name.removeprefix("worst").removeprefix("@") or "fresh")
+
+    def __repr__(self) -> str:
+        """A table of the attacks with the noise fresh and of the worst cases: expected accuracy, 95% interval."""
+        facts, names = self.facts, [s.name for s in self.scores if s.noise == "fresh"]
+        worst = [name for name in self.names if name.split("@")[0] == "worst"]
+        cut = names[: SHOWN if len(names) <= SHOWN else SHOWN - 1]
+        table = [("attack", "expected", "95% interval")]
+        for name in [*cut, *(worst if len(self.scores) > 1 else [])]:
+            mean, low, high = self.expected(name)
+            bounded = self[name].bounded
+            table.append((name, percent(mean), between(low, high)) if bounded else (name, "–", "no bound"))
+        lines = columns(table)
+        if len(names) > len(cut):
+            lines.insert(1 + len(cut), f"and {len(names) - len(cut)} more (result.names lists all)")
+        said = [f"{len(self.y)} images"]
+        said += [f"eps = {pixels(facts['eps'])} ({facts.get('norm', 'Linf')})"] if "eps" in facts else []
+        said += [f"{self.draws} scoring draws" if self.draws > 1 else "deterministic", f"seed {facts['seed']}"]
+        return "\n".join([", ".join(said), *lines])
 
     def draws_of(self, scores: Scores) -> int:
         """Scoring draws behind these scores: one where the noise was frozen or off."""
@@ -100,41 +141,51 @@ class Result:
             raise KeyError(f"nothing was evaluated with the noise {noise}")
         chosen = np.stack([s.selection for s in all_]).argmin(0)
         arrays = {
-            key: np.stack([getattr(s, key) for s in all_])[chosen, np.arange(len(chosen))]
-            for key in ("correct", "votes", "selection", "single", "linf", "l2")
+            array: np.stack([getattr(s, array) for s in all_])[chosen, np.arange(len(chosen))] for array in ARRAYS
         }
-        cost = {key: sum(getattr(s, key) for s in all_) for key in ("forwards", "gradients", "seconds")}
-        return Scores(label="worst", **arrays, **cost, noise=noise)
+        cost = {what: sum(getattr(s, what) for s in all_) for what in ("forwards", "gradients", "seconds")}
+        return Scores(name=attack_name("worst", noise), **arrays, **cost, noise=noise)
 
     # --- the accuracies ------------------------------------------------------------------------------------
 
     def expected(self, name: str) -> Interval:
         """Expected accuracy under an attack: the mean of 1 − p over images, p the share of wrong scoring draws."""
-        scores = self[name]
-        return self._interval(scores.correct / self.draws_of(scores))
+        values = self._values(name, "expected")
+        assert values is not None
+        return self._interval(values)
 
     def vote(self, name: str) -> Interval | None:
         """Accuracy of the plurality of 11 draws, ties wrong, each prediction on draws of its own.
 
         None with fewer than 11 scoring draws of a stochastic model."""
-        votes = self[name].votes
-        return None if np.isnan(votes).any() else self._interval(votes)
+        values = self._values(name, "vote")
+        return None if values is None else self._interval(values)
 
     def persistent(self, name: str, sends: int) -> Interval | None:
         """Accuracy against someone who sends the image `sends` times and needs one error: C(c, N) / C(m, N).
 
         Unbiased, where (c/m)^N is not. None with fewer scoring draws than that of a stochastic model."""
+        values = self._values(name, f"persistent{sends}")
+        return None if values is None else self._interval(values)
+
+    def _values(self, name: str, accuracy: str) -> Float[np.ndarray, " n"] | None:
+        """Per image what an accuracy is the mean of; None where there are too few draws for it."""
         scores = self[name]
         draws = self.draws_of(scores)
+        if accuracy == "expected":
+            return scores.correct / draws
+        if accuracy == "vote":
+            return None if np.isnan(scores.votes).any() else scores.votes
+        sends = int(accuracy.removeprefix("persistent"))
         if draws == 1:  # deterministic: every answer is the same
-            return self._interval(scores.correct.astype(float))
+            return scores.correct.astype(float)
         if sends > draws:
             return None
         # C(c, N) / C(m, N) = Π (c − i) / (m − i), without the large numbers.
         stays = np.ones(len(scores.correct))
         for i in range(sends):
             stays *= np.maximum(scores.correct - i, 0) / (draws - i)
-        return self._interval(stays)
+        return stays
 
     def as_published(self, name: str) -> Interval:
         """The accuracy that the released evaluation would have printed for these points.
@@ -156,20 +207,21 @@ class Result:
         return 1 - scores.correct / self.draws_of(scores)
 
     def _interval(self, values: Float[np.ndarray, " n"]) -> Interval:
-        means = np.concatenate(
-            [counts @ values / len(values) for counts in _resamples(self.facts["seed"], len(values))]
-        )
-        low, high = np.quantile(means, [0.025, 0.975])
-        return Interval(float(values.mean()), float(low), float(high))
+        of = values.tobytes()
+        if of not in self._bounds:
+            resamples = _resamples(self.facts["seed"], len(values))
+            means = np.concatenate([counts @ values / len(values) for counts in resamples])
+            low, high = np.quantile(means, [0.025, 0.975])
+            self._bounds[of] = float(low), float(high)
+        return Interval(float(values.mean()), *self._bounds[of])
 
     # --- files ---------------------------------------------------------------------------------------------
 
     def summary(self, name: str) -> dict[str, Any]:
         """One attack's accuracies, each with its mean, low and high, or None."""
         scores = self[name]
-        found = {"expected": self.expected(name), "vote": self.vote(name)}
-        found |= {f"persistent{n}": self.persistent(name, n) for n in PERSISTENCE}
-        summary: dict[str, Any] = {key: None if value is None else value._asdict() for key, value in found.items()}
+        found = {a: self._values(name, a) for a in ACCURACIES}
+        summary: dict[str, Any] = {a: None if v is None else self._interval(v)._asdict() for a, v in found.items()}
         if not scores.bounded:
             reached = scores.l2[self.broken(name)]
             median = float(np.median(reached)) if len(reached) else None
@@ -180,30 +232,31 @@ class Result:
         """The summary: facts, each attack's accuracies with intervals and cost, and the worst case."""
         rows = [
             {
-                "attack": s.label,
+                "attack": s.name,
                 **self.expected(s.name)._asdict(),
                 **{key: value for key, value in self.summary(s.name).items() if key != "expected"},
                 **{key: getattr(s, key) for key in FIELDS},
             }
             for s in self.scores
         ]
-        modes = sorted({s.noise for s in self.scores if s.bounded}, key=("fresh", "frozen", "off").index)
-        worst = {noise: self.summary("worst" if noise == "fresh" else f"worst@{noise}") for noise in modes}
+        worst = {name: self.summary(name) for name in self.names if name.split("@")[0] == "worst"}
         return {"facts": self.facts, "attacks": rows, "worst": worst}
 
     def save(self, path: str | Path) -> Path:
         """`PATH.json`, the summary, and `PATH.npz`, everything per image. PATH may carry either ending.
+
+        The npz holds `y`, `rows`, and for each attack `NAME.correct`, `NAME.votes`, … and `NAME.x_adv`, if kept.
 
         Returns:
             PATH without an ending.
         """
         path = with_ending(path, "")
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, np.ndarray] = {"y": self.y}
-        for number, s in enumerate(self.scores):
-            arrays |= {f"{number}.{key}": getattr(s, key) for key in ARRAYS}
+        arrays: dict[str, np.ndarray] = {"y": self.y} if self.rows is None else {"y": self.y, "rows": self.rows}
+        for s in self.scores:
+            arrays |= {f"{s.name}.{array}": getattr(s, array) for array in ARRAYS}
             if s.x_adv is not None:
-                arrays[f"{number}.x_adv"] = s.x_adv
+                arrays[f"{s.name}.x_adv"] = s.x_adv
         summary = self.to_dict()
         arrays["meta"] = np.array(json.dumps(summary))
         with written_whole(with_ending(path, ".npz")) as file:
@@ -213,19 +266,34 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
-        """What `save` wrote."""
+        """What `save` wrote, also in earlier versions."""
         with np.load(with_ending(path, ".npz"), allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
-            scores = [
-                Scores(
-                    label=row["attack"],
-                    **{key: file[f"{number}.{key}"] for key in ARRAYS},
-                    **{key: row[key] for key in FIELDS},
-                    x_adv=file.get(f"{number}.x_adv"),
-                )
-                for number, row in enumerate(meta["attacks"])
-            ]
-            return cls(scores, file["y"], meta["facts"])
+            scores = []
+            for number, row in enumerate(meta["attacks"]):
+                # Earlier versions named an attack without its noise, and its arrays by its number.
+                noise = row["noise"]
+                name = attack_name(row["attack"].removesuffix(f"@{noise}"), noise)
+                named = name if f"{name}.correct" in file else str(number)
+                arrays = {array: file[f"{named}.{array}"] for array in ARRAYS}
+                facts = {what: row[what] for what in FIELDS}
+                scores.append(Scores(name=name, **arrays, **facts, x_adv=file.get(f"{named}.x_adv")))
+            rows = file["rows"] if "rows" in file else _former_rows(meta["facts"], len(file["y"]))
+            result = cls(scores, file["y"], meta["facts"], rows)
+        result._take_bounds(meta)
+        return result
+
+    def _take_bounds(self, meta: dict[str, Any]) -> None:
+        """The intervals of a summary, so that they are not computed again."""
+        known = {s.name: row | {"expected": row} for s, row in zip(self.scores, meta["attacks"], strict=True)}
+        # (Of earlier versions, the worst cases are under fresh, frozen and off.)
+        known |= {attack_name("worst", noise): meta["worst"].get(noise, {}) for noise in NOISES}
+        known |= {name: found for name, found in meta["worst"].items() if name not in NOISES}
+        for name in self.names:
+            for accuracy in ACCURACIES:
+                saved, values = known[name].get(accuracy), self._values(name, accuracy)
+                if saved is not None and values is not None:
+                    self._bounds[values.tobytes()] = (saved["low"], saved["high"])
 
     @classmethod
     def saved_facts(cls, path: str | Path) -> dict[str, Any] | None:
@@ -239,6 +307,12 @@ class Result:
         except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile):
             return {}
         return facts if isinstance(facts, dict) else {}
+
+
+def _former_rows(facts: dict[str, Any], images: int) -> Int[np.ndarray, " n"] | None:
+    """Of a file of an earlier version: known where its images were the first of the data, or all."""
+    kind = facts.get("about", {}).get("subset", {}).get("kind", "first")
+    return None if kind == "balanced" else np.arange(images)
 
 
 def _resamples(seed: int, n: int) -> Iterable[Int[np.ndarray, "500 n"]]:
@@ -260,9 +334,11 @@ def _drawn_resamples(seed: int, n: int) -> Iterator[Int[np.ndarray, "500 n"]]:
 
 def joined(parts: list[Scores], *, keep_images: bool) -> Scores:
     """The scores of consecutive batches as one."""
-    arrays: dict[str, Any] = {key: np.concatenate([getattr(p, key) for p in parts]) for key in ARRAYS}
+    arrays: dict[str, Any] = {array: np.concatenate([getattr(p, array) for p in parts]) for array in ARRAYS}
     images = np.concatenate([p.x_adv for p in parts if p.x_adv is not None]) if keep_images else None
-    costs: dict[str, Any] = {key: sum(getattr(p, key) for p in parts) for key in ("forwards", "gradients", "seconds")}
+    costs: dict[str, Any] = {
+        what: sum(getattr(p, what) for p in parts) for what in ("forwards", "gradients", "seconds")
+    }
     return replace(parts[0], **arrays, **costs, x_adv=images)
 
 

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from gsem._text import percent
 from gsem.checkpoint import load_model, read_facts
 from gsem.recipes import Recipe
 
@@ -48,14 +49,30 @@ class Progress:
     """What the run computes in: `precision` of the training passes and `search`, each float32, bf16 or fp16."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """A run directory: `recipe.json`, `metrics.jsonl`, `checkpoints/{last,best}.safetensors`."""
+    """A run directory: `recipe.json`, `metrics.jsonl`, `checkpoints/{last,best}.safetensors`.
+
+    `print(run)` says what was trained, and how accurate its best epoch is.
+    """
 
     path: Path
     recipe: Recipe
-    metrics: list[dict[str, Any]] = field(repr=False)
+    metrics: list[dict[str, Any]]
     """One per epoch: epoch (from 1, over all rounds), loss, clean and robust validation accuracy (0 to 1), …"""
+
+    def __repr__(self) -> str:
+        """The path, the recipe, and the validation accuracies of the best epoch."""
+        recipe, epochs = self.recipe, self.recipe.epochs * self.recipe.rounds
+        done = self.metrics[-1]["epoch"] if self.metrics else 0
+        lines = [f"run {self.path}: {recipe.name}, {recipe.model} on {recipe.data}, seed {recipe.seed}"]
+        if any("robust" in m for m in self.metrics):
+            best = self.best
+            accuracies = f"clean {percent(best['clean']).strip()}, robust {percent(best['robust']).strip()}"
+            lines.append(f"{done} of {epochs} epochs; best: epoch {best['epoch']}, validation {accuracies}")
+        else:
+            lines.append(f"{done} of {epochs} epochs; no epoch is validated yet")
+        return "\n".join(lines)
 
     @property
     def best(self) -> dict[str, Any]:

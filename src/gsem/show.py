@@ -1,36 +1,34 @@
 """Results as tables on a terminal of 80 columns."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gsem.progress import duration, percent
+from gsem._text import between, duration, percent, pixels
 from gsem.result import Interval, Result, Scores
 
 
 def show_result(console: Console, result: Result, what: str) -> None:
-    """The accuracies of every attack, the worst case, and what stands beside them."""
+    """The accuracies of every attack, the worst cases, and what stands beside them."""
     facts = result.facts
     console.print(f"\n{what}, eps = {pixels(facts['eps'])} ({facts['norm']})")
-    fresh = [s for s in result.scores if s.noise == "fresh" and s.bounded]
     several = result.draws > 1
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("attack", no_wrap=True)
     headings = ("expected", "95% interval", *(("vote", "sent ×10") if several else ()), "passes", "time")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for s in fresh:
-        table.add_row(s.label, *_accuracies(result, s.name, several), *_cost(s))
-    if len(fresh) > 1:
-        table.add_row("worst of all", *_accuracies(result, "worst", several), "", "")
-    console.print(table)
+    fresh = [name for name in result.names if "@" not in name]
+    _show_attacks(console, result, headings, fresh, several)
     for s in result.scores:
         if not s.bounded:
             _show_unbounded(console, result, s)
-    _show_known_noise(console, result)
+    known = [name for mode in ("frozen", "off") for name in result.names if name.endswith(f"@{mode}")]
+    if known:
+        console.print("\nwith the noise known to the attacker: @frozen by a seed, @off without noise")
+        _show_attacks(console, result, ("expected", "95% interval", "passes", "time"), known, False)
     console.print(f"{facts['images']} images, seed {facts['seed']}; accuracy in per cent, passes per image")
+    if len(fresh) > 2:
+        console.print("worst: each image under the attack that is the worst for it")
     if several:
         console.print(
             f"{result.draws} scoring draws. expected: of one answer; vote: of the plurality of 11;\n"
@@ -40,9 +38,26 @@ def show_result(console: Console, result: Result, what: str) -> None:
         console.print("deterministic, one draw")
 
 
+def _show_attacks(
+    console: Console, result: Result, headings: Sequence[str], names: Sequence[str], several: bool
+) -> None:
+    """A row for each of these attacks that has a bound, under the name that `result[name]` takes."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("attack", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    bounded = [name for name in names if result[name].bounded]
+    for name in bounded:
+        worst = name.partition("@")[0] == "worst"
+        # The worst of one attack would be that attack again.
+        if not worst or len(bounded) > 2:
+            table.add_row(name, *_accuracies(result, name, several), *(("", "") if worst else _cost(result[name])))
+    console.print(table)
+
+
 def _accuracies(result: Result, name: str, several: bool) -> list[str]:
     mean, low, high = result.expected(name)
-    cells = [percent(mean), f"{100 * low:.1f} – {100 * high:.1f}"]
+    cells = [percent(mean), between(low, high)]
     if several:
         cells += [_cell(result.vote(name)), _cell(result.persistent(name, 10))]
     return cells
@@ -60,30 +75,15 @@ def _show_unbounded(console: Console, result: Result, s: Scores) -> None:
     reached = s.l2[result.broken(s.name)]
     distance = f" at a median L2 distance of {np.median(reached):.3g}" if len(reached) else ""
     console.print(
-        f"{s.label} has no bound: it breaks {percent(len(reached) / len(s.correct)).strip()}{distance}, "
+        f"{s.name} has no bound: it breaks {percent(len(reached) / len(s.correct)).strip()}{distance}, "
         "which is no robust accuracy"
     )
-
-
-def _show_known_noise(console: Console, result: Result) -> None:
-    modes = [mode for mode in ("frozen", "off") if any(s.noise == mode for s in result.scores)]
-    if not modes:
-        return
-    told = {"frozen": "noise frozen by a known seed", "off": "noise off"}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("\nexpected, with the", no_wrap=True)
-    for mode in modes:
-        table.add_column(f"\n{told[mode]}", justify="right")
-    for label in [s.label for s in result.scores if s.noise == modes[0]]:
-        table.add_row(label, *(percent(result.expected(f"{label}@{mode}").mean) for mode in modes))
-    table.add_row("worst of all", *(percent(result.expected(f"worst@{mode}").mean) for mode in modes))
-    console.print(table)
 
 
 def show_as_published(console: Console, result: Result) -> None:
     """The block that stands beside the honest figures, and is no estimate of robustness."""
     cells = [
-        f"{s.label} {percent(result.as_published(s.name).mean).strip()}"
+        f"{s.name} {percent(result.as_published(s.name).mean).strip()}"
         for s in result.scores
         if s.noise == "fresh" and s.bounded
     ]
@@ -91,11 +91,6 @@ def show_as_published(console: Console, result: Result) -> None:
         "\nas published (success and score on one draw each, an image not broken scored\nas its clean self; not an "
         f"estimate of robustness): {', '.join(cells)}"
     )
-
-
-def pixels(eps: float) -> str:
-    of_255 = eps * 255
-    return f"{round(of_255)}/255" if abs(of_255 - round(of_255)) < 1e-6 else f"{eps:g}"
 
 
 def study_table(rows: list[dict[str, Any]]) -> Table:

@@ -118,7 +118,7 @@ def study(
             run = _trained(variant, seed, out, device, report)
             seconds.append(run.metrics[-1]["seconds"])
             results.append(_evaluated(variant, run, attacks, images, test_data, device, report))
-        labels = [s.label for s in results[0].scores if s.noise == "fresh"]
+        labels = [s.name for s in results[0].scores if s.noise == "fresh"]
         attack, training = variant.recipe.passes
         rows.append(
             {

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gsem._text import with_rows
 from gsem.attacks._core import check_eval_mode
 from gsem.module import noise
 from gsem.predict import answers
@@ -84,6 +85,7 @@ def _judged(result: Result, scores: Scores, model: nn.Module, x: Tensor, y: Tens
         problems.append(
             f"expected accuracy is {right.mean():.2%}, saved is {saved.mean():.2%}: chance explains {allowed:.2%}"
         )
+    problems = [with_rows(problem, result.rows) for problem in problems]
     return Verified(scores.name, float(saved.mean()), float(right.mean()), problems)
 
 
@@ -105,7 +107,7 @@ def _out_of_bounds(result: Result, scores: Scores, x_adv: Tensor, x: Tensor) -> 
         wrong = np.abs(ours.cpu().numpy() - theirs) > 1e-4 * (1 + np.abs(theirs))
         if wrong.any():
             problems.append(f"the saved {name} distance of image {int(wrong.argmax())} is not that of its point")
-    if scores.label == "clean" and bool((linf > 0).any()):
+    if scores.name.partition("@")[0] == "clean" and bool((linf > 0).any()):
         problems.append("the clean images are not those given: is --data, or --images, another?")
     return problems
 

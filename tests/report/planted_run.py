@@ -22,13 +22,13 @@ CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 ATTACKED = f"apgd100-eot{EOT}-margin"
 
 
-def planted_scores(label: str, correct: np.ndarray, draws: int, **change: Any) -> Scores:
+def planted_scores(name: str, correct: np.ndarray, draws: int, **change: Any) -> Scores:
     n = len(correct)
-    cost = {"forwards": 50 * n, "gradients": 2000 * n, "seconds": 61.0} if label != "clean" else {}
+    cost = {"forwards": 50 * n, "gradients": 2000 * n, "seconds": 61.0} if not name.startswith("clean") else {}
     free = {"forwards": 0, "gradients": 0, "seconds": 0.0}
     return Scores(
         **{
-            "label": label,
+            "name": name,
             "correct": correct,
             "votes": (correct * 2 > draws).astype(float),
             "selection": correct,
@@ -51,10 +51,10 @@ def planted_result(x: np.ndarray | None = None, x_adv: np.ndarray | None = None)
         planted_scores("clean", np.full(IMAGES, 95), DRAWS, **kept),
         planted_scores(ATTACKED, 10 * y, DRAWS, **moved),
         planted_scores("cw100-unbounded-eot20", 0 * y, DRAWS, bounded=False, l2=np.full(IMAGES, 0.75)),
-        planted_scores("clean", np.ones(IMAGES, dtype=int), 1, noise="frozen", **kept),
-        planted_scores("apgd100-eot1", (y > 6).astype(int), 1, noise="frozen", **moved),
-        planted_scores("clean", np.ones(IMAGES, dtype=int), 1, noise="off", **kept),
-        planted_scores("apgd100-eot1", (y > 4).astype(int), 1, noise="off", **moved),
+        planted_scores("clean@frozen", np.ones(IMAGES, dtype=int), 1, noise="frozen", **kept),
+        planted_scores("apgd100-eot1@frozen", (y > 6).astype(int), 1, noise="frozen", **moved),
+        planted_scores("clean@off", np.ones(IMAGES, dtype=int), 1, noise="off", **kept),
+        planted_scores("apgd100-eot1@off", (y > 4).astype(int), 1, noise="off", **moved),
     ]  # fmt: skip
     facts = {
         "images": IMAGES,

@@ -42,7 +42,7 @@ def test_the_interval_is_wilsons(right, n):
 
 def test_the_figure_of_classes_holds_them(tmp_path):
     figure = class_figure(read_runs([planted_run(tmp_path / "run")])[0], 0)
-    assert figure.header == ("class", "images", "robust", "low", "high", "clean")
+    assert figure.header == ("class", "images", "worst", "low", "high", "clean")
     assert [row[:3] for row in figure.rows] == [(name, 4, k / 10) for k, name in enumerate(CLASSES)]
     assert {row[5] for row in figure.rows} == {0.95}
     assert "lowest zero with 0.0%, highest nine with 90.0%" in str(figure.chart)
@@ -165,7 +165,7 @@ def test_a_report_takes_the_points_that_were_kept(tmp_path):
     x_adv = np.clip(x + 0.1, 0, 1).astype(np.float32)
     planted_result(x, x_adv).save(run / "evaluation")
     with np.load(run / "evaluation.npz") as file:  # the unbounded attack's points are not asked for
-        assert file["1.x_adv"].shape == (40, 1, 8, 8)
+        assert file[f"{ATTACKED}.x_adv"].shape == (40, 1, 8, 8)
     report(run, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert f"the points of the evaluation's attacks ({ATTACKED}), of each image the worst" in page.replace("&#39;", "'")

@@ -1,6 +1,7 @@
 """What an audit found: checks, each with a figure and what to do about it, and the verdict that follows."""
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from gsem.checkpoint import write_atomically
 
 Outcome = Literal["pass", "flag", "inconclusive"]
 Verdict = Literal["TRUSTED", "SUSPECT", "INVALID"]
+WIDTH = 80  # of the lines of `print(audit)`
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Check:
     """The check's data, for tables and charts (values as JSON takes them)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
-    """All checks of one model, and what they say together."""
+    """All checks of one model, and what they say together. `print(audit)` is a short table."""
 
     checks: tuple[Check, ...]
     verdict: Verdict
@@ -52,6 +54,18 @@ class Audit:
             if check.name == name:
                 return check
         raise KeyError(f"no check {name!r} in this audit: {', '.join(c.name for c in self.checks)}")
+
+    def __repr__(self) -> str:
+        """The verdict and its reason; a line for each check that did not pass, and the names of those that did."""
+        lines = textwrap.wrap(f"{self.verdict}: {self.reason}", WIDTH)
+        doubtful = [c for c in self.checks if c.outcome != "pass"]
+        wide = max((len(c.name) for c in doubtful), default=0)
+        for c in doubtful:
+            line = f"{c.outcome:<12}  {c.name:<{wide}}  "
+            lines.append(line + textwrap.shorten(c.reason, WIDTH - len(line), placeholder=" …"))
+        passed = ", ".join(c.name for c in self.checks if c.outcome == "pass")
+        lines += textwrap.wrap(f"{'pass':<12}  {passed}", WIDTH, subsequent_indent=14 * " ") if passed else []
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from gsem._text import pixels
 from gsem.report.record import Entry
 from gsem.report.tables import bare
-from gsem.show import pixels
 
 
 def card(entry: Entry) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def card(entry: Entry) -> dict[str, Any]:
     """
     summary = entry.summary
     rows = {} if summary is None else {r["attack"]: r for r in summary["attacks"] if r["noise"] == "fresh"}
-    worst = None if summary is None or "fresh" not in summary["worst"] else summary["worst"]["fresh"]["expected"]
+    worst = None if summary is None or "worst" not in summary["worst"] else summary["worst"]["worst"]["expected"]
     autoattack = next((r for name, r in rows.items() if name.startswith("autoattack") and r["bounded"]), None)
     eps = entry.eps
     return {

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from gsem._text import pixels
 from gsem.report.figure import Cell, Figure, percent, rounded, run_key
 from gsem.report.record import Entry
 from gsem.report.svg import Line, Point, doubling, linear, lines, share
-from gsem.show import pixels
 
 SWEEPS = {
     "eps": ("Accuracy against eps", "radius eps, doubling"),

@@ -50,19 +50,19 @@ def class_figure(entry: Entry, number: int) -> Figure | None:
     lowest = min(worst, key=lambda label: worst[label][0].mean)
     highest = max(worst, key=lambda label: worst[label][0].mean)
     says = (
-        f"Worst of all attacks: lowest {names[lowest]} with {percent(worst[lowest][0].mean)}, highest "
+        f"Worst case over the attacks: lowest {names[lowest]} with {percent(worst[lowest][0].mean)}, highest "
         f"{names[highest]} with {percent(worst[highest][0].mean)}."
     )
     rows = tuple(
         (names[k], n, *(rounded(v) for v in found), rounded(clean[k][0].mean) if k in clean else None)
         for k, (found, n) in worst.items()
     )
-    caption = "Expected accuracy under the worst of all attacks, with the 95% Wilson interval over the class's images."
+    caption = "Expected accuracy in each image's worst case, with the 95% Wilson interval over the class's images."
     if len(worst) > MANY:
         caption += f" The {MANY // 2} lowest and the {MANY // 2} highest of {len(worst)} classes."
-    keys = [swatch("worst of all attacks", "bar"), *([_clean_key()] if clean else [])]
+    keys = [swatch("worst", "bar"), *([_clean_key()] if clean else [])]
     chart = _bars(key, title, says, [(names[k], worst[k][0], clean.get(k)) for k in shown])
-    return Figure(key, title, caption, chart, ("class", "images", "robust", "low", "high", "clean"), rows, tuple(keys))
+    return Figure(key, title, caption, chart, ("class", "images", "worst", "low", "high", "clean"), rows, tuple(keys))
 
 
 def _clean_key() -> Key:

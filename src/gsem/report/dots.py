@@ -19,7 +19,7 @@ def accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
     if not names:
         return None
     names += ["worst"] if any("worst" in values for _, _, values in found) else []
-    labels = {name: shortened(_told(name), LETTERS) for name in names}
+    labels = {name: shortened(name, LETTERS) for name in names}
     left = 12 + LETTER * max(map(len, labels.values()))
     bars = WIDTH - 26 - left
     grid, parts, y = [], [], 4.0
@@ -40,20 +40,14 @@ def accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
         parts.append(tag("text", f"{share}%", x=x, y=y + 15, text_anchor="middle"))
     title = "Expected accuracy under each attack"
     says = "; ".join(
-        f"{e.name}: " + ", ".join(f"{_told(name)} {percent(one.mean)}" for name, one in values.items())
+        f"{e.name}: " + ", ".join(f"{name} {percent(one.mean)}" for name, one in values.items())
         for _, e, values in found
     )
-    rows = tuple(
-        (e.name, _told(name), *(rounded(v) for v in one)) for _, e, values in found for name, one in values.items()
-    )
+    rows = tuple((e.name, name, *(rounded(v) for v in one)) for _, e, values in found for name, one in values.items())
     keys = tuple(run_key(e.name, run) for run, e, _ in found)
     chart = drawing("accuracy", title, f"{says}.", *grid, *parts, width=WIDTH, height=y + 20)
     header = ("run", "attack", "expected", "low", "high")
     return Figure("accuracy", title, "With 95% bootstrap intervals over images.", chart, header, rows, keys)
-
-
-def _told(name: str) -> str:
-    return "worst of all" if name == "worst" else name
 
 
 def _expected(entry: Entry) -> dict[str, Interval]:
@@ -61,5 +55,5 @@ def _expected(entry: Entry) -> dict[str, Interval]:
     rows = [r for r in entry.summary["attacks"] if r["bounded"] and r["noise"] == "fresh"]
     found = {r["attack"]: Interval(r["mean"], r["low"], r["high"]) for r in rows}
     if len(rows) > 1:
-        found["worst"] = Interval(**entry.summary["worst"]["fresh"]["expected"])
+        found["worst"] = Interval(**entry.summary["worst"]["worst"]["expected"])
     return found

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from markupsafe import Markup
 from PIL import Image
 
+from gsem._text import pixels
 from gsem.report.figure import Figure, percent, rounded, swatch
 from gsem.report.record import Entry, Shown, Surface
 from gsem.report.svg import drawing, tag
-from gsem.show import pixels
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gsem.audit import Audit
 from gsem.report.record import Entry
 from gsem.result import Result, with_ending
@@ -106,10 +104,8 @@ def _metrics(path: Path) -> tuple[dict[str, Any], ...]:
 
 def _result(file: Path) -> tuple[Result, dict[str, Any]]:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            # (As it was saved: the intervals of ten thousand images are not worth computing twice.)
-            summary = json.loads(str(arrays["meta"]))
-        return Result.load(file), summary
+        result = Result.load(file)
+        return result, result.to_dict()  # (its intervals are those that were saved: nothing is computed twice)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no evaluation {file}") from None
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -70,7 +70,7 @@ class Entry:
     """One per epoch (see `gsem.Run`)."""
     result: Result | None = None
     summary: dict[str, Any] | None = None
-    """Of the result, as it was saved: each attack's accuracies with intervals, and the worst case."""
+    """`result.to_dict()`: each attack's accuracies with intervals, and the worst cases."""
     file: str = ""
     """Of the result."""
     others: tuple[str, ...] = ()

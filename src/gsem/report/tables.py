@@ -1,17 +1,17 @@
 """What a report says of its runs in words and tables; the page and the Markdown are filled from here."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gsem._text import duration, pixels
 from gsem.audit import Check
-from gsem.progress import duration
 from gsem.recipes import Recipe
 from gsem.report.figure import interval, percent
 from gsem.report.record import Entry
-from gsem.show import pixels
 
 # The fields of a recipe that a reader asks for first; all others are listed below them.
 FIRST = ("name", "data", "model", "levels", "noise", "gradient", "objective", "steps", "eot", "draws", "epochs", "seed")
@@ -140,7 +140,7 @@ class Accuracy:
 
 
 def accuracies(entry: Entry) -> list[Accuracy]:
-    """A row for each attack within eps, and the worst of all; with the noise known, beside it."""
+    """A row for each attack within eps, and the worst case; with the noise known, beside it."""
     if entry.summary is None:
         return []
     rows = [r for r in entry.summary["attacks"] if r["bounded"]]
@@ -148,15 +148,15 @@ def accuracies(entry: Entry) -> list[Accuracy]:
     table = [_row(entry, r["attack"], r, _same(rows, r["attack"])) for r in fresh]
     if len(fresh) > 1:
         worst = entry.summary["worst"]
-        known = {noise: worst[noise]["expected"] for noise in ("frozen", "off") if noise in worst}
-        table.append(_row(entry, "worst of all", worst["fresh"] | worst["fresh"]["expected"], known, worst=True))
+        known = {mode: worst[f"worst@{mode}"]["expected"] for mode in ("frozen", "off") if f"worst@{mode}" in worst}
+        table.append(_row(entry, "worst", worst["worst"] | worst["worst"]["expected"], known, worst=True))
     return table
 
 
 def _same(rows: list[dict[str, Any]], attack: str) -> dict[str, Any]:
     """The same attack with the noise known. Its draws differ (one is enough), so the label does too."""
-    plain = attack.split("-eot")[0]
-    return {r["noise"]: r for r in rows if r["noise"] != "fresh" and r["attack"].split("-eot")[0] == plain}
+    plain = re.split("-eot|@", attack)[0]
+    return {r["noise"]: r for r in rows if r["noise"] != "fresh" and re.split("-eot|@", r["attack"])[0] == plain}
 
 
 def _row(entry: Entry, name: str, r: dict[str, Any], known: dict[str, Any], *, worst: bool = False) -> Accuracy:
@@ -167,7 +167,7 @@ def _row(entry: Entry, name: str, r: dict[str, Any], known: dict[str, Any], *, w
             found = r.get(key)
             cells.append((heading, percent(found and found["mean"]), interval(found) if found else ""))
     for noise, heading in (("frozen", "noise known"), ("off", "noise off")):
-        if noise in entry.summary["worst"]:
+        if f"worst@{noise}" in entry.summary["worst"]:
             found = known.get(noise)
             cells.append((heading, percent(found and found["mean"]), interval(found) if found else ""))
     return Accuracy(name, tuple(cells), worst)
@@ -178,8 +178,8 @@ def as_published(entry: Entry) -> list[tuple[str, str, str]]:
     result = entry.result
     if result is None or result.draws == 1 or not any(s.name == "clean" for s in result.scores):
         return []
-    found = [(s.label, result.as_published(s.name)) for s in result.scores if s.noise == "fresh" and s.bounded]
-    return [(label, percent(one.mean), interval(one)) for label, one in found if label != "clean"]
+    found = [(s.name, result.as_published(s.name)) for s in result.scores if s.noise == "fresh" and s.bounded]
+    return [(name, percent(one.mean), interval(one)) for name, one in found if name != "clean"]
 
 
 def unbounded(entry: Entry) -> list[str]:
