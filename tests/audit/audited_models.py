@@ -93,6 +93,17 @@ class Scaled(nn.Module):
         return self.network(x) * self.scale
 
 
+class Sharp(nn.Module):
+    """Probabilities of a softmax at a low temperature, in the forward itself."""
+
+    def __init__(self, network: nn.Module, scale: float):
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.network(x) * self.scale).softmax(1)
+
+
 class Rippled(nn.Module):
     """Logits with a fine ripple of the image on top."""
 

@@ -118,6 +118,12 @@ class Subject:
         """The attack whose path is looked at."""
         return next(a for a in self.white if a.name in LEADING)
 
+    @property
+    def effort(self) -> dict[str, Any]:
+        """Steps and draws of the leading attack, for another attack in its place."""
+        options = self.options(self.lead)
+        return {"steps": options.get("steps", 20), "eot": options["eot"]}
+
     @cached_property
     def classes(self) -> int:
         with torch.no_grad():
