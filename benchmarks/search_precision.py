@@ -17,7 +17,8 @@ from gsem.predict import BATCH
 
 def broken(model: torch.nn.Module, search: torch.nn.Module, x, y, eps: float, seed: int) -> float:
     parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
-    x_adv = torch.cat([pgd(search, xs, ys, eps=eps, step=eps / 4, steps=20, seed=seed) for xs, ys in parts])
+    how = {"eps": eps, "step": eps / 4, "steps": 20, "keep": "last"}
+    x_adv = torch.cat([pgd(search, xs, ys, **how, seed=seed) for xs, ys in parts])
     with torch.no_grad():
         return (model(x_adv).argmax(1) != y).float().mean().item()
 

@@ -42,7 +42,8 @@ def train(net: nn.Module, x: torch.Tensor, y: torch.Tensor, *, eps: float, epoch
         for number, rows in enumerate(torch.randperm(len(x)).split(128)):
             net.eval()  # attacks refuse BatchNorm in training mode: each image would depend on its neighbours
             seed = 1000 * epoch + number
-            x_adv = gsem.attacks.pgd(net, x[rows], y[rows], eps=eps, step=eps / 4, steps=5, seed=seed)
+            how = {"eps": eps, "step": eps / 4, "steps": 5, "keep": "last"}  # the last iterate is enough to train on
+            x_adv = gsem.attacks.pgd(net, x[rows], y[rows], **how, seed=seed)
             net.train()
             loss = nn.functional.cross_entropy(net(x_adv), y[rows])
             optimizer.zero_grad()

@@ -89,8 +89,23 @@ def test_the_command_that_repeats_an_audit_has_its_options(words, repeated):
     assert read("audit", shlex.split(again)[2:]) == replace(options, only=None, out=None)
 
 
+@pytest.mark.parametrize(
+    ("words", "draws"), [([], 20), (["--draws", "100"], 100), (["--draws", "7"], 7)], ids=["default", "100", "7"]
+)
+def test_draws_that_are_given_are_used_in_the_quick_form_too(capsys, here, words, draws):
+    (here / "noisy.py").write_text(FACTORY.replace("(x * 4).round() / 4", "x + 0.01 * torch.randn_like(x)"))
+    told = ["noisy:net", "--data", "digits", "--images", "10", "--attacks", "pgd:steps=1:eot=1", "--only", "randomness"]
+    code, out, err = run(capsys, "audit", *told, "--quick", *words)
+    assert code == 0, err
+    assert f"10 images, {draws} scoring draws" in out
+    facts = Audit.load("audit.json").facts
+    assert facts["draws"] == draws
+    assert ("--draws" in facts["command"]) == bool(words)
+
+
 def test_what_is_refused(capsys, here):
     for words, message in (
+        (["roundnet:net", "--data", "digits", "--images", "0"], "--images must be at least 1, not 0"),
         (["roundnet:net"], "does not tell its data: give --data"),
         (["roundnet:net", "--data", "digits", "--only", "gradent"], "check 'gradent' is unknown"),
         (["roundnet:net", "--data", "digits", "--suite", "quick", "--attacks", "pgd"], "not both"),

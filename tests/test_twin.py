@@ -496,7 +496,8 @@ def test_bf16_directions_break_as_many_images_as_float32(name, tmp_path):
         twin, broken = search_twin(model, dtype), 0
         for seed in range(3):
             with gsem.noise(model, "frozen", seed=seed), torch.no_grad():
-                x_adv = pgd(model, x, y, eps=0.15, step=0.0375, steps=20, seed=seed, search=twin)
+                how = {"eps": 0.15, "step": 0.0375, "steps": 20, "keep": "last"}
+                x_adv = pgd(model, x, y, **how, seed=seed, search=twin)
                 broken += int((model(x_adv).argmax(1) != y).sum())
         shares[dtype] = 100 * broken / (3 * len(x))
     print(name, shares)

@@ -64,7 +64,7 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
             module.gradient = o.gradient
     source, eps = source_and_eps(o, meta)
     test = source.test()
-    images = o.images or min(len(test), QUICK_IMAGES if o.quick else IMAGES)
+    images = min(len(test), QUICK_IMAGES if o.quick else IMAGES) if o.images is None else o.images
     subset = {"kind": "first" if o.first else "balanced", "images": images}
     chosen = _subset(test, subset)
     x, y = to_float(chosen.x), chosen.y

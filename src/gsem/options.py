@@ -135,7 +135,8 @@ class AuditOptions:
     """Only these checks, with commas between: randomness, gradient, unavailable, unstable, silent, unfinished,
     transfer, unconstrained, binarization, sweeps, blackbox, noise."""
     quick: bool = False
-    """128 images, fewer steps, draws and queries: minutes on a CPU for a small network."""
+    """Other defaults: 128 images, fewer steps, draws and queries: minutes on a CPU for a small network. What is given
+    as an option is used as it is."""
     source: tuple[str, ...] = ()
     """More models (as MODEL) whose adversarial examples are tried on this one."""
     surrogate: str | None = None
@@ -147,15 +148,15 @@ class AuditOptions:
     data_path: str | None = None
     """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     images: int | None = None
-    """Only so many test images: a fixed subset with as many of each class. With --quick 128, else 500."""
+    """Only so many test images: a fixed subset with as many of each class. Default: 500, with --quick 128."""
     first: bool = False
     """The first ones instead."""
     eps: float | None = None
     """Radius, like 8/255. The run's own by default (L-infinity), 0.5 for L2."""
     norm: Literal["Linf", "L2"] = "Linf"
     """Of the perturbation."""
-    draws: int = 100
-    """Scoring draws of the noise for each point (with --quick 20)."""
+    draws: int | None = None
+    """Scoring draws of the noise for each point. Default: 100, with --quick 20."""
     batch: int = 256
     """Images attacked at once."""
     seed: int = 0

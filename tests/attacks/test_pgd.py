@@ -17,6 +17,7 @@ from gsem.attacks import NotFinite, Step, counting, pgd
 from gsem.attacks._core import expected, expected_gradient
 from gsem.losses import LOSSES, margin
 from gsem.streams import stream
+from gsem.suite import Attack
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def test_equal_to_foolbox_bit_by_bit_from_the_image_itself(name):
     attack = fb.attacks.LinfProjectedGradientDescentAttack(abs_stepsize=0.03, steps=7, random_start=False)
     with gsem.noise(model, "frozen", seed=1):
         reference, _, _ = attack(fb.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=0.1)
-        assert torch.equal(pgd(model, x, y, **HOW, init=x), reference)
+        assert torch.equal(pgd(model, x, y, **HOW, init=x, keep="last"), reference)
     assert not torch.equal(reference, x)
 
 
@@ -58,7 +59,7 @@ def test_equal_to_foolbox_bit_by_bit_from_the_same_random_start(name):
     attack = FromOurs(abs_stepsize=0.03, steps=7, random_start=True)
     with gsem.noise(model, "frozen", seed=1):
         reference, _, _ = attack(fb.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=0.1)
-        assert torch.equal(pgd(model, x, y, **HOW, init=start), reference)
+        assert torch.equal(pgd(model, x, y, **HOW, init=start, keep="last"), reference)
 
 
 def test_equal_to_art_but_for_rounding():
@@ -73,7 +74,7 @@ def test_equal_to_art_but_for_rounding():
         classifier, np.inf, eps=0.1, eps_step=0.03, max_iter=7, num_random_init=0, batch_size=96, verbose=False
     )
     reference = torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
-    x_adv = pgd(model, x, y, **HOW, init=x)
+    x_adv = pgd(model, x, y, **HOW, init=x, keep="last")
     assert ((x_adv - reference).abs() < 1e-6).double().mean() >= 0.9999
     with torch.no_grad():
         assert torch.equal(model(x_adv).argmax(1), model(reference).argmax(1))
@@ -88,7 +89,7 @@ def test_two_linear_classes_linf(loss, eps):
     w = torch.randn((2, 64), generator=chance())
     x, y = images(), torch.arange(16) % 2
     best = (x + eps * (w[1 - y] - w[y]).sign().view_as(x)).clamp(0, 1)
-    x_adv = pgd(Linear(w), x, y, eps=eps, step=eps / 2, steps=5, loss=loss)
+    x_adv = pgd(Linear(w), x, y, eps=eps, step=eps / 2, steps=5, loss=loss, keep="last")
     torch.testing.assert_close(x_adv, best, rtol=0, atol=1e-6)
 
 
@@ -101,7 +102,7 @@ def test_many_linear_classes_linf():
         for k in range(4):
             corner = (x + 0.2 * (w[k] - w[y]).sign().view_as(x)).clamp(0, 1)
             best = torch.maximum(best, margin(model(corner), y))
-        x_adv = pgd(model, x, y, eps=0.2, step=0.1, steps=5, restarts=40, loss="margin")
+        x_adv = pgd(model, x, y, eps=0.2, step=0.1, steps=5, restarts=40, loss="margin", keep="last")
         reached = margin(model(x_adv), y)
     stands = best < 0  # a broken image is left alone once it is broken
     assert stands.any() and (~stands).any()
@@ -116,7 +117,7 @@ def test_two_linear_classes_l2(eps):
     direction = (w[1 - y] - w[y]).view_as(x)
     best = x + eps * direction / direction.flatten(1).norm(dim=1)[:, None, None, None]
     assert best.min() > 0 and best.max() < 1  # nothing is clipped
-    x_adv = pgd(Linear(w), x, y, eps=eps, step=eps / 2, steps=60, norm="L2")
+    x_adv = pgd(Linear(w), x, y, eps=eps, step=eps / 2, steps=60, norm="L2", keep="last")
     torch.testing.assert_close(x_adv, best, rtol=0, atol=1e-5)
 
 
@@ -137,9 +138,17 @@ def test_best_finds_the_iterate_that_the_last_has_left():
 
     model, x = Landscape(f), pixel(0.5, 0.5)
     how = {"eps": 0.4, "step": 0.05, "steps": 6, "loss": "margin", "init": x}
-    last, best = (pgd(model, x, zeros(x), **how, keep=keep) for keep in ("last", "best"))
-    torch.testing.assert_close(last, pixel(0.8, 0.8))
-    torch.testing.assert_close(best, pixel(0.65, 0.65))
+    torch.testing.assert_close(pgd(model, x, zeros(x), **how, keep="last"), pixel(0.8, 0.8))
+    torch.testing.assert_close(pgd(model, x, zeros(x), **how, keep="best"), pixel(0.65, 0.65))
+
+
+def test_the_defaults_are_those_of_the_suite():
+    model, x, y = small(), images(), torch.arange(16) % 10
+    how = {"eps": 0.1, "norm": "Linf", "stochastic": False, "seed": 3, "sources": {}}
+    suites = Attack.parse("pgd:steps=7").run(model, x, y, **how)
+    ours = pgd(model, x, y, eps=0.1, step=0.025, steps=7, seed=3)
+    assert torch.equal(ours, suites)
+    assert not torch.equal(ours, pgd(model, x, y, eps=0.1, step=0.025, steps=7, seed=3, keep="last"))
 
 
 def test_best_judges_the_final_iterate_and_the_start_too():
@@ -183,8 +192,8 @@ def test_more_effort_is_never_worse(name, loss):
         return LOSSES[loss](logits, y) + 1000.0 * (logits.argmax(1) != y)
 
     with gsem.noise(model, "frozen", seed=1), torch.no_grad():
-        last, best = quality(), quality(keep="best")
-        two, five = quality(restarts=2), quality(restarts=5)
+        last, best = quality(keep="last"), quality(keep="best")
+        two, five = quality(restarts=2, keep="last"), quality(restarts=5, keep="last")
         five_best = quality(restarts=5, keep="best")
     for lower, higher in ((last, best), (last, two), (two, five), (five, five_best), (best, five_best)):
         assert (higher >= lower).all()
@@ -196,9 +205,10 @@ def test_the_search_model_gives_directions_only():
     x, y = images(), torch.arange(16) % 2
     model, reverse = Linear(w), Linear(-w)
     how = {"eps": 0.1, "step": 0.1, "steps": 3, "init": x, "loss": "margin", "settle": False}
-    towards = pgd(model, x, y, **how)
-    away = pgd(model, x, y, **how, search=reverse)
-    assert torch.equal(away, pgd(reverse, x, y, **how))
+    last = how | {"keep": "last"}
+    towards = pgd(model, x, y, **last)
+    away = pgd(model, x, y, **last, search=reverse)
+    assert torch.equal(away, pgd(reverse, x, y, **last))
     assert (margin(model(towards), y) > margin(model(x), y)).all()
     assert (margin(model(away), y) < margin(model(x), y)).all()
     # The search model takes each of its points for better than the last; the model says that none beats the start.
@@ -284,7 +294,7 @@ def test_averaging_finds_the_direction_that_one_draw_misses():
     model, x = SignNoise(w), 0.4 + 0.2 * images()
     right = {}
     for eot in (1, 400):
-        x_adv = pgd(model, x, zeros(x), eps=0.1, step=0.1, steps=1, eot=eot, init=x, loss="margin")
+        x_adv = pgd(model, x, zeros(x), eps=0.1, step=0.1, steps=1, eot=eot, init=x, loss="margin", keep="last")
         right[eot] = ((x_adv - x).sign().flatten(1) == w.sign()).double().mean()
     assert 0.55 < right[1] < 0.65  # 60% of the draws show the true sign
     assert right[400] > 0.999  # a mean of 400 draws is 4 standard errors from zero
@@ -314,7 +324,7 @@ def test_chance_follows_from_the_seed_alone():
     assert torch.equal(pgd(model, x, zeros(x), **HOW, seed=3), first)
     assert not torch.equal(pgd(model, x, zeros(x), **HOW, seed=4), first)
     # From one start it is the noise that differs between seeds.
-    a, b = (pgd(model, x, zeros(x), **HOW, seed=seed, init=x) for seed in (3, 4))
+    a, b = (pgd(model, x, zeros(x), **HOW, seed=seed, init=x, keep="last") for seed in (3, 4))
     assert not torch.equal(a, b)
 
 
@@ -339,13 +349,13 @@ def test_it_attacks_inside_no_grad_and_leaves_its_arguments():
 @pytest.mark.parametrize(
     ("how", "forwards", "gradients"),
     [
-        ({}, 0, 7),
-        ({"eot": 3}, 0, 21),
-        ({"keep": "best"}, 1, 7),
-        ({"keep": "best", "eot": 3}, 3, 21),
-        ({"restarts": 2}, 2, 14),
-        ({"restarts": 2, "keep": "best", "eot": 5}, 10, 70),
-        ({"observe": lambda step: None}, 1, 7),
+        ({}, 1, 7),
+        ({"eot": 3}, 3, 21),
+        ({"keep": "last"}, 0, 7),
+        ({"keep": "last", "eot": 3}, 0, 21),
+        ({"keep": "last", "restarts": 2}, 2, 14),
+        ({"restarts": 2, "eot": 5}, 10, 70),
+        ({"keep": "last", "observe": lambda step: None}, 1, 7),
     ],
 )
 def test_the_cost_is_exact(how, forwards, gradients):

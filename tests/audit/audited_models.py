@@ -31,7 +31,7 @@ def mlp(seed: int = 0, *, robust: bool = False, hidden: int = 48) -> nn.Module:
             rows = torch.randint(len(train.x), (128,))
             x, y = gsem.data.to_float(train.x[rows]), train.y[rows]
             if robust:
-                x = gsem.attacks.pgd(model, x, y, eps=EPS, step=EPS / 2, steps=4, seed=step)
+                x = gsem.attacks.pgd(model, x, y, eps=EPS, step=EPS / 2, steps=4, keep="last", seed=step)
             optimiser.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimiser.step()
@@ -91,6 +91,17 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x) * self.scale
+
+
+class Sharp(nn.Module):
+    """Probabilities of a softmax at a low temperature, in the forward itself."""
+
+    def __init__(self, network: nn.Module, scale: float):
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.network(x) * self.scale).softmax(1)
 
 
 class Rippled(nn.Module):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import scipy.stats
 import torch
 from audited_models import EPS, Fronted, Quantise, digits, mlp
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 import gsem
 from gsem.audit import Audit, Check
 from gsem.audit.run import CHECKS, audited
+from gsem.audit.subject import most_by_chance
 from gsem.audit.verdict import verdict
 from planted import Killed
 
@@ -98,6 +100,41 @@ def test_an_audit_is_its_file_and_a_check_alone_says_the_same(masked, tmp_path):
     for name in ("gradient", "binarization", "blackbox"):
         alone = gsem.audit(model, x, y, "apgd:steps=20:eot=5", eps=0.2, quick=True, only=[name])
         assert (alone[name].figure, alone[name].outcome) == (audit[name].figure, audit[name].outcome)
+
+
+class Hiding(nn.Module):
+    """A network that has no gradient near the first few images, and is whole everywhere else."""
+
+    def __init__(self, network: nn.Module, x: torch.Tensor, hidden: int):
+        super().__init__()
+        self.network, self.x, self.hidden = network, x, hidden
+
+    def forward(self, x):
+        nearest = torch.cdist(x.detach().flatten(1), self.x.flatten(1)).argmin(1)
+        return self.network(torch.where((nearest < self.hidden)[:, None, None, None], x.detach(), x))
+
+
+@pytest.mark.parametrize(("hidden", "outcome"), [(1, "pass"), (2, "pass"), (3, "flag")])
+def test_a_black_box_flags_beyond_what_chance_explains(hidden: int, outcome: str):
+    """Of 100 images 2 may be chance. A fragile network, of which the white box breaks all but the planted images."""
+    x, y = digits()
+    network = mlp()
+    order = (network(x).argmax(1) != y).int().argsort(stable=True)  # those that are right first
+    x, y = x[order], y[order]
+    how = {"eps": 0.3, "quick": True, "only": ["blackbox"]}
+    audit = gsem.audit(Hiding(network, x, hidden), x, y, "apgd:steps=20", **how)
+    check = audit["blackbox"]
+    assert (check.outcome, check.figure) == (outcome, hidden / 100)
+    assert ("up to 2 may be chance" in check.reason) == (outcome == "pass")
+    # Whether flagged or not, what was broken counts.
+    assert audit.facts["attacked"]["accuracy"] == pytest.approx(hidden / 100)
+    assert audit.facts["lowest"]["accuracy"] == 0
+
+
+@pytest.mark.parametrize("images", [1, 20, 100, 128, 500, 10_000])
+def test_what_chance_explains_is_a_binomial_bound(images: int):
+    count = most_by_chance(images)
+    assert scipy.stats.binom.sf(count, images, 0.003) <= 0.025 < scipy.stats.binom.sf(count - 1, images, 0.003)
 
 
 def test_noise_that_an_attack_does_not_average_over_is_flagged():

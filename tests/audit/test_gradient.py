@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from audited_models import EPS, Fronted, Quantise, Threshold, convolutional, digits, mlp
+from audited_models import EPS, Fronted, Quantise, Scaled, Sharp, Threshold, convolutional, digits, mlp
 from torch import Tensor, nn
 
 import gsem
@@ -108,6 +108,52 @@ def test_a_gradient_killed_in_the_forward_itself():
     assert "mitigation" not in check.details
 
 
+def test_large_logits_are_the_losss_affair_and_no_layers():
+    """×1000: the cross-entropy's softmax has no gradient left, the margin of the logits has all of it."""
+    x, y = digits()
+    names = ["unavailable", "gradient"]
+    audit = gsem.audit(Scaled(mlp(), 1000), x, y, "apgd:steps=5", eps=EPS, only=names, quick=True)
+    assert audit["gradient"].outcome == "pass"
+    check = audit["unavailable"]
+    assert check.outcome == "flag" and check.details["where"] == "the softmax of the loss"
+    assert "the logits are large" in check.reason and "loss=margin" in check.advice
+    assert "layer" not in check.advice
+    # A gradient that is gone from the logits too is not the loss's.
+    audit = gsem.audit(Killed(mlp()), x, y, "apgd:steps=5", eps=EPS, only=["unavailable"], quick=True)
+    assert "where" not in audit["unavailable"].details
+
+
+@pytest.mark.parametrize("scale", [50, 1000])
+def test_of_a_saturated_softmax_no_layer_of_the_network_is_named(scale: float):
+    check = gradient(Sharp(mlp(), scale), "apgd:steps=5")
+    assert check.outcome == "flag" and check.details["layer"] == ""
+    where = "the softmax that ends Sharp: its logits are so large that it is saturated"
+    assert check.details["where"] == where and where in check.reason
+    assert "loss=margin" in check.advice
+    # As a layer it is that layer.
+    check = gradient(nn.Sequential(Scaled(mlp(), scale), nn.Softmax(1)), "apgd:steps=5")
+    assert check.outcome == "flag" and check.details["layer"] == "1"
+
+
+def test_an_ordinary_softmax_at_the_end_is_no_mask_and_hides_none():
+    assert gradient(Sharp(mlp(), 1), "apgd:steps=5").outcome == "pass"
+    check = gradient(Sharp(Fronted(Quantise(noise=0.0), mlp()), 1).eval(), "apgd:steps=5")
+    assert check.outcome == "flag" and check.details["layer"] == "network.front"
+
+
+@pytest.mark.parametrize("steepness", [10, 30])
+def test_what_a_forward_does_behind_its_last_layer_is_not_the_layers(steepness: float):
+    check = gradient(Steep(mlp(), steepness), "apgd:steps=5")
+    assert check.outcome == "flag"
+    assert check.details["where"].startswith("the forward of Steep itself, after its layer 'network")
+
+
+def test_an_interval_that_says_nothing_is_no_pass():
+    """Flat but near a few images, which are the whole of the slope."""
+    check = gradient(Steep(mlp(), 300), "apgd:steps=5")
+    assert check.outcome == "inconclusive" and "too wide to tell" in check.reason
+
+
 def test_a_constant_model_has_no_answer():
     class Constant(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +174,7 @@ def test_trained_networks_are_flagged_where_semi_masked_and_nowhere_else(variant
     """Slopes measured: 0.97 to 1.00 of the plain and the corrected ones, the others' well above."""
     # Only the flag is in question here; the function gsem.audit hides the package from a name in dots.
     module = sys.modules["gsem.audit.gradient"]
-    monkeypatch.setattr(module, "_flagged", lambda s, check: replace(check, outcome="flag"))
+    monkeypatch.setattr(module, "_flagged", lambda s, check, ending: replace(check, outcome="flag"))
     check = gradient(convolutional(seed, variant))
     assert check.outcome == ("flag" if variant == "semi-masked" else "pass"), check.reason
 

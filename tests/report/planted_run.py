@@ -94,7 +94,7 @@ def planted_audit(**change: Any) -> Audit:
     }
     checks = (
         Check("randomness", "Does it answer alike?", 1.0, "outputs differ", "pass", "they differ", "", "A, 2018"),
-        Check("gradient", "Is it so?", 1.358, "outside [0.85, 1.15]", "flag", "slope 1.36", "Correct it.", "B, 2019",
+        Check("gradient", "Is it so?", 1.358, "outside [0.93, 1.07]", "flag", "slope 1.36", "Correct it.", "B, 2019",
               invalidates=True, details={"layer": "gsem"}),
         Check("binarization", "Is a point found?", None, "under 0.95", "inconclusive", "too few", "More.", "C, 2022"),
         Check("sweeps", "Does it fall?", 0.002, "over 0.003", "pass", "it falls", "", "D, 2019", details=curves),

@@ -25,5 +25,5 @@ def fgsm(
 
     Args, returns and errors: as in `pgd`, with one step from the image itself.
     """
-    how = {"eps": eps, "step": eps, "steps": 1, "init": x, "norm": norm, "loss": loss}
+    how = {"eps": eps, "step": eps, "steps": 1, "init": x, "norm": norm, "loss": loss, "keep": "last"}
     return pgd(model, x, y, **how, eot=eot, seed=seed, observe=observe)  # type: ignore[arg-type]

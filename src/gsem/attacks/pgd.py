@@ -41,7 +41,7 @@ def pgd(
     eot: int = 1,
     loss: str | Loss = "ce",
     norm: Norm = "Linf",
-    keep: Literal["last", "best"] = "last",
+    keep: Literal["last", "best"] = "best",
     seed: int = 0,
     settle: bool = True,
     init: Images | None = None,
@@ -58,9 +58,10 @@ def pgd(
         restarts: independent random starts; the worst end counts.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
         loss: "ce", "margin", "dlr", or a function (logits [b, k], y [b]) → [b], to be raised.
-        keep: "last" returns the last iterate (the textbook's attack, and the one of training); "best" the worst
-            iterate of the path: a broken one before any other, then the highest loss. Broken is a point that every
-            draw misclassifies, and a hundred more if the model is stochastic.
+        keep: "best" returns the worst iterate of the path for the model: a broken one before any other, then the
+            one with the highest loss. Broken is a point that every draw misclassifies, and a hundred more if the
+            model is stochastic. "last" returns the last iterate: Madry et al.'s attack, foolbox's to the bit, and
+            the usual one in adversarial training, with one pass less. Default: "best", as in `gsem.evaluate`.
         settle: whether an image is left alone once it is broken (with keep="best" or restarts); False follows
             every path to its end.
         seed: of the random starts and of the model's noise. The caller's random state is not changed.

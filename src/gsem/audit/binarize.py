@@ -23,6 +23,7 @@ from gsem.suite import Attack
 FOUND, SURE, EASY, HOPELESS = 0.95, 0.99, 0.50, 0.50
 INNER = 256  # points of the ball that are class 0, half of them corners
 CANDIDATES = 8  # corners of the ball, of which the easiest to tell apart is planted
+MOST = 512  # images, which is enough
 TRIES = 200  # points of the random search that controls the test
 # How far from the inner points towards the planted one the readout changes its mind.
 CLOSENESS = 0.95
@@ -234,7 +235,7 @@ def binarization(s: Subject) -> Check:
         return replace(check, reason=f"none of the attacks stays within eps on its way: {', '.join(BOUND)} do")
     p = float("inf") if s.norm == "Linf" else 2.0
     apart = torch.cdist(s.x.flatten(1), s.x.flatten(1), p=p) > 2 * s.eps * 1.001
-    rows = _separate(apart)[: 128 if s.quick else 512]
+    rows = _separate(apart)[:MOST]
     planted = plant(s, s.x[rows], rows)
     fair = (planted.flips >= SURE) & (planted.clean <= 0.05)
     details: dict[str, Any] = {

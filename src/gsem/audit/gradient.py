@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gsem.attacks._core import random_start
-from gsem.audit.layers import Blocking, blocking
+from gsem.audit.layers import Blocking, Logarithm, blocking, ending_softmax
 from gsem.audit.record import Check
 from gsem.audit.slopes import WITHIN, Slope, joined, slopes
 from gsem.audit.subject import Subject, percent, quiet_twin
 from gsem.insert import straight_through
 from gsem.module import GSeM
 from gsem.streams import generator, split
+from gsem.suite import Attack
 
 HS = (1 / 255, 2 / 255, 4 / 255)
 LEAST = 100  # images, for an interval to mean something
@@ -52,8 +53,11 @@ def gradient(s: Subject) -> Check:
     if all(f.silent for f in found):
         reason = "the loss does not change at all within 4/255 of the images, so there is nothing to compare"
         return replace(check, figure=None, outcome="inconclusive", reason=reason, advice=_SILENT)
-    if suspicious:
-        return _flagged(s, check)
+    ending = _ending(s) if suspicious or one.unclear else None
+    if suspicious or ending is not None:
+        return _flagged(s, check, ending)
+    if one.unclear:
+        return replace(check, outcome="inconclusive", reason=f"{check.reason}: too wide to tell", advice=_SILENT)
     if len(s.x) < LEAST:
         reason = f"{check.reason}; the check needs {LEAST}"
         return replace(check, outcome="inconclusive", reason=reason, advice=f"Give --images {LEAST} or more.")
@@ -103,7 +107,8 @@ def _consecutive(found: list[Slope]) -> bool:
 def _told(one: Slope) -> str:
     if one.slope is None:
         return f"the loss changes within {_distance(one)}, and its gradient is nothing,"
-    return f"slope {one.slope:.2f} [{one.low:.2f}, {one.high:.2f}] at h = {_distance(one)}"
+    form = ".3g" if one.unclear else ".2f"
+    return f"slope {one.slope:{form}} [{one.low:{form}}, {one.high:{form}}] at h = {_distance(one)}"
 
 
 def _distance(one: Slope) -> str:
@@ -120,36 +125,48 @@ def _details(found: list[Slope], bent: list[Slope]) -> dict[str, Any]:
     return details | ({"along": [f.to_dict() for f in bent]} if bent else {})
 
 
-def _flagged(s: Subject, check: Check) -> Check:
-    """Name the layer, go around it, and attack again."""
+def _ending(s: Subject) -> Blocking | None:
+    some = slice(0, min(LEAST, s.batch))
+    return ending_softmax(s.model, _starts(s, 0)[some], s.y[some], draws=min(4, s.draws), seed=s.seed)
+
+
+def _flagged(s: Subject, check: Check, ending: Blocking | None) -> Check:
+    """Name the place (the ending softmax, or a layer that is looked for), go around it, and attack again."""
     some = slice(0, min(LEAST, s.batch))
     draws = min(4, s.draws)
-    where = blocking(s.model, _starts(s, 0)[some], s.y[some], draws=draws, seed=s.seed, say=s.say)
+    where = ending or blocking(s.model, _starts(s, 0)[some], s.y[some], draws=draws, seed=s.seed, say=s.say)
     assert check.details is not None
-    details = check.details | {"layer": None if where is None else where.layer, "where": str(where or "no one layer")}
-    reason = f"{check.reason}; " + (f"what blocks it is {where}" if where else "no one layer blocks it")
+    details = check.details | {"layer": where.layer, "where": str(where)}
+    reason = f"{check.reason}; what blocks it is {where}"
     advice = "Attack without this gradient: see the check blackbox."
-    around = None if where is None else surrogate(s.model, where)
+    around = surrogate(s, where)
     if around is not None:
-        how, model = around
-        advice = f"Attack through the corrected gradient: {how}."
-        after = s.cascade(s.white, s.base, "surrogate", through=quiet_twin(model))
+        how, model, attacks = around
+        advice = f"Attack through the corrected gradient: {how}." if not attacks else f"Attack {how}."
+        after = s.cascade(attacks or s.white, s.base, "surrogate", through=quiet_twin(model))
         before, now = s.accuracy(s.base), s.accuracy(after)
         details["mitigation"] = {"how": how, "before": before.as_accuracy(), "after": now.as_accuracy()}
-        reason += f"; attacked through the corrected gradient, the accuracy is {percent(now.mean)}, "
-        reason += f"not {percent(before.mean)}"
+        way = "through the corrected gradient" if not attacks else "by its logarithm"
+        reason += f"; attacked {way}, the accuracy is {percent(now.mean)}, not {percent(before.mean)}"
     return replace(check, outcome="flag", invalidates=True, reason=reason, advice=advice, details=details)
 
 
-def surrogate(model: nn.Module, where: Blocking) -> tuple[str, nn.Module] | None:
-    """A copy that answers as the model does and whose gradient passes the layer, and how to get it."""
-    layers = dict(model.named_modules())
+def surrogate(s: Subject, where: Blocking) -> tuple[str, nn.Module, list[Attack]] | None:
+    """How to get past the place, a model that decides as the audited one does and whose gradient passes, and attacks.
+
+    The attacks are empty where those in question do.
+    """
+    model, layers = s.model, dict(s.model.named_modules())
+    if where.softmax and not where.layer:
+        # The cross-entropy would put back the softmax that the logarithm takes away.
+        how = "the logits before the softmax, or the logarithm of the output with loss=margin"
+        return how, Logarithm(model), [Attack("apgd", s.effort | {"loss": "margin"})]
     if isinstance(layers[where.layer], GSeM):
         fixed = copy.deepcopy(model)
         layer = fixed.get_submodule(where.layer)
         assert isinstance(layer, GSeM)
         layer.gradient = "corrected"
-        return f'set the layer {where.layer!r} to gradient="corrected"', fixed
+        return f'set the layer {where.layer!r} to gradient="corrected"', fixed, []
     if not where.layer or not where.keeps_shape:
         return None
-    return f'gsem.straight_through(model, "{where.layer}")', straight_through(model, where.layer)
+    return f'gsem.straight_through(model, "{where.layer}")', straight_through(model, where.layer), []

@@ -32,8 +32,10 @@ def unavailable(s: Subject) -> Check:
         advice="",
         source=SOURCE + "1",
     )
-    loss = resolve_loss(s.options(s.lead).get("loss", "margin"))
+    named = s.options(s.lead).get("loss", "margin")
+    loss = resolve_loss(named)
     zero = np.zeros(len(s.x), dtype=bool)
+    of_loss = 0  # images whose margin has a gradient, so that the loss is what lost it
     try:
         for first in range(0, len(s.x), s.batch):
             x, y = s.x[first : first + s.batch], s.y[first : first + s.batch]
@@ -41,24 +43,47 @@ def unavailable(s: Subject) -> Check:
             start = random_start(x, s.eps, s.norm, generator(seed, "start", device=x.device))
             with stream(seed, x.device):
                 _, _, grad = expected_gradient(s.search, start, y, loss, s.options(s.lead)["eot"])
-            zero[first : first + len(x)] = (grad == 0).flatten(1).all(1).cpu().numpy()
+            none = (grad == 0).flatten(1).all(1)
+            zero[first : first + len(x)] = none.cpu().numpy()
+            if none.any():
+                with stream(seed, x.device):
+                    _, _, other = expected_gradient(s.search, start[none], y[none], margin, s.options(s.lead)["eot"])
+                of_loss += int((other != 0).flatten(1).any(1).sum())
     except RuntimeError as error:  # autograd's: no path from the logits to the images
         reason = f"differentiating the model fails: {str(error).split('.')[0]}"
         return replace(check, figure=1.0, outcome="flag", invalidates=True, reason=reason, advice=_UNAVAILABLE)
     count, share = int(zero.sum()), float(zero.mean())
     reason = f"{several(count, 'images')} of {len(zero)} have a gradient of zero"
-    check = replace(check, figure=share, reason=reason, details={"images": np.flatnonzero(zero).tolist()})
+    details: dict[str, Any] = {"images": np.flatnonzero(zero).tolist()}
+    check = replace(check, figure=share, reason=reason, details=details)
     if not count:
         return check
+    advice = _UNAVAILABLE
+    if named == "ce" and of_loss > count / 2:
+        # The logits have a gradient: no layer is to blame.
+        advice = _SATURATED
+        details["where"] = "the softmax of the loss"
+        reason += f", and in {of_loss} of them the margin of the logits has one: it vanishes in the loss's softmax, "
+        reason += f"because the logits are large (the highest leads by {_lead(s):.0f}), and in no layer"
+        check = replace(check, reason=reason)
     # Other losses do not saturate where the cross-entropy does.
-    after = s.cascade([Attack("apgd", _effort(s) | {"loss": "margin"})], s.base, "margin")
+    after = s.cascade([Attack("apgd", s.effort | {"loss": "margin"})], s.base, "margin")
     check = mitigated(s, check, "the margin as the loss", after)
-    return replace(check, outcome="flag", invalidates=share > GREATLY, advice=_UNAVAILABLE)
+    return replace(check, outcome="flag", invalidates=share > GREATLY, advice=advice)
 
 
+@torch.no_grad()
+def _lead(s: Subject) -> float:
+    """Median difference of the two highest logits."""
+    with stream(split(s.seed, "lead"), s.x.device):
+        highest = s.model(s.x[: s.batch]).topk(2, dim=1).values
+    return float((highest[:, 0] - highest[:, 1]).median())
+
+
+_SATURATED = "Attack with loss=margin or loss=dlr, which have no softmax, or divide the logits by a constant."
 _UNAVAILABLE = (
-    "Attack the logits with loss=margin or loss=dlr; if it stays zero, the check gradient names the layer, and "
-    "gsem.straight_through passes it."
+    "Attack the logits with loss=margin or loss=dlr; if the gradient stays zero, the check gradient says where it is "
+    "lost, and gsem.straight_through passes a layer."
 )
 
 
@@ -246,8 +271,3 @@ def mitigated(s: Subject, check: Check, how: str, after: Points) -> Check:
         invalidates=check.invalidates or (gain.mean > GREATLY and gain.low > 0),
         details=(check.details or {}) | {"mitigation": found},
     )
-
-
-def _effort(s: Subject) -> dict[str, Any]:
-    options = s.options(s.lead)
-    return {"steps": options.get("steps", 20), "eot": options["eot"]}

@@ -24,7 +24,7 @@ class Check:
     figure: float | None
     """What was measured; None where the check could not be made."""
     threshold: str
-    """When it is flagged, in words with the figure: `over 0.10`, `interval outside [0.85, 1.15]`."""
+    """When it is flagged, in words with the figure: `over 0.10`, `interval outside [0.93, 1.07]`."""
     outcome: Outcome
     reason: str
     """A sentence with the figures behind the outcome."""

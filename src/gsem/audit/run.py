@@ -26,6 +26,7 @@ from gsem.suite import SUITES, Attack, parse_attacks, suite
 # The white-box attacks whose result is audited, unless told.
 ATTACKS = "apgd:steps=100,apgd:steps=100:loss=margin,apgd:steps=100:targets=9"
 QUICK = "apgd:steps=50:eot=5,apgd:steps=50:loss=margin:eot=5"
+DRAWS, QUICK_DRAWS = 100, 20
 
 CHECKS: dict[str, Callable[[Subject], Check]] = {
     "randomness": randomness,
@@ -64,7 +65,7 @@ def audit(
     *,
     eps: float,
     norm: Norm = "Linf",
-    draws: int = 100,
+    draws: int | None = None,
     seed: int = 0,
     batch: int = BATCH,
     only: Sequence[str] | None = None,
@@ -86,11 +87,12 @@ def audit(
         attacks: as `evaluate` takes them, at least one of them pgd, apgd, cw or fgsm. APGD on cross-entropy, on the
             margin and towards nine targets unless told.
         eps: radius of the threat model, in the unit of the images.
-        draws: scoring draws of a stochastic model, for each point.
+        draws: scoring draws of a stochastic model, for each point. Default: 100, with `quick` 20.
         seed: of every random stream used; the caller's random state is not changed.
         batch: images attacked at once.
         only: names of the checks to make; all unless told. The verdict is never TRUSTED for some of them.
-        quick: fewer steps, draws and queries: minutes on a CPU for a small network.
+        quick: other defaults, with fewer steps, draws and queries: minutes on a CPU for a small network. Attacks and
+            draws that are given are used as they are.
         sources: other models, by name, whose adversarial examples are tried on this one. Of a GSeM model, itself
             without noise and without the quantiser are always among them.
         surrogate: a model through which the attacks go instead of `model`: what a user of BPDA or of a substitute
@@ -108,6 +110,7 @@ def audit(
             raise ValueError(f"check {name!r} is unknown: it is one of {', '.join(CHECKS)}")
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
+    draws = (QUICK_DRAWS if quick else DRAWS) if draws is None else draws
     check_arguments(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
     if not len(x):
         raise ValueError("there are no images to audit on")
@@ -123,7 +126,7 @@ def audit(
         eps=eps,
         norm=norm,
         seed=seed,
-        draws=20 if quick and draws == 100 else draws,
+        draws=draws,
         batch=batch,
         stochastic=is_stochastic(model, x[:batch]),
         quick=quick,

@@ -28,6 +28,8 @@ from gsem.streams import generator, split, stream
 # How far from 1 the interval of a slope may lie.
 WITHIN = 0.07
 NEARLY = 0.04
+# An interval wider than this says neither that the gradient is the loss's nor that it is not.
+WIDE = 1.0
 # Below so small a share of the differences, the derivative counts as none.
 NOTHING = 0.01
 # Relative rounding error of a float32 loss; differences that are not well above it say nothing.
@@ -63,6 +65,11 @@ class Slope:
     def blocked(self) -> bool:
         """Whether the loss changes and the gradient says that it does not."""
         return not self.silent and _rms(self.b) < NOTHING * _rms(self.a)
+
+    @property
+    def unclear(self) -> bool:
+        """Whether the interval is too wide for an answer: a few images of many carry all of the gradient."""
+        return self.slope is not None and self.high - self.low > WIDE
 
     def outside(self, by: float) -> bool:
         """Whether the interval lies outside [1 − by, 1 + by], or there is no derivative at all."""

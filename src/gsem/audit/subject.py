@@ -1,5 +1,6 @@
 """What every check looks at: the model, its images, the attacks in question, and what they reached."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,12 @@ class Subject:
     def lead(self) -> Attack:
         """The attack whose path is looked at."""
         return next(a for a in self.white if a.name in LEADING)
+
+    @property
+    def effort(self) -> dict[str, Any]:
+        """Steps and draws of the leading attack, for another attack in its place."""
+        options = self.options(self.lead)
+        return {"steps": options.get("steps", 20), "eot": options["eot"]}
 
     @cached_property
     def classes(self) -> int:
@@ -251,6 +258,20 @@ class Subject:
         # The standard deviation of the difference of two shares is at most √(1/2m).
         margin = 3 * (0.5 / self.draws) ** 0.5 if self.draws > 1 else 0.5
         return (after > 0.5) & (before <= 0.5) & (after - before > margin)
+
+
+def most_by_chance(images: int) -> int:
+    """How many of so many images one attack may break and another miss, although both search equally well.
+
+    By its random start and its finite effort an attack misses up to 0.003 of the images that another try breaks: the
+    tolerance of the sweeps too. A binomial count with that share exceeds the number in at most 2.5% of cases.
+    """
+    below, count = 0.0, -1
+    while below < 0.975:
+        count += 1
+        ways = math.lgamma(images + 1) - math.lgamma(count + 1) - math.lgamma(images - count + 1)
+        below += math.exp(ways + count * math.log(SLIGHTLY) + (images - count) * math.log1p(-SLIGHTLY))
+    return count
 
 
 def _numbered_from(first: int, observe: Observer) -> Observer:

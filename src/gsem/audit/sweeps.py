@@ -8,7 +8,7 @@ import numpy as np
 from gsem.attacks._core import random_start
 from gsem.audit.indicators import widest, without_bound
 from gsem.audit.record import Check
-from gsem.audit.subject import GREATLY, SLIGHTLY, Interval, Points, Subject, percent
+from gsem.audit.subject import GREATLY, SLIGHTLY, Interval, Points, Subject, most_by_chance, percent, several
 from gsem.streams import generator
 from gsem.suite import Attack
 
@@ -121,7 +121,10 @@ def _with_less(s: Subject, key: str, part: int) -> list[Attack]:
 
 
 def blackbox(s: Subject) -> Check:
-    """Attacks that use no gradient of the model break nothing that the white-box attacks do not."""
+    """Attacks that use no gradient of the model break hardly anything that the white-box attacks do not.
+
+    A few images are no flag: two equally good searches do not break the same ones. They count in the lowest accuracy.
+    """
     chosen = s.black or _boxes(s)
     after = s.base
     rows: list[dict[str, Any]] = []
@@ -139,26 +142,37 @@ def blackbox(s: Subject) -> Check:
         )
     s.found.append(after)
     only = s.broken_beyond_noise(s.base.wrong, after.wrong)
+    count, chance = int(only.sum()), most_by_chance(len(only))
     before, now, gain = s.accuracy(s.base), s.accuracy(after), s.gain(s.base, after)
+    greatly = gain.mean > GREATLY and gain.low > 0
     worst = max(rows, key=lambda row: row["only_here"])
     check = Check(
         name="blackbox",
         title="Do black-box attacks break what white-box attacks do not?",
         figure=float(only.mean()),
-        threshold="any image, beyond the noise of the draws",
+        threshold=f"over {chance} of {len(only)} images: a share over {SLIGHTLY:.3f}, beyond chance",
         outcome="pass",
         reason=f"{', '.join(row['attack'] for row in rows)} break no image that the white-box attacks left",
         advice="",
         source="Athalye et al., ICML 2018, section 3.1; Chen & Gu, KDD 2020 (RayS)",
-        invalidates=gain.mean > GREATLY and gain.low > 0,
-        details={"attacks": rows, "images": np.flatnonzero(only).tolist(), "sources": list(s.sources)},
+        invalidates=greatly,
+        details={
+            "by_chance": chance,
+            "attacks": rows,
+            "images": np.flatnonzero(only).tolist(),
+            "sources": list(s.sources),
+        },
     )
-    if not only.any():
+    if not count and not greatly:
         return check
     reason = (
-        f"{int(only.sum())} of {len(only)} images are broken only without the model's gradient (most by "
-        f"{worst['attack']}): the accuracy is {percent(now.mean)}, not {percent(before.mean)}"
+        f"{count} of {several(len(only), 'images')} {'is' if count == 1 else 'are'} broken only without the model's "
+        f"gradient (most by {worst['attack']}): the accuracy is {percent(now.mean)}, not {percent(before.mean)}"
     )
+    if count <= chance and not greatly:
+        return replace(
+            check, reason=f"{reason}; up to {chance} may be chance, as no two searches break the same images"
+        )
     advice = f"Report the worst case with {worst['attack']}, and find out why the gradient leads past these points."
     return replace(check, outcome="flag", reason=reason, advice=advice)
 
