@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import gsem
 from gsem import suite
 from gsem.attacks import pgd
-from gsem.evaluate import AnotherQuestion, Progress, _chosen, evaluate, undefended
+from gsem.evaluate import Progress, _chosen, evaluate, undefended
+from gsem.ledger import AnotherQuestion
 from gsem.predict import correct_draws, is_stochastic
 from planted import Flipper, Halves, chance, halves, small_net
 

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASE | {"attacks", "checkpoint", "models", "predict", "provenance", "recorded", "run", "step", "twin"},
     "suite": {"attacks"},
     "result": {"_text", "checkpoint", "streams"},
-    "ledger": {"checkpoint", "result", "streams"},
+    "ledger": {"checkpoint", "lock", "result", "streams"},
     "evaluate": BASE | {"attacks", "ledger", "predict", "result", "suite", "twin"},
     "audit": BASE | {"attacks", "checkpoint", "evaluate", "insert", "predict", "result", "suite", "twin"},
     "report": {"_text", "audit", "recipes", "result", "run"},
@@ -45,7 +45,19 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"recipes"},
     "published": BASE | {"checkpoint", "evaluate", "models", "progress", "result", "run", "show", "suite", "train"},
     "cli_evaluate": BASE
-    | {"checkpoint", "evaluate", "insert", "options", "progress", "recorded", "result", "show", "suite", "verify"},
+    | {
+        "checkpoint",
+        "evaluate",
+        "insert",
+        "ledger",
+        "options",
+        "progress",
+        "recorded",
+        "result",
+        "show",
+        "suite",
+        "verify",
+    },
     # (It names the modules of the commands as text, and imports one when its command runs.)
     "cli": {"interrupt", "options", "recipes"},
 }

@@ -12,9 +12,10 @@ from gsem._text import percent
 from gsem.checkpoint import load_model
 from gsem.data import Source, Split, balanced, load, to_float
 from gsem.device import device_named
-from gsem.evaluate import AnotherQuestion, evaluate
+from gsem.evaluate import evaluate
 from gsem.fingerprint import data_fingerprint
 from gsem.insert import normalized
+from gsem.ledger import AnotherQuestion
 from gsem.options import EvaluateOptions, VerifyOptions
 from gsem.progress import AttackBar
 from gsem.recorded import find, find_named, places_of

@@ -19,8 +19,7 @@ from gsem._text import with_rows
 from gsem.attacks import Counting, Step, counting
 from gsem.attacks._core import Norm, check_arguments, check_result, distances
 from gsem.fingerprint import data_fingerprint, model_fingerprint
-from gsem.ledger import Ledger, differences, question
-from gsem.lock import locked
+from gsem.ledger import Ledger, computed, question, saved_result
 from gsem.module import GSeM, noise
 from gsem.predict import BATCH, answers, is_stochastic, votes_won
 from gsem.result import VOTERS, Result, Scores, attack_name, joined, with_ending
@@ -153,9 +152,9 @@ def evaluate(
 
     if save is None:
         return scored(None)
-    finished = _finished(with_ending(save, ""), question(facts), None if rows is None else numbers)
+    finished = saved_result(save, question(facts), None if rows is None else numbers)
     if finished is None or again:
-        return _saved(with_ending(save, ""), question(facts), scored)
+        return computed(save, question(facts), scored)
     if keep_images and any(s.x_adv is None for s in finished.scores):
         raise ValueError(
             f"{with_ending(save, '.npz')} is this evaluation, finished without its adversarial examples. --again "
@@ -193,58 +192,6 @@ def _numbered_among_all(name: str, first: int) -> Iterator[None]:
         if text != str(error):
             error.args = (f"attack {name!r}: {text}", *error.args[1:])
         raise
-
-
-def _finished(out: Path, asked: Mapping[str, Any], rows: Int[np.ndarray, " n"] | None) -> Result | None:
-    """The result of this question that is saved at `out`, if there is one.
-
-    Raises:
-        AnotherQuestion: the result there is one of something else.
-    """
-    refuse_to_overwrite(out, asked)
-    if not with_ending(out, ".npz").exists():
-        return None
-    result = Result.load(out)
-    if rows is not None and result.rows is not None and not np.array_equal(rows, result.rows):
-        raise AnotherQuestion(out, ["the rows of the images in their data set"])
-    return result
-
-
-def _saved(out: Path, asked: dict[str, Any], scored: Callable[[Ledger], Result]) -> Result:
-    """The result, computed with a ledger beside `out`, and saved there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    instead = "wait for its end, or choose another --out"
-    with locked(out.with_name(f".{out.name}.lock"), f"evaluating into {out}", instead):
-        refuse_to_overwrite(out, asked)
-        ledger = Ledger(out, asked)
-        try:
-            result = scored(ledger)
-        except BaseException:
-            ledger.discard_if_empty()
-            raise
-        result.save(out)
-        ledger.discard()
-    return result
-
-
-class AnotherQuestion(ValueError):
-    """The result that is saved at a place is one of something else."""
-
-    def __init__(self, out: Path, different: list[str]):
-        super().__init__(
-            f"{with_ending(out, '.npz')} is there already, and is an evaluation of something else. Different are: "
-            f"{'; '.join(different)}. Choose another --out, or move it away"
-        )
-
-
-def refuse_to_overwrite(out: Path, asked: Mapping[str, Any]) -> None:
-    """Raise AnotherQuestion if at `out` there is the result of another question."""
-    facts = Result.saved_facts(out)
-    if facts is None:
-        return
-    other = differences(question(facts), asked) if "fingerprint" in facts else ["it does not say what it is of"]
-    if other:
-        raise AnotherQuestion(out, other)
 
 
 def _chosen(attacks: str | Sequence[Attack | str], *, transferable: bool) -> list[Attack]:

@@ -1,16 +1,18 @@
-"""What of an evaluation is finished, batch by batch, so that an interrupted one goes on."""
+"""What of an evaluation is finished: the saved result, or its batches, with which an interrupted one goes on."""
 
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from gsem.checkpoint import write_atomically, written_whole
-from gsem.result import ARRAYS, FIELDS, Scores, with_ending
+from gsem.lock import locked
+from gsem.result import ARRAYS, FIELDS, Result, Scores, with_ending
 from gsem.streams import split
 
 # The facts of a result that decide it: two results that agree in them have the same figures.
@@ -104,7 +106,7 @@ class Ledger:
             with np.load(file, allow_pickle=False) as arrays:
                 facts = json.loads(str(arrays["facts"]))
                 return Scores(**{key: arrays[key] for key in (*ARRAYS, "x_adv")}, **facts)
-        except (KeyError, ValueError, EOFError, zipfile.BadZipFile):  # damaged: it is computed again
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):  # damaged, or of an earlier version
             return None
 
     def write(self, name: str, first: int, part: Scores) -> None:
@@ -121,3 +123,63 @@ class Ledger:
         """Nothing was finished: the next evaluation finds the place free."""
         if not self.finished:
             self.discard()
+
+
+class AnotherQuestion(ValueError):
+    """The result that is saved at a place is one of something else."""
+
+    def __init__(self, out: Path, different: list[str]):
+        super().__init__(
+            f"{with_ending(out, '.npz')} is there already, and is an evaluation of something else. Different are: "
+            f"{'; '.join(different)}. Choose another --out, or move it away"
+        )
+
+
+def refuse_to_overwrite(out: str | Path, asked: Mapping[str, Any]) -> None:
+    """Raise AnotherQuestion if at `out` there is the result of another question."""
+    facts = Result.saved_facts(out)
+    if facts is None:
+        return
+    other = differences(question(facts), asked) if "fingerprint" in facts else ["it does not say what it is of"]
+    if other:
+        raise AnotherQuestion(Path(out), other)
+
+
+def saved_result(out: str | Path, asked: Mapping[str, Any], rows: Int[np.ndarray, " n"] | None) -> Result | None:
+    """The result of this question that is saved at `out`, if there is one.
+
+    Args:
+        rows: of the images in their data set, where the caller gave them.
+
+    Raises:
+        AnotherQuestion: the result there is one of something else.
+    """
+    refuse_to_overwrite(out, asked)
+    if not with_ending(out, ".npz").exists():
+        return None
+    result = Result.load(out)
+    if rows is not None and result.rows is not None and not np.array_equal(rows, result.rows):
+        raise AnotherQuestion(Path(out), ["the rows of the images in their data set"])
+    return result
+
+
+def computed(out: str | Path, asked: dict[str, Any], scored: Callable[[Ledger], Result]) -> Result:
+    """The result of `scored`, with a ledger beside `out` meanwhile, saved there.
+
+    Raises:
+        AnotherQuestion: a result of something else is there. Locked: another process evaluates into `out`.
+    """
+    out = with_ending(out, "")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    instead = "wait for its end, or choose another --out"
+    with locked(out.with_name(f".{out.name}.lock"), f"evaluating into {out}", instead):
+        refuse_to_overwrite(out, asked)
+        ledger = Ledger(out, asked)
+        try:
+            result = scored(ledger)
+        except BaseException:
+            ledger.discard_if_empty()
+            raise
+        result.save(out)
+        ledger.discard()
+    return result

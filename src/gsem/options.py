@@ -67,7 +67,7 @@ class TrainOptions:
 class EvaluateOptions:
     """Attack a trained model and score it on draws of its noise that no attack has seen.
 
-    An interrupted evaluation goes on when the same command is started again.
+    An interrupted evaluation goes on when the same command is started again; a finished one is shown again.
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
