@@ -2,7 +2,7 @@
 
 import sys
 
-from gsem.published import evaluate_main
+from gsem.published_cli import evaluate_main
 
 if __name__ == "__main__":
     sys.exit(evaluate_main())

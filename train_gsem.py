@@ -2,7 +2,7 @@
 
 import sys
 
-from gsem.published import train_main
+from gsem.published_cli import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main("gcat-published"))

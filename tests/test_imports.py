@@ -43,7 +43,10 @@ ALLOWED: dict[str, set[str]] = {
     "show": {"_text", "result"},
     "study": BASE | {"checkpoint", "evaluate", "result", "run", "train"},
     "options": {"recipes"},
-    "published": BASE | {"checkpoint", "evaluate", "models", "progress", "result", "run", "show", "suite", "train"},
+    "published": BASE
+    | {"checkpoint", "evaluate", "models", "progress", "published_cli", "result", "run", "show", "suite", "train"},
+    # (It imports `published` when the options have been read.)
+    "published_cli": {"interrupt"},
     "cli_evaluate": BASE
     | {
         "checkpoint",

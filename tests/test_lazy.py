@@ -38,6 +38,17 @@ def test_help_and_wrong_words_load_nothing_slow():
     python(HELP.format(commands=list(COMMANDS), slow=SLOW, wrong=WRONG))
 
 
+@pytest.mark.parametrize("script", ["train_gsem.py", "evaluate_gsem.py"])
+def test_the_help_of_the_papers_scripts_loads_nothing_slow(script):
+    file = Path(__file__).parents[1] / script
+    out = python(
+        f"import runpy, sys\nsys.argv = ['script', '--help']\n"
+        f"try:\n    runpy.run_path({str(file)!r}, run_name='__main__')\n"
+        f"finally:\n    assert not {SLOW} & sys.modules.keys()"
+    )
+    assert "--dataset-name" in out or "--dataset_name" in out
+
+
 def test_importing_the_package_loads_nothing_slow():
     python(f"import sys, gsem; gsem.__version__, dir(gsem); assert not {SLOW} & sys.modules.keys()")
 

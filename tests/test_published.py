@@ -11,7 +11,8 @@ import torch
 import gsem
 from formats import write_cifar10, write_cifar100, write_svhn
 from gsem.cli import main
-from gsem.published import EvaluateOptions, TrainOptions, device_of, recipe_of, run_evaluation, run_training, truth
+from gsem.published import device_of, recipe_of, run_evaluation, run_training, truth
+from gsem.published_cli import EvaluateOptions, TrainOptions
 
 ROOT = Path(__file__).parents[1]
 WRITERS = {"cifar10": write_cifar10, "cifar100": write_cifar100, "svhn": write_svhn}

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+import gsem
 from gsem.interrupt import exit_code, sigterm_raises
 from gsem.options import (
     STUDIES,
@@ -157,7 +158,7 @@ def main(words: list[str] | None = None) -> int:
         console.print(HELP)
         return 0 if words else 2
     if words[0] == "--version":
-        console.print(f"gsem {version('gsem')} (torch {version('torch')})")
+        console.print(f"gsem {gsem.__version__} (torch {version('torch')})")
         return 0
     command, *rest = words
     try:

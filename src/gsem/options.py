@@ -56,7 +56,7 @@ class TrainOptions:
     """Go on with the run in this directory. Its recipe stays as it is; --data says where its images are now, if they
     are not found."""
     tensorboard: Path | None = None
-    """Directory for TensorBoard's event files (needs the extra: pip install 'gsem[tensorboard]')."""
+    """Directory for TensorBoard's event files (needs the extra: pip install 'gsem-torch[tensorboard]')."""
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one."""
     compile: bool = False

@@ -63,7 +63,7 @@ class Scalars:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("TensorBoard is not installed: pip install 'gsem[tensorboard]'") from None
+            raise ValueError("TensorBoard is not installed: pip install 'gsem-torch[tensorboard]'") from None
         self.writer = SummaryWriter(str(directory))
 
     def __call__(self, p: TrainingProgress) -> None:

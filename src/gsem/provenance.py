@@ -1,16 +1,14 @@
 """Which code it was: the version, and the commit where the package runs from a git checkout."""
 
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import gsem
 
 
 def release() -> str:
-    """The version of gsem, `unknown` where it was not installed."""
-    try:
-        return version("gsem")
-    except PackageNotFoundError:
-        return "unknown"
+    """The version of this package, also where it runs from a folder and is not installed."""
+    return gsem.__version__
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:

@@ -1,95 +1,32 @@
-"""The paper's command lines: the same options, the same names of files, run by this package's published recipes.
+"""What the paper's commands do: the same names of files, run by this package's published recipes.
 
-The four scripts at the repository's root call `train_main` and `evaluate_main`. Differences from the released
-code: the best epoch is chosen on held-out training images instead of the test set; `--milestones`, `--use_amp` can
-be set; `--device N` without a GPU runs on the CPU and says so; MART corrects the gradient of both branches.
+Differences from the released code: the best epoch is chosen on held-out training images instead of the test set;
+`--milestones`, `--use_amp` can be set; `--device N` without a GPU runs on the CPU and says so; MART corrects the
+gradient of both branches.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 
 from gsem.checkpoint import load_model, write_atomically
 from gsem.data import load, to_float
 from gsem.evaluate import evaluate
-from gsem.interrupt import exit_code, sigterm_raises
 from gsem.models import canonical_name
 from gsem.progress import AttackBar
+from gsem.published_cli import EvaluateOptions, TrainOptions
 from gsem.recipes import RECIPES, Recipe
 from gsem.result import Result, with_ending
-from gsem.run import Progress, TrainingInterrupted
+from gsem.run import Progress
 from gsem.show import show_as_published, show_result
 from gsem.suite import ATTACKS, Attack, suite
 from gsem.train import train
 
 DATASETS = ("cifar10", "cifar100", "svhn")
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """The options of the paper's training scripts."""
-
-    classifier_name: str = "GSeMResNet18"
-    """GSeMResNet18, GSeMWideResNet28x10, … (see `gsem models`)."""
-    dataset_name: str = "cifar10"
-    """cifar10, cifar100 or svhn."""
-    data_path: str = "dataset"
-    """Directory of the original files; they are downloaded there when missing."""
-    batch_size: int = 256
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0035
-    milestones: tuple[str, ...] = ("60", "110")
-    """Epochs after which the learning rate falls to a tenth: 60 110 or 60,110."""
-    epochs: int = 150
-    reload: int = 5
-    """Rounds of the schedule, each from the best checkpoint of those before."""
-    model_save_path: str = "adv_model"
-    model_load_path: str = ""
-    """Weights to start from: a .pt of these scripts, or a checkpoint of gsem train."""
-    best_acc: float = 0.0
-    """Per cent: weights whose robust validation accuracy is below it are not exported."""
-    use_amp: str = "true"
-    """true or false: 16-bit training passes."""
-    alpha: int = 6
-    """GSeM's levels."""
-    beta: int = 4
-    """GSeM's noise."""
-    gra_eot_num: int = 10
-    """Draws of the noise per parameter gradient."""
-    att_eot_num: int = 10
-    """Draws of the noise per attack gradient."""
-    device: str = "0"
-    """Number of the GPU, or cpu."""
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """The options of the paper's evaluation script."""
-
-    model_load_path: str
-    """A .pt of the training scripts."""
-    data_path: str = "dataset"
-    batch_size: int = 512
-    dataset_name: str = "cifar10"
-    """cifar10, cifar100 or svhn."""
-    classifier_name: str = "GSeMResNet18"
-    alpha: int = 6
-    """GSeM's levels."""
-    beta: int = 4
-    """GSeM's noise."""
-    att_eot_num: int = 20
-    """Draws of the noise per attack gradient."""
-    suite: str = "paper"
-    """Not in the paper's script: paper, standard, quick, or published (the budgets that its code really ran)."""
-    device: str = "0"
-    """Number of the GPU, or cpu."""
 
 
 def truth(name: str, word: str) -> bool:
@@ -211,27 +148,3 @@ def run_evaluation(options: EvaluateOptions) -> Result:
     if finished:  # (of anything else, `evaluate` would have refused it)
         console.print(f"already finished: {with_ending(out, '.npz')}; delete it to compute it anew", soft_wrap=True)
     return result
-
-
-def _main(kind: Any, run: Any) -> int:
-    try:
-        options = tyro.cli(kind)
-        with sigterm_raises():
-            run(options)
-        return 0
-    except KeyboardInterrupt as stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return exit_code(stopped.kind() if isinstance(stopped, TrainingInterrupted) else stopped)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
-def train_main(published: str) -> int:
-    """A training script: `published` names the recipe. Returns the exit code."""
-    return _main(TrainOptions, lambda options: run_training(options, published))
-
-
-def evaluate_main() -> int:
-    """The evaluation script. Returns the exit code."""
-    return _main(EvaluateOptions, run_evaluation)
