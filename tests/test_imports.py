@@ -12,7 +12,8 @@ BASE = {"_text", "module", "losses", "recipes", "data", "streams", "device", "fi
 # What each part may import of the package; a part not named here may not exist.
 ALLOWED: dict[str, set[str]] = {
     **{part: set() for part in BASE},
-    "insert": {"module"},
+    "probe": {"module"},
+    "insert": {"module", "probe"},
     "models": {"module"},
     "twin": {"module"},
     "predict": {"streams"},
