@@ -12,19 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from gsem._text import with_rows
 from gsem.attacks import Counting, Step, counting
-from gsem.attacks._core import Norm, check_arguments, check_result, distances
+from gsem.attacks._core import Norm, check_result, distances
+from gsem.contract import ImagesLike, LabelsLike, check_gradient, checked, plain_logits
 from gsem.fingerprint import data_fingerprint, model_fingerprint
 from gsem.ledger import Ledger, differences, question
 from gsem.lock import locked
 from gsem.module import GSeM, noise
 from gsem.predict import BATCH, answers, is_stochastic, votes_won
 from gsem.result import VOTERS, Result, Scores, attack_name, joined, with_ending
-from gsem.streams import split, stream
+from gsem.streams import split
 from gsem.suite import SUITES, Attack, suite
 from gsem.twin import search_twin
 
@@ -56,11 +57,11 @@ Report = Callable[[Progress], None]
 
 def evaluate(
     model: nn.Module,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
+    x: ImagesLike,
+    y: LabelsLike,
     attacks: str | Sequence[Attack | str] = ("clean", "pgd"),
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     draws: int = 100,
     seed: int = 0,
@@ -82,11 +83,12 @@ def evaluate(
     deterministic model one draw is used. Images as they are ("clean") are always among the attacks.
 
     Args:
-        model: images [b, c, h, w] in [0, 1] → logits, in eval mode.
-        x, y: images in [0, 1], and their labels (int64).
+        model: images [b, c, h, w] in [0, 1] → logits [b, k], in eval mode. Of an object or dict with `logits`, and of
+            a tuple that begins with them, the logits are taken, with a warning.
+        x, y: images in [0, 1], and their labels; tensors or numpy arrays.
         attacks: `Attack`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`; or the
             name of a suite: quick, standard, paper, published.
-        eps: radius of the threat model, in the unit of the images.
+        eps: radius of the threat model, in the unit of the images; "8/255" is a number too.
         draws: selection draws, and scoring draws, for each image and attack.
         seed: of every random stream used; the caller's random state is not changed.
         batch: images attacked at once.
@@ -104,19 +106,23 @@ def evaluate(
         report: called with a `Progress` while it runs.
 
     Raises:
-        ValueError: an unknown attack or option, arguments out of range, logits that are not finite; at `save`, a
-            result of something else (`AnotherQuestion`), an unfinished evaluation of something else, or one in
-            progress in another process (`Locked`).
+        ValueError: an unknown attack or option, arguments out of range, logits that are not finite, attacks that
+            follow the gradient of a model that has none; at `save`, a result of something else (`AnotherQuestion`), an
+            unfinished evaluation of something else, or one in progress in another process (`Locked`).
+
+    Warns:
+        UserWarning: a model that returns probabilities, or whose gradient is zero.
     """
     if not len(x):
         raise ValueError("there are no images to evaluate on")
-    if norm == "Linf" and eps > 1:
-        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
-    check_arguments(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
-    chosen = _chosen(attacks, transferable=bool(sources) or _defended(model))
+    given, others = model, sources or {}  # results are of the networks themselves, without what holds their logits
     numbers = _checked_rows(rows, len(x))
     with _rows_named(numbers):
-        _check_labels(model, x, y)
+        model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
+        sources = {name: plain_logits(source, x, y) for name, source in others.items()}
+    if norm == "Linf" and eps > 1:
+        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
+    chosen = _chosen(attacks, transferable=bool(sources) or _defended(model))
     stochastic = is_stochastic(model, x[:batch])
     modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
     labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
@@ -124,7 +130,7 @@ def evaluate(
         raise ValueError(f"the same attack twice: {', '.join(labels)}")
     facts: dict[str, Any] = {
         "images": len(x),
-        "fingerprint": model_fingerprint(model) | data_fingerprint((x, y)),
+        "fingerprint": model_fingerprint(given) | data_fingerprint((x, y)),
         "eps": eps,
         "norm": norm,
         "draws": draws if stochastic else 1,
@@ -133,7 +139,7 @@ def evaluate(
         "noise": modes,
         "options": {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, chosen, strict=True)},
         "batch": batch,
-        "sources": {name: model_fingerprint(source) for name, source in (sources or {}).items()},
+        "sources": {name: model_fingerprint(source) for name, source in others.items()},
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(x.device),
@@ -147,7 +153,9 @@ def evaluate(
             asked_now = [a for a in chosen if mode == "fresh" or (a.bounded and a.name != "transfer")]
             with _mode(model, mode, seed, len(modes) > 1), _rows_named(numbers):
                 transfers = any(a.name == "transfer" for a in asked_now)
-                evaluation.ready(mode, facts["draws"], dict(sources or {}) if transfers else None)
+                evaluation.ready(mode, facts["draws"], sources if transfers else None)
+                if mode == "fresh" and any(a.follows_gradient for a in asked_now):
+                    check_gradient(evaluation.twin, x)
                 scores += [evaluation.score(attack) for attack in asked_now]
         return Result(scores, y.cpu().numpy(), facts, numbers)
 
@@ -416,13 +424,3 @@ class _Watch:
         rate = 0.0 if self.model is None else self.model.gradients / passed
         left = self.seconds / done * (self.images - done) if done else None
         self.report(Progress(self.name, done, self.images, standing, accuracy, rate, left))
-
-
-@torch.no_grad()
-def _check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    with stream(0, x.device):
-        classes = model(x[:1]).shape[1]
-    outside = (y < 0) | (y >= classes)
-    if outside.any():
-        image = int(outside.nonzero()[0])
-        raise ValueError(f"image {image} has label {int(y[image])}, but the model tells {classes} classes apart")
