@@ -23,6 +23,7 @@ from gsem.fingerprint import data_fingerprint, model_fingerprint
 from gsem.ledger import Ledger, differences, question
 from gsem.lock import locked
 from gsem.module import GSeM, noise
+from gsem.own_attack import AnyAttack, AttackLike, listed
 from gsem.predict import BATCH, answers, is_stochastic, votes_won
 from gsem.result import VOTERS, Result, Scores, attack_name, joined, with_ending
 from gsem.streams import split
@@ -59,7 +60,7 @@ def evaluate(
     model: nn.Module,
     x: ImagesLike,
     y: LabelsLike,
-    attacks: str | Sequence[Attack | str] = ("clean", "pgd"),
+    attacks: AttackLike | Sequence[AttackLike] = ("clean", "pgd"),
     *,
     eps: float | str,
     norm: Norm = "Linf",
@@ -87,7 +88,8 @@ def evaluate(
             a tuple that begins with them, the logits are taken, with a warning.
         x, y: images in [0, 1], and their labels; tensors or numpy arrays.
         attacks: `Attack`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`; or the
-            name of a suite: quick, standard, paper, published.
+            name of a suite: quick, standard, paper, published. Or functions of your own, and pairs (name, function):
+            see below.
         eps: radius of the threat model, in the unit of the images; "8/255" is a number too.
         draws: selection draws, and scoring draws, for each image and attack.
         seed: of every random stream used; the caller's random state is not changed.
@@ -104,6 +106,18 @@ def evaluate(
         again: compute a result that is there already anew, and replace it.
         about: what the caller wants to be kept in the result's facts (values as JSON takes them).
         report: called with a `Progress` while it runs.
+
+    An attack function is called with a batch: `function(model, x, y, eps=…, norm=…, seed=…, eot=…)`, with those of the
+    four keywords that it takes, and returns x_adv [b, c, h, w].
+
+    - model: the twin on which all attacks search: the logits are those of `model` but for rounding, the parameters
+      require no gradient. x: [b, c, h, w], y: [b], both copies.
+    - eps, norm: the threat model. A point outside it, or outside [0, 1], is an error that names the attack.
+    - seed: of this batch. torch's own random stream starts from it, and is the caller's again afterwards.
+    - eot: 20 for a stochastic model, else 1: the draws that the other attacks average over.
+
+    It is named by its `__name__`, or by the pair. At `save`, it is the same attack if its name and the function's
+    qualified name are the same: what changed inside the function is not seen (`again` computes it anew).
 
     Raises:
         ValueError: an unknown attack or option, arguments out of range, logits that are not finite, attacks that
@@ -255,14 +269,13 @@ def refuse_to_overwrite(out: Path, asked: Mapping[str, Any]) -> None:
         raise AnotherQuestion(out, other)
 
 
-def _chosen(attacks: str | Sequence[Attack | str], *, transferable: bool) -> list[Attack]:
+def _chosen(attacks: AttackLike | Sequence[AttackLike], *, transferable: bool) -> list[AnyAttack]:
     if isinstance(attacks, str) and attacks in SUITES:
-        chosen = suite(attacks)
+        chosen: list[AnyAttack] = [*suite(attacks)]
         if attacks in ("standard", "paper") and transferable:
             chosen.append(Attack("transfer"))
         return chosen
-    listed = attacks.split(",") if isinstance(attacks, str) else attacks
-    chosen = [Attack.parse(a) if isinstance(a, str) else a for a in listed]
+    chosen = listed(attacks)
     return chosen if any(a.name == "clean" for a in chosen) else [Attack("clean"), *chosen]
 
 
@@ -312,7 +325,7 @@ class _Evaluation:
     def stochastic(self) -> bool:
         return self.draws > 1
 
-    def score(self, attack: Attack) -> Scores:
+    def score(self, attack: AnyAttack) -> Scores:
         """All images under one attack."""
         name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
         parts: list[Scores] = []
@@ -328,7 +341,7 @@ class _Evaluation:
             watch.finished()
         return joined(parts, keep_images=self.keep_images)
 
-    def _batch(self, attack: Attack, name: str, first: int, watch: "_Watch") -> Scores:
+    def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> Scores:
         one = slice(first, first + self.batch)
         x, y = self.x[one], self.y[one]
         # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.

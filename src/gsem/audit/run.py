@@ -159,6 +159,8 @@ def audited(attacks: str | Sequence[Attack | str] | None, *, quick: bool) -> lis
         listed = [Attack.parse(a) if isinstance(a, str) else a for a in attacks]
     found: list[Attack] = []
     for attack in listed:
+        if not isinstance(attack, Attack):
+            raise ValueError(f"an audit repeats attacks with other budgets: it takes those of gsem, not {attack!r}")
         found += _parts(attack) if attack.name == "autoattack" else [attack]
     found = [a for a in found if a.name != "clean" and a.bounded]
     if not any(a.name in LEADING for a in found):
