@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from gsem.insert import insert, normalized
 from gsem.models import create_model
 from gsem.module import GSeM, noise
+from gsem.twin import search_twin
 
 
 class Net(nn.Module):
@@ -206,7 +208,11 @@ class Hider(nn.Module):
         (Net, {"after": "stem", "gradient": "x"}, "corrected, semi-masked"),
         (Net, {"after": "stem", "example": torch.rand(3, 8, 8)}, r"example must be .* shape \[3, 8, 8\]"),
         (Net, {"after": "stem", "example": "image"}, "example must be .* a str"),
-        (Net, {"after": "stem", "example": torch.rand(2, 1, 8, 8)}, r"\[2, 1, 8, 8\].*pass example="),
+        (
+            Net,
+            {"after": "stem", "example": torch.rand(2, 1, 8, 8)},
+            r"on the example, .* \[2, 1, 8, 8\].*: give one that",
+        ),
         (Reader, {"after": "conv"}, "'conv'.*fails: 'Sequential' object has no attribute 'weight'"),
         (Hider, {"after": "conv"}, "'conv'.*does not reach it"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), {"after": "0"}, "lazy layers.*run it once first"),
@@ -254,6 +260,142 @@ def test_inserted_behind_the_stem_a_plain_resnet_is_the_gsem_resnet():
     x = torch.rand(2, 3, 8, 8)
     with noise(plain, "frozen"), noise(gsem, "frozen"):
         assert torch.equal(plain(x), gsem(x))
+
+
+# --- layouts, inputs, and models that are fixed ------------------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """Swin's style: [b, h, w, c] from its patches on; of one size of images, if it says so."""
+
+    def __init__(self, side: int | None = None, width: int = 6):
+        super().__init__()
+        self.side = side
+        self.patch = nn.Conv2d(3, width, 2, stride=2)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        assert self.side in (None, x.shape[2])
+        return self.head(self.norm(self.patch(x).permute(0, 2, 3, 1)).relu().mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("side", "example"),
+    [(None, None), (None, torch.rand(2, 3, 12, 12)), (8, torch.rand(2, 3, 8, 8)), (8, torch.rand(2, 3, 8, 20))],
+)
+def test_behind_a_channels_last_layer_the_channels_are_the_channels(side, example):
+    model = Patches(side)
+    old = copy.deepcopy(model).eval()
+    insert(model, "norm", example=example).eval()
+    gsem = model.norm[1].gsem
+    assert gsem.channels == 6 and "norm.1.gsem.conv1.weight" in model.state_dict()
+    old.norm.register_forward_hook(lambda m, args, z: gsem(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    x = torch.rand(3, 3, 8, 8, requires_grad=True)
+    with noise(model, "frozen", seed=1):
+        expected, found = old(x), model(x)
+        assert torch.equal(found, expected)
+        twin = search_twin(model)
+        torch.testing.assert_close(twin(x), expected)
+        grads = [torch.autograd.grad(z.square().sum(), x)[0] for z in (expected, found, twin(x))]
+    assert torch.equal(grads[0], grads[1]) and grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[2], grads[0])
+    with noise(model, "fresh", seed=2):
+        several = twin.logits_of_draws(x, 3)
+    with noise(model, "fresh", seed=2):
+        torch.testing.assert_close(several, model(x.repeat(3, 1, 1, 1)))
+    fresh = insert(Patches(side), "norm", example=example).eval()
+    fresh.load_state_dict(model.state_dict())
+    with noise(fresh, "frozen", seed=1):
+        assert torch.equal(fresh(x), found)
+
+
+def test_channels_first_is_told_in_images_of_one_size_too():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 2))
+    assert insert(model, "1", example=torch.rand(1, 3, 8, 8))[1][1].channels == 6
+
+
+def test_where_nothing_tells_channels_from_height_the_choice_is_said():
+    def build(width):
+        return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(width * 64, 2))
+
+    with pytest.warns(UserWarning, match=r"layer '1' gives \[1, 8, 8, 8\].*axis 1 is taken for the channels") as said:
+        insert(build(8), "1", example=torch.rand(1, 3, 8, 8))
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        insert(build(8), "0", example=torch.rand(1, 3, 8, 8))  # a convolution's channels are known
+
+
+def test_channels_between_height_and_width_are_refused():
+    class Between(nn.Module):
+        def forward(self, x):
+            return x.transpose(1, 2)
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Between(), nn.Flatten(2), nn.AdaptiveAvgPool1d(1))
+    with pytest.raises(ValueError, match=r"layer '1' gives \[2, 30, 6, 30\].*\[b, c, h, w\] or \[b, h, w, c\]"):
+        insert(model, "1")
+
+
+def test_a_network_that_is_fed_uint8_takes_such_an_example():
+    class Bytes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            if x.dtype != torch.uint8:
+                raise TypeError("uint8, please")
+            return self.conv(x / 255).mean((2, 3))
+
+    with pytest.raises(ValueError, match=r"uint8, please.*pass example="):
+        insert(Bytes(), "conv")
+    with pytest.raises(ValueError, match=r"on the example, .*torch.float32 \(uint8, please\): give one that it takes"):
+        insert(Bytes(), "conv", example=torch.rand(1, 3, 8, 8))
+    assert insert(Bytes(), "conv", example=torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).conv[1].channels == 4
+
+
+def test_a_layer_of_two_inputs_keeps_both():
+    class Sum(nn.Module):
+        def forward(self, a, b, scale=1.0):
+            return a + scale * b
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other, self.sum = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), Sum()
+
+        def forward(self, x):
+            return self.sum(self.one(x), b=self.other(x), scale=2.0).mean((2, 3))
+
+    model = insert(Two(), "sum").eval()
+    x = torch.rand(2, 3, 8, 8)
+    with noise(model, "off"):
+        expected = model.sum[1](model.one(x) + 2 * model.other(x)).mean((2, 3))
+        assert torch.equal(model(x), expected)
+        torch.testing.assert_close(search_twin(model)(x), expected)
+    assert isinstance(model.sum, nn.Sequential) and "sum.1.conv1.weight" in model.state_dict()
+
+
+def test_what_was_compiled_or_scripted_is_refused_with_what_works():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    compiled = torch.compile(net)
+    for model, after in ((compiled, "1"), (compiled, "_orig_mod.1"), (nn.Sequential(compiled), "0._orig_mod.1")):
+        with pytest.raises(ValueError, match=r"is compiled.*insert first, and compile the result"):
+            insert(model, after)
+    inside = copy.deepcopy(net)
+    inside.compile()
+    with pytest.raises(ValueError, match="the model is compiled"):
+        insert(inside, "1")
+    script = torch.jit.script(net)
+    for model, after in ((script, "1"), (nn.Sequential(script), "0.1"), (nn.Sequential(script), "0")):
+        with pytest.raises(ValueError, match=r"TorchScript, .*insert before scripting or tracing"):
+            insert(model, after)
+    insert(compiled._orig_mod, "1")
+    assert net[1][1].channels == 4
+    # Beside a scripted part, the rest can be changed.
+    both = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), script)
+    assert insert(both, "1")[1][1].channels == 3
 
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)

@@ -12,18 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from gsem._text import with_rows
 from gsem.attacks import Counting, Step, counting
-from gsem.attacks._core import Norm, check_arguments, check_result, distances
+from gsem.attacks._core import Norm, check_result, distances
+from gsem.contract import ImagesLike, LabelsLike, check_gradient, checked, plain_logits
 from gsem.fingerprint import data_fingerprint, model_fingerprint
 from gsem.ledger import Ledger, computed, question, saved_result
 from gsem.module import GSeM, noise
+from gsem.own_attack import AnyAttack, AttackLike, listed
 from gsem.predict import BATCH, answers, is_stochastic, votes_won
 from gsem.result import VOTERS, Result, Scores, attack_name, joined, with_ending
-from gsem.streams import split, stream
+from gsem.streams import split
 from gsem.suite import SUITES, Attack, suite
 from gsem.twin import search_twin
 
@@ -55,11 +57,11 @@ Report = Callable[[Progress], None]
 
 def evaluate(
     model: nn.Module,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
-    attacks: str | Sequence[Attack | str] = ("clean", "pgd"),
+    x: ImagesLike,
+    y: LabelsLike,
+    attacks: AttackLike | Sequence[AttackLike] = ("clean", "pgd"),
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     draws: int = 100,
     seed: int = 0,
@@ -81,11 +83,13 @@ def evaluate(
     deterministic model one draw is used. Images as they are ("clean") are always among the attacks.
 
     Args:
-        model: images [b, c, h, w] in [0, 1] → logits, in eval mode.
-        x, y: images in [0, 1], and their labels (int64).
+        model: images [b, c, h, w] in [0, 1] → logits [b, k], in eval mode. Of an object or dict with `logits`, and of
+            a tuple that begins with them, the logits are taken, with a warning.
+        x, y: images in [0, 1], and their labels; tensors or numpy arrays.
         attacks: `Attack`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`; or the
-            name of a suite: quick, standard, paper, published.
-        eps: radius of the threat model, in the unit of the images.
+            name of a suite: quick, standard, paper, published. Or functions of your own, and pairs (name, function):
+            see below.
+        eps: radius of the threat model, in the unit of the images; "8/255" is a number too.
         draws: selection draws, and scoring draws, for each image and attack.
         seed: of every random stream used; the caller's random state is not changed.
         batch: images attacked at once.
@@ -102,20 +106,36 @@ def evaluate(
         about: what the caller wants to be kept in the result's facts (values as JSON takes them).
         report: called with a `Progress` while it runs.
 
+    An attack function is called with a batch: `function(model, x, y, eps=…, norm=…, seed=…, eot=…)`, with those of the
+    four keywords that it takes, and returns x_adv [b, c, h, w].
+
+    - model: the twin on which all attacks search: the logits are those of `model` but for rounding, the parameters
+      require no gradient. x: [b, c, h, w], y: [b], both copies.
+    - eps, norm: the threat model. A point outside it, or outside [0, 1], is an error that names the attack.
+    - seed: of this batch. torch's own random stream starts from it, and is the caller's again afterwards.
+    - eot: 20 for a stochastic model, else 1: the draws that the other attacks average over.
+
+    It is named by its `__name__`, or by the pair. At `save`, it is the same attack if its name and the function's
+    qualified name are the same: what changed inside the function is not seen (`again` computes it anew).
+
     Raises:
-        ValueError: an unknown attack or option, arguments out of range, logits that are not finite; at `save`, a
-            result of something else (`AnotherQuestion`), an unfinished evaluation of something else, or one in
-            progress in another process (`Locked`).
+        ValueError: an unknown attack or option, arguments out of range, logits that are not finite, attacks that
+            follow the gradient of a model that has none; at `save`, a result of something else (`AnotherQuestion`), an
+            unfinished evaluation of something else, or one in progress in another process (`Locked`).
+
+    Warns:
+        UserWarning: a model that returns probabilities, or whose gradient is zero.
     """
     if not len(x):
         raise ValueError("there are no images to evaluate on")
-    if norm == "Linf" and eps > 1:
-        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
-    check_arguments(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
-    chosen = _chosen(attacks, transferable=bool(sources) or _defended(model))
+    given, others = model, sources or {}  # results are of the networks themselves, without what holds their logits
     numbers = _checked_rows(rows, len(x))
     with _rows_named(numbers):
-        _check_labels(model, x, y)
+        model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
+        sources = {name: plain_logits(source, x, y) for name, source in others.items()}
+    if norm == "Linf" and eps > 1:
+        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
+    chosen = _chosen(attacks, transferable=bool(sources) or _defended(model))
     stochastic = is_stochastic(model, x[:batch])
     modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
     labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
@@ -123,7 +143,7 @@ def evaluate(
         raise ValueError(f"the same attack twice: {', '.join(labels)}")
     facts: dict[str, Any] = {
         "images": len(x),
-        "fingerprint": model_fingerprint(model) | data_fingerprint((x, y)),
+        "fingerprint": model_fingerprint(given) | data_fingerprint((x, y)),
         "eps": eps,
         "norm": norm,
         "draws": draws if stochastic else 1,
@@ -132,7 +152,7 @@ def evaluate(
         "noise": modes,
         "options": {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, chosen, strict=True)},
         "batch": batch,
-        "sources": {name: model_fingerprint(source) for name, source in (sources or {}).items()},
+        "sources": {name: model_fingerprint(source) for name, source in others.items()},
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(x.device),
@@ -146,7 +166,9 @@ def evaluate(
             asked_now = [a for a in chosen if mode == "fresh" or (a.bounded and a.name != "transfer")]
             with _mode(model, mode, seed, len(modes) > 1), _rows_named(numbers):
                 transfers = any(a.name == "transfer" for a in asked_now)
-                evaluation.ready(mode, facts["draws"], dict(sources or {}) if transfers else None)
+                evaluation.ready(mode, facts["draws"], sources if transfers else None)
+                if mode == "fresh" and any(a.follows_gradient for a in asked_now):
+                    check_gradient(evaluation.twin, x)
                 scores += [evaluation.score(attack) for attack in asked_now]
         return Result(scores, y.cpu().numpy(), facts, numbers)
 
@@ -194,14 +216,13 @@ def _numbered_among_all(name: str, first: int) -> Iterator[None]:
         raise
 
 
-def _chosen(attacks: str | Sequence[Attack | str], *, transferable: bool) -> list[Attack]:
+def _chosen(attacks: AttackLike | Sequence[AttackLike], *, transferable: bool) -> list[AnyAttack]:
     if isinstance(attacks, str) and attacks in SUITES:
-        chosen = suite(attacks)
+        chosen: list[AnyAttack] = [*suite(attacks)]
         if attacks in ("standard", "paper") and transferable:
             chosen.append(Attack("transfer"))
         return chosen
-    listed = attacks.split(",") if isinstance(attacks, str) else attacks
-    chosen = [Attack.parse(a) if isinstance(a, str) else a for a in listed]
+    chosen = listed(attacks)
     return chosen if any(a.name == "clean" for a in chosen) else [Attack("clean"), *chosen]
 
 
@@ -251,7 +272,7 @@ class _Evaluation:
     def stochastic(self) -> bool:
         return self.draws > 1
 
-    def score(self, attack: Attack) -> Scores:
+    def score(self, attack: AnyAttack) -> Scores:
         """All images under one attack."""
         name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
         parts: list[Scores] = []
@@ -267,7 +288,7 @@ class _Evaluation:
             watch.finished()
         return joined(parts, keep_images=self.keep_images)
 
-    def _batch(self, attack: Attack, name: str, first: int, watch: "_Watch") -> Scores:
+    def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> Scores:
         one = slice(first, first + self.batch)
         x, y = self.x[one], self.y[one]
         # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
@@ -363,13 +384,3 @@ class _Watch:
         rate = 0.0 if self.model is None else self.model.gradients / passed
         left = self.seconds / done * (self.images - done) if done else None
         self.report(Progress(self.name, done, self.images, standing, accuracy, rate, left))
-
-
-@torch.no_grad()
-def _check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    with stream(0, x.device):
-        classes = model(x[:1]).shape[1]
-    outside = (y < 0) | (y >= classes)
-    if outside.any():
-        image = int(outside.nonzero()[0])
-        raise ValueError(f"image {image} has label {int(y[image])}, but the model tells {classes} classes apart")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gsem.attacks import apgd
 from gsem.attacks._core import Norm
+from gsem.contract import ImagesLike, LabelsLike, checked
 from gsem.module import noise
 from gsem.predict import BATCH, answers, is_stochastic
 from gsem.report import Pictures, Shown, Surface
@@ -25,10 +26,10 @@ SURFACE_DRAWS = 5
 
 def pictures(
     model: nn.Module,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
+    x: ImagesLike,
+    y: LabelsLike,
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     points: Float[Tensor, "n c h w"] | None = None,
     how: str = "",
@@ -50,6 +51,7 @@ def pictures(
     """
     if not len(x):
         raise ValueError("there are no images to show")
+    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, batch=batch)
     started = time.monotonic()
     stochastic = is_stochastic(model, x[:batch])
     draws = DRAWS if stochastic else 1

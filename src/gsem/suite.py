@@ -43,6 +43,8 @@ SUITES: dict[str, tuple[str, str]] = {
 }
 # `form` of cw: the margin within eps; the L2 form within eps (L2 only); the L2 form without a bound.
 FORMS = ("margin", "l2", "unbounded")
+# They ask the model for answers, or follow the gradient of other models.
+_BLACK_BOX = ("clean", "square", "rays", "transfer")
 _INTEGERS = ("steps", "restarts", "eot", "targets", "queries", "searches")
 _NUMBERS = ("step", "c", "lr")
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -100,6 +102,11 @@ class Attack:
     def bounded(self) -> bool:
         """Whether its points lie within eps; others are listed apart, with their distances."""
         return self.options.get("form") != "unbounded"
+
+    @property
+    def follows_gradient(self) -> bool:
+        """Whether it differentiates the model that it attacks."""
+        return self.name not in _BLACK_BOX
 
     def resolved(self, *, eps: float, stochastic: bool) -> dict[str, Any]:
         """All options, with those that were not set."""

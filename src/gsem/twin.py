@@ -249,7 +249,9 @@ class _Eager(_Mirror):
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__(model)
         self.dtype, self.low = dtype, dtype in (torch.bfloat16, torch.float16)
-        self.copy = copy.deepcopy(model).to(torch.float32 if self.low else dtype).eval().requires_grad_(False)
+        self.copy = copy.deepcopy(model).to(torch.float32 if self.low else dtype).eval()
+        for parameter in self.copy.parameters():  # (a TorchScript module has no requires_grad_, and its copy no leaves)
+            parameter.detach_()
 
     def refresh(self, dtype: torch.dtype) -> None:
         _copy_state(self.source[0], self.copy)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gsem._text import with_rows
-from gsem.attacks._core import check_eval_mode
+from gsem.contract import ImagesLike, LabelsLike, checked
 from gsem.module import noise
 from gsem.predict import answers
 from gsem.result import Result, Scores
@@ -35,8 +34,8 @@ class Verified:
 def verify(
     result: Result,
     model: nn.Module,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
+    x: ImagesLike,
+    y: LabelsLike,
     *,
     draws: int = 100,
     seed: int = 1,
@@ -49,14 +48,14 @@ def verify(
 
     Args:
         result: of `evaluate(..., keep_images=True)`, loaded or not.
-        model, x, y: what was evaluated.
+        model, x, y: what was evaluated, tensors or numpy arrays.
         draws: fresh draws per image (one if the model was deterministic).
         seed: of these draws; they are disjoint from the evaluation's whatever its seed was.
 
     Raises:
         ValueError: the result keeps no images, or is of another number or shape of images.
     """
-    check_eval_mode(model)
+    model, x, y, _ = checked(model, x, y, eps=result.facts["eps"], norm=result.facts["norm"])
     if any(s.x_adv is None for s in result.scores):
         raise ValueError("the result holds no adversarial examples: evaluate with --keep-images (keep_images=True)")
     if tuple(result.scores[0].x_adv.shape) != tuple(x.shape):  # type: ignore[union-attr]

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from gsem.contract import ImagesLike, LabelsLike, NotFinite, checked, gradient
 from gsem.losses import LOSSES, Loss
 
 Images = Float[Tensor, "b c h w"]  # in [0, 1]; eps in the same unit
@@ -29,7 +29,7 @@ class Step:
     """One iterate of an attack, as its observer sees it: all averaged over the draws of the search.
 
     rows: [b] numbers of the images; x: [b, c, h, w] the iterate; loss: [b]; wrong: [b], the share of draws that
-    misclassify it, in [0, 1].
+    misclassify it (of a targeted attack: that take it for its target), in [0, 1].
     """
 
     rows: Tensor
@@ -40,10 +40,6 @@ class Step:
 
 
 Observer = Callable[[Step], None]
-
-
-class NotFinite(ValueError):
-    """A loss or a pixel is NaN or infinite; the image is named."""
 
 
 class Worst:
@@ -95,6 +91,44 @@ def counting(model: nn.Module) -> Counting:
     return Counting(model)
 
 
+class Targeted(nn.Module):
+    """A model as a targeted attack sees it: y holds the classes to reach, not those to leave.
+
+    The losses of `expected` and `expected_gradient` are those of `model`, negated, so that an attack that raises
+    them drives the images towards y; `wrong` is the share of draws that answer y.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.training = model.training  # not train(): it would reach into the model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def logits_of_draws(self, x: Tensor, count: int) -> Tensor:
+        return drawn(self.model, x, count)
+
+
+def aimed(
+    model: nn.Module,
+    x: ImagesLike,
+    y: LabelsLike,
+    target: LabelsLike | int | None,
+    *,
+    eps: float | str,
+    norm: str,
+    **counts: int,
+) -> tuple[nn.Module, Tensor, Tensor, float]:
+    """`checked` arguments of an attack; of a targeted one, a `Targeted` model and the targets in the place of y."""
+    if target is None:
+        return checked(model, x, y, eps=eps, norm=norm, **counts)
+    if isinstance(target, int):
+        target = torch.full((len(x),), target)
+    model, x, y, radius = checked(model, x, target, "target", eps=eps, norm=norm, **counts)
+    return Targeted(model), x, y.to(x.device), radius
+
+
 def resolve_loss(loss: str | Loss) -> Loss:
     if callable(loss):
         return loss
@@ -119,6 +153,14 @@ def drawn(model: nn.Module, x: Images, draws: int) -> Float[Tensor, "n k"]:
     return several(x, draws) if several is not None else model(x.repeat(draws, 1, 1, 1))
 
 
+def outcome(
+    model: nn.Module, logits: Float[Tensor, "n k"], y: Int[Tensor, " n"], loss: Loss
+) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+    """What an attack raises, and whether it has reached its goal: for each row, of one draw."""
+    values, answers = loss(logits, y), logits.detach().argmax(1)
+    return (-values, answers == y) if isinstance(model, Targeted) else (values, answers != y)
+
+
 def _averaged(
     model: nn.Module, x: Images, y: Labels, loss: Loss, eot: int, *, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -129,12 +171,12 @@ def _averaged(
         with torch.set_grad_enabled(differentiate):
             logits = drawn(model, x, fold)
             labels = y.repeat(fold)
-            each = loss(logits, labels)
+            each, reached = outcome(model, logits, labels, loss)
             if differentiate:
-                (part,) = torch.autograd.grad(each.sum(), x)
+                part = gradient(each.sum(), x)
                 grad = part if grad is None else grad + part
         values = values + each.detach().view(fold, -1).sum(0)
-        wrong = wrong + (logits.detach().argmax(1) != labels).view(fold, -1).sum(0)
+        wrong = wrong + reached.view(fold, -1).sum(0)
     # One draw is left as it is: a division would cost a pass, and the bits stay those of the textbook.
     return values / eot, wrong / eot, grad if grad is None or eot == 1 else grad / eot
 
@@ -206,45 +248,6 @@ def distances(x_adv: Images, x: Images) -> tuple[Float[Tensor, " b"], Float[Tens
     """L∞ and L2 length of each perturbation, in the unit of the images."""
     offset = (x_adv - x).flatten(1)
     return offset.abs().amax(1), offset.norm(dim=1)
-
-
-def check_arguments(model: nn.Module, x: Images, y: Labels, *, eps: float, norm: str, **counts: int) -> None:
-    """What an attack asks of its caller.
-
-    Raises:
-        ValueError: naming the argument, what it is and what it must be.
-    """
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"x must be floating-point images [b, c, h, w], not {x.dtype} {tuple(x.shape)}")
-    if y.shape != x.shape[:1] or y.dtype != torch.int64:
-        raise ValueError(f"y must be {len(x)} int64 labels, not {y.dtype} {tuple(y.shape)}")
-    if not (eps > 0 and eps < float("inf")):
-        raise ValueError(f"eps must be positive, in the unit of images in [0, 1], not {eps}")
-    if norm not in ("Linf", "L2"):
-        raise ValueError(f"norm {norm!r} is unknown: it is 'Linf' or 'L2'")
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, not {count!r}")
-    if len(x) and not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(
-            f"images must lie in [0, 1], not [{x.min().item():g}, {x.max().item():g}]; a network that wants "
-            "normalised input goes into gsem.normalized(model, mean, std)"
-        )
-    check_eval_mode(model)
-
-
-def check_eval_mode(model: nn.Module) -> None:
-    """Refuse a BatchNorm in train mode.
-
-    Raises:
-        ValueError: naming the layer.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
-            raise ValueError(
-                f"BatchNorm layer {name or 'the model'!r} is in train mode: an attack would see the statistics "
-                "of its own batch, and change them. Call model.eval() first"
-            )
 
 
 def check_result(

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gsem.attacks._core import Images, Labels, Norm
+from gsem.contract import gradient
 
 # Rows up to which several gradients are taken in one vectorised backward pass: larger ones do not get faster by it.
 TOGETHER = 128
@@ -16,7 +17,7 @@ Flat = Float[Tensor, "b n"]
 def gradients(
     logits: Float[Tensor, "b k"], x: Images, classes: Int[Tensor, "m b"], y: Labels, rows: int
 ) -> Float[Tensor, "m b c h w"]:
-    """Gradients of the differences between the logits of `classes` and that of the label."""
+    """Gradients of the differences between the logits of `classes` and that of y."""
     k = logits.shape[1]
     towards = (F.one_hot(classes, k) - F.one_hot(y, k)).to(logits.dtype)
     together = min(len(classes), TOGETHER // rows)
@@ -30,7 +31,7 @@ def gradients(
             )
         except RuntimeError:
             pass  # The model has a step whose backward pass cannot be vectorised.
-    return torch.stack([torch.autograd.grad(logits, x, part, retain_graph=True)[0] for part in towards])
+    return torch.stack([gradient(logits, x, part, retain_graph=True) for part in towards])
 
 
 def onto_plane(points: Flat, normal: Flat, gap: Float[Tensor, " b"], norm: Norm) -> Flat:

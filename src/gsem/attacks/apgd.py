@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
+    ImagesLike,
     Labels,
+    LabelsLike,
     Norm,
     NotFinite,
     Observer,
     Step,
+    aimed,
     ascend,
-    check_arguments,
     check_result,
     expected,
     expected_gradient,
@@ -38,10 +40,11 @@ FIRST, LESS, LEAST = 0.22, 0.03, 0.06
 
 def apgd(
     model: nn.Module,
-    x: Images,
-    y: Labels,
+    x: ImagesLike,
+    y: LabelsLike,
     *,
-    eps: float,
+    eps: float | str,
+    target: LabelsLike | int | None = None,
     norm: Norm = "Linf",
     steps: int = 100,
     restarts: int = 1,
@@ -50,7 +53,7 @@ def apgd(
     eot: int = 1,
     settle: bool = True,
     seed: int = 0,
-    init: Images | None = None,
+    init: ImagesLike | None = None,
     observe: Observer | None = None,
 ) -> Images:
     """Auto-PGD: no step size to tune. Gradients, the losses that steer the step, and decisions average over draws.
@@ -59,6 +62,8 @@ def apgd(
         model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode.
         x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
         eps: radius of the ball, in the unit of the images.
+        target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
+            then. `loss` towards them is lowered, and an image is broken where it is taken for its target.
         steps: gradients per restart (and target).
         restarts: independent random starts; later ones work on the images that still stand.
         loss: "ce", "margin", "dlr", or a function (logits [b, k], y [b]) → [b], to be raised.
@@ -75,13 +80,16 @@ def apgd(
         else that with the highest margin among x itself and the points of the highest loss, one of each path.
 
     Raises:
-        ValueError: arguments out of range, BatchNorm in train mode, too few classes for the loss, NaN logits.
+        ValueError: arguments out of range, a layer in train mode, too few classes for the loss, NaN logits.
 
     Warns:
         UserWarning: where fewer than four classes leave no targeted DLR, and the targeted margin is used.
     """
     counts = {"steps": steps, "restarts": restarts, "eot": eot} | ({} if targets is None else {"targets": targets})
-    check_arguments(model, x, y, eps=eps, norm=norm, **counts)
+    if target is not None and targets is not None:
+        raise ValueError("give target, the classes to reach, or targets, a number of wrong classes to try; not both")
+    model, x, y, eps = aimed(model, x, y, target, eps=eps, norm=norm, **counts)
+    init = None if init is None else torch.as_tensor(init).to(x)
     if init is not None and (init.shape != x.shape or restarts != 1):
         raise ValueError(f"init must have x's shape {tuple(x.shape)} and goes with restarts=1")
     objective = resolve_loss(loss)

@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._core import Images, Labels, Norm, Observer, check_arguments, check_result
+from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, Observer, check_result
 from gsem.attacks._standing import Run, cascade, confirmation, draw_schedule
 from gsem.attacks.apgd import apgd
 from gsem.attacks.fab import fab
 from gsem.attacks.square import square
+from gsem.contract import checked
 from gsem.streams import split, stream
 
 Version = Literal["standard", "plus", "rand"]
@@ -48,10 +49,10 @@ def parts(version: Version, classes: int, steps: int = 100, queries: int = 5000)
 
 def autoattack(
     model: nn.Module,
-    x: Images,
-    y: Labels,
+    x: ImagesLike,
+    y: LabelsLike,
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     version: Version = "standard",
     steps: int = 100,
@@ -84,10 +85,10 @@ def autoattack(
         x_adv [b, c, h, w], within eps of x and within [0, 1]; an image that the model gets wrong already is itself.
 
     Raises:
-        ValueError: arguments out of range, BatchNorm in train mode, NaN logits.
+        ValueError: arguments out of range, a layer in train mode, NaN logits.
     """
     counts = {"steps": steps, "queries": queries, "eot": eot, "batch_size": 1 if batch_size is None else batch_size}
-    check_arguments(model, x, y, eps=eps, norm=norm, **counts)
+    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, **counts)
     if version not in ("standard", "plus", "rand"):
         raise ValueError(f"version {version!r} is unknown: it is 'standard', 'plus' or 'rand'")
     if not len(x):

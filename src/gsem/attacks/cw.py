@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
+    ImagesLike,
     Labels,
+    LabelsLike,
     NotFinite,
     Observer,
     Step,
     Worst,
-    check_arguments,
+    aimed,
     check_result,
     expected,
     expected_gradient,
@@ -29,10 +31,11 @@ TOP = 1 - 1e-6  # of tanh, so that black and white pixels keep a gradient and a 
 
 def cw(
     model: nn.Module,
-    x: Images,
-    y: Labels,
+    x: ImagesLike,
+    y: LabelsLike,
     *,
-    eps: float | None = None,
+    eps: float | str | None = None,
+    target: LabelsLike | int | None = None,
     norm: str = "L2",
     steps: int = 100,
     c: float = 1.0,
@@ -54,6 +57,8 @@ def cw(
         model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode.
         x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
         eps: radius of the ball. None (L2 only): no bound; the smallest perturbation that breaks is returned.
+        target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
+            then. The margin is that of the target over all others, and an image is broken where it is taken for it.
         norm: "L2" or "Linf".
         steps: gradients per search.
         c: weight of the margin in the first search.
@@ -69,14 +74,16 @@ def cw(
         the nearest broken point, else the image itself.
 
     Raises:
-        ValueError: arguments out of range, no eps for L∞, BatchNorm in train mode, NaN logits.
+        ValueError: arguments out of range, no eps for L∞, a layer in train mode, NaN logits.
     """
-    radius = math.inf if eps is None else eps
-    check_arguments(model, x, y, eps=1.0 if eps is None else eps, norm=norm, steps=steps, searches=searches, eot=eot)
+    counts = {"steps": steps, "searches": searches, "eot": eot}
+    bound = 1.0 if eps is None else eps
+    model, x, y, bound = aimed(model, x, y, target, eps=bound, norm=norm, **counts)
+    radius = math.inf if eps is None else bound
     if norm == "Linf":
         if eps is None:
             raise ValueError("the L∞ form of C&W is bounded: give eps (8/255 is the field's standard)")
-        how = {"eps": eps, "step": eps / 4, "steps": steps, "loss": "margin", "keep": "best"}
+        how = {"eps": radius, "step": radius / 4, "steps": steps, "loss": "margin", "keep": "best"}
         return pgd(model, x, y, **how, eot=eot, seed=seed, observe=observe)  # type: ignore[arg-type]
     for name, value in (("c", c), ("lr", lr)):
         if not 0 < value < math.inf:
@@ -98,7 +105,7 @@ def cw(
             weight = torch.where(high.isinf(), weight * 10, (low + high) / 2)
     if eps is None:
         return search.nearest
-    return check_result(search.worst.x, x, eps=eps, norm="L2")
+    return check_result(search.worst.x, x, eps=radius, norm="L2")
 
 
 class _Search:

@@ -2,17 +2,18 @@
 
 from torch import nn
 
-from gsem.attacks._core import Images, Labels, Norm, Observer
+from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, Observer
 from gsem.attacks.pgd import pgd
 from gsem.losses import Loss
 
 
 def fgsm(
     model: nn.Module,
-    x: Images,
-    y: Labels,
+    x: ImagesLike,
+    y: LabelsLike,
     *,
-    eps: float,
+    eps: float | str,
+    target: LabelsLike | int | None = None,
     norm: Norm = "Linf",
     loss: str | Loss = "ce",
     eot: int = 1,
@@ -25,5 +26,5 @@ def fgsm(
 
     Args, returns and errors: as in `pgd`, with one step from the image itself.
     """
-    how = {"eps": eps, "step": eps, "steps": 1, "init": x, "norm": norm, "loss": loss, "keep": "last"}
+    how = {"eps": eps, "step": eps, "steps": 1, "init": x, "target": target, "norm": norm, "loss": loss, "keep": "last"}
     return pgd(model, x, y, **how, eot=eot, seed=seed, observe=observe)  # type: ignore[arg-type]

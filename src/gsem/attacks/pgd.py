@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from gsem.attacks._core import (
     Images,
+    ImagesLike,
     Labels,
+    LabelsLike,
     Norm,
     Observer,
     Step,
+    Targeted,
     Worst,
+    aimed,
     ascend,
-    check_arguments,
-    check_eval_mode,
     check_result,
     expected,
     expected_gradient,
@@ -25,18 +27,20 @@ from gsem.attacks._core import (
     resolve_loss,
 )
 from gsem.attacks._standing import Settling, confirmation
+from gsem.contract import plain_logits, to_number
 from gsem.losses import Loss
 from gsem.streams import generator, split, stream
 
 
 def pgd(
     model: nn.Module,
-    x: Images,
-    y: Labels,
+    x: ImagesLike,
+    y: LabelsLike,
     *,
-    eps: float,
-    step: float,
+    eps: float | str,
+    step: float | str,
     steps: int,
+    target: LabelsLike | int | None = None,
     restarts: int = 1,
     eot: int = 1,
     loss: str | Loss = "ce",
@@ -44,7 +48,7 @@ def pgd(
     keep: Literal["last", "best"] = "best",
     seed: int = 0,
     settle: bool = True,
-    init: Images | None = None,
+    init: ImagesLike | None = None,
     search: nn.Module | None = None,
     observe: Observer | None = None,
 ) -> Images:
@@ -55,6 +59,8 @@ def pgd(
         x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
         eps: radius of the ball, in the unit of the images (8/255 is the field's standard for L∞).
         step: length of one step, same unit.
+        target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
+            then. Their loss is lowered, and an image is broken where it is taken for its target.
         restarts: independent random starts; the worst end counts.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
         loss: "ce", "margin", "dlr", or a function (logits [b, k], y [b]) → [b], to be raised.
@@ -74,15 +80,18 @@ def pgd(
         x_adv [b, c, h, w], within eps of x and within [0, 1].
 
     Raises:
-        ValueError: arguments out of range, BatchNorm in train mode, NaN logits (the image is named).
+        ValueError: arguments out of range, a layer in train mode, NaN logits (the image is named).
     """
-    check_arguments(model, x, y, eps=eps, norm=norm, steps=steps, restarts=restarts, eot=eot)
+    model, x, y, eps = aimed(model, x, y, target, eps=eps, norm=norm, steps=steps, restarts=restarts, eot=eot)
+    step = to_number("step", step)
     if search is not None:
-        check_eval_mode(search)
+        search = plain_logits(search, x, y)
+        search = search if target is None else Targeted(search)
     if not step > 0:
         raise ValueError(f"step must be positive, in the unit of the images, not {step}")
     if keep not in ("last", "best"):
         raise ValueError(f"keep {keep!r} is unknown: it is 'last' or 'best'")
+    init = None if init is None else torch.as_tensor(init).to(x)
     if init is not None and (init.shape != x.shape or restarts != 1):
         raise ValueError(f"init must have x's shape {tuple(x.shape)} and goes with restarts=1")
     objective = resolve_loss(loss)

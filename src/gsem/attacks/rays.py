@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
-    Labels,
+    ImagesLike,
+    LabelsLike,
     Norm,
     NotFinite,
     Observer,
     Step,
-    check_arguments,
     check_result,
     expected,
 )
 from gsem.attacks._standing import confirmation, settled
+from gsem.contract import checked
 from gsem.losses import margin
 from gsem.streams import generator, split, stream
 
@@ -33,10 +34,10 @@ Flat = Float[Tensor, "b d"]  # an image as one row: d = c·h·w
 
 def rays(
     model: nn.Module,
-    x: Images,
-    y: Labels,
+    x: ImagesLike,
+    y: LabelsLike,
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     queries: int = 10000,
     eot: int = 1,
@@ -71,9 +72,9 @@ def rays(
         is broken; x itself where the model is wrong already.
 
     Raises:
-        ValueError: arguments out of range, BatchNorm in train mode, NaN logits (the image is named).
+        ValueError: arguments out of range, a layer in train mode, NaN logits (the image is named).
     """
-    check_arguments(model, x, y, eps=eps, norm=norm, queries=queries, eot=eot)
+    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, queries=queries, eot=eot)
     x = x.detach()
     confirm = confirmation(model, x)
     size = x.shape[1:].numel()

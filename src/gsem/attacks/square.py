@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
+    ImagesLike,
     Labels,
+    LabelsLike,
     Norm,
     NotFinite,
     Observer,
     Step,
-    check_arguments,
+    aimed,
     check_result,
     expected,
 )
@@ -35,10 +37,11 @@ Flat = Float[Tensor, "b d"]  # an image as one row: d = c·h·w
 
 def square(
     model: nn.Module,
-    x: Images,
-    y: Labels,
+    x: ImagesLike,
+    y: LabelsLike,
     *,
-    eps: float,
+    eps: float | str,
+    target: LabelsLike | int | None = None,
     norm: Norm = "Linf",
     queries: int = 5000,
     p_init: float = 0.8,
@@ -57,6 +60,8 @@ def square(
         model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode; it need not be differentiable.
         x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
         eps: radius of the ball, in the unit of the images.
+        target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
+            then. The margin is that of the target over all others, and an image is broken where it is taken for it.
         norm: "Linf" (perturbations of ±eps) or "L2".
         queries: evaluations of the draw-averaged margin, for each image and restart. An image leaves with the
             query that breaks it for good: every draw of it is wrong, and a hundred more if the model is stochastic
@@ -72,12 +77,13 @@ def square(
         broken; x itself where the model is wrong already.
 
     Raises:
-        ValueError: arguments out of range, BatchNorm in train mode, NaN logits (the image is named).
+        ValueError: arguments out of range, a layer in train mode, NaN logits (the image is named).
 
     Source: algorithms 1 to 3 of the paper. As in its authors' code a square that would change nothing is not asked
     for; squares reach every row and column, where that code spares the last ones.
     """
-    check_arguments(model, x, y, eps=eps, norm=norm, queries=queries, restarts=restarts, eot=eot)
+    counts = {"queries": queries, "restarts": restarts, "eot": eot}
+    model, x, y, eps = aimed(model, x, y, target, eps=eps, norm=norm, **counts)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must be a share of the image in (0, 1], not {p_init}")
     x = x.detach()

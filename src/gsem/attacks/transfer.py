@@ -4,19 +4,20 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from gsem.attacks._core import Images, Labels, Norm, Observer, check_arguments, check_eval_mode, check_result
+from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, Observer, check_result
 from gsem.attacks._standing import Run, cascade, confirmation
 from gsem.attacks.apgd import apgd
+from gsem.contract import checked, plain_logits
 from gsem.streams import split, stream
 
 
 def transfer(
     model: nn.Module,
-    x: Images,
-    y: Labels,
+    x: ImagesLike,
+    y: LabelsLike,
     *,
     sources: Sequence[nn.Module],
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     steps: int = 100,
     losses: Sequence[str] = ("ce", "margin"),
@@ -35,11 +36,10 @@ def transfer(
 
     The other arguments, what is returned and raised: as in `apgd`.
     """
-    check_arguments(model, x, y, eps=eps, norm=norm, steps=steps, eot=eot)
+    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, steps=steps, eot=eot)
     if not sources:
         raise ValueError("transfer needs at least one source: a model whose adversarial examples are tried on this one")
-    for source in sources:
-        check_eval_mode(source)
+    sources = [plain_logits(source, x, y) for source in sources]
 
     def run(source: nn.Module, loss: str) -> Run:
         def climb(rows: Tensor, seed: int, observe: Observer | None) -> Images:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
-from gsem.attacks._core import Norm, check_arguments
+from gsem.attacks._core import Norm
 from gsem.audit.binarize import binarization
 from gsem.audit.chance import ablation, randomness
 from gsem.audit.gradient import gradient
@@ -19,6 +18,7 @@ from gsem.audit.record import Audit, Check
 from gsem.audit.subject import LEADING, Subject, percent, quiet_twin
 from gsem.audit.sweeps import blackbox, sweeps
 from gsem.audit.verdict import verdict
+from gsem.contract import ImagesLike, LabelsLike, checked, plain_logits
 from gsem.evaluate import undefended
 from gsem.predict import BATCH, is_stochastic
 from gsem.suite import SUITES, Attack, parse_attacks, suite
@@ -59,11 +59,11 @@ class Progress:
 
 def audit(
     model: nn.Module,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
+    x: ImagesLike,
+    y: LabelsLike,
     attacks: str | Sequence[Attack | str] | None = None,
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     draws: int | None = None,
     seed: int = 0,
@@ -83,7 +83,7 @@ def audit(
 
     Args:
         model: images [b, c, h, w] in [0, 1] → logits, in eval mode. It is not changed.
-        x, y: images in [0, 1], and their labels (int64). The gradient check needs at least 100.
+        x, y: images in [0, 1], and their labels, tensors or numpy arrays. The gradient check needs at least 100.
         attacks: as `evaluate` takes them, at least one of them pgd, apgd, cw or fgsm. APGD on cross-entropy, on the
             margin and towards nine targets unless told.
         eps: radius of the threat model, in the unit of the images.
@@ -108,16 +108,18 @@ def audit(
     for name in names:
         if name not in CHECKS:
             raise ValueError(f"check {name!r} is unknown: it is one of {', '.join(CHECKS)}")
-    if norm == "Linf" and eps > 1:
-        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
     draws = (QUICK_DRAWS if quick else DRAWS) if draws is None else draws
-    check_arguments(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
     if not len(x):
         raise ValueError("there are no images to audit on")
+    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
+    if norm == "Linf" and eps > 1:
+        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
+    sources = {name: plain_logits(source, x, y) for name, source in (sources or {}).items()}
+    surrogate = None if surrogate is None else plain_logits(surrogate, x, y)
     chosen = audited(attacks, quick=quick)
     started = time.monotonic()
     teller = _Teller(report, len(names))
-    every = undefended(model) | dict(sources or {})
+    every = undefended(model) | sources
     s = Subject(
         model,
         x,
@@ -134,7 +136,6 @@ def audit(
         surrogate=surrogate,
         say=teller.say,
     )
-    _check_labels(y, s.classes)
     checks = []
     for name in names:
         teller.begins(name)
@@ -158,6 +159,8 @@ def audited(attacks: str | Sequence[Attack | str] | None, *, quick: bool) -> lis
         listed = [Attack.parse(a) if isinstance(a, str) else a for a in attacks]
     found: list[Attack] = []
     for attack in listed:
+        if not isinstance(attack, Attack):
+            raise ValueError(f"an audit repeats attacks with other budgets: it takes those of gsem, not {attack!r}")
         found += _parts(attack) if attack.name == "autoattack" else [attack]
     found = [a for a in found if a.name != "clean" and a.bounded]
     if not any(a.name in LEADING for a in found):
@@ -203,13 +206,6 @@ class _Teller:
     def ended(self, check: Check) -> None:
         if self.report is not None:
             self.report(Progress(self.name, self.number, self.checks, "", check))
-
-
-def _check_labels(y: Tensor, classes: int) -> None:
-    outside = ((y < 0) | (y >= classes)).nonzero()
-    if len(outside):
-        image = int(outside[0])
-        raise ValueError(f"image {image} has label {int(y[image])}, but the model tells {classes} classes apart")
 
 
 def _facts(s: Subject, only: Sequence[str] | None, seconds: float, about: Mapping[str, Any] | None) -> dict[str, Any]:
