@@ -244,7 +244,7 @@ def test_the_check_draws_from_no_stream_of_the_callers():
     noise = model.gsem_module.offsets
     before = torch.get_rng_state()
     with gsem.noise(model, "fresh", seed=3):
-        pgd(model, x, y, **HOW)
+        pgd(model, x, y, **HOW, keep="last")
         assert int(noise.key[1]) == HOW["steps"]
     assert torch.equal(torch.get_rng_state(), before)
 
