@@ -510,14 +510,14 @@ def test_a_confident_image_keeps_its_gradient_in_fp16(draws):
     """At a lead of 18 logits the cross-entropy's gradient is 1e-8, which fp16 rounds to 0."""
     torch.manual_seed(0)
     model = gsem.insert(
-        nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, 10)),
+        nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 6, 10)),
         after="1",
-        example=torch.rand(2, 1, 8, 8),
+        example=torch.rand(2, 1, 8, 6),
     ).eval()
     with torch.no_grad():
         model[3].weight.mul_(0.01)
         model[3].bias[0] = 18.0
-    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    x, y = torch.rand(4, 1, 8, 6), torch.zeros(4, dtype=torch.int64)
     grads = []
     for dtype in (torch.float32, torch.float16):
         twin = search_twin(model, dtype)
