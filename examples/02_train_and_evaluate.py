@@ -8,13 +8,12 @@ EPOCHS: 8 by default. The run is kept in runs/example; a second start does not t
 """
 
 import sys
-from dataclasses import replace
 
 import gsem
 
 source = gsem.data.load("digits")
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 8
-recipe = replace(gsem.RECIPES["gcat"], epochs=epochs)
+recipe = gsem.RECIPES["gcat"].scaled(epochs)
 
 
 def show(p) -> None:

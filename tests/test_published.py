@@ -111,7 +111,7 @@ def test_the_options_reach_the_recipe():
     assert (r.objective, r.awp, r.attacked) == ("mart", 0.01, 1.0)
     assert recipe_of(replace(o, milestones=("3", "5")), "gcat-published").milestones == (3, 5)
     assert recipe_of(TrainOptions(), "gcat-published").scaled(150) == replace(
-        gsem.RECIPES["gcat-published"], data="cifar10", data_path="dataset", rounds=1
+        gsem.RECIPES["gcat-published"], data="cifar10", data_path="dataset"
     )
 
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from gsem.cli import read
 from gsem.recipes import ABOUT, RECIPES, Recipe
 
 
@@ -68,6 +69,25 @@ def test_nonsense_is_refused_with_its_field(field, value):
 def test_milestones_past_the_end_are_refused():
     with pytest.raises(ValueError, match="before epoch 20"):
         replace(RECIPES["gcat-published"], epochs=20)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("epochs", [1, 2, 7])
+def test_epochs_scale_in_python_as_on_the_command_line(name, epochs):
+    there = read("train", [name, "--epochs", str(epochs)]).recipe
+    here = RECIPES[name].scaled(epochs)
+    assert here == there and here.rounds == RECIPES[name].rounds
+    assert here.warmup == pytest.approx(RECIPES[name].warmup * epochs / RECIPES[name].epochs)
+
+
+def test_what_is_given_of_the_schedule_is_not_scaled():
+    recipe = read("train", ["pgd-at", "--epochs", "20", "--warmup", "3"]).recipe
+    assert (recipe.warmup, recipe.milestones) == (3, (10, 15))
+    recipe = read("train", ["gcat", "--epochs", "20", "--swa-from", "11", "--ema", "0"]).recipe
+    assert (recipe.swa_from, recipe.warmup) == (11, pytest.approx(20 / 30))
+    for field in ("epochs", "warmup"):
+        with pytest.raises(ValueError, match=r"recipe\.scaled\(EPOCHS\) moves the schedule along"):
+            replace(RECIPES["pgd-at"] if field == "epochs" else RECIPES["gcat"], **{field: 100})
 
 
 def test_a_recipe_survives_json():

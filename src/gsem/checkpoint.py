@@ -90,12 +90,28 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         FileNotFoundError: no such file. ValueError: not a gsem checkpoint, or damaged.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _facts_in(file)  # noqa: SIM118
+
+
+def read_checkpoint_facts(path: Path) -> dict[str, Any]:
+    """The facts alone, without reading the tensors. Raises as `read_checkpoint`."""
+    with _opened(path) as file:
+        return _facts_in(file)
+
+
+def _facts_in(file: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((file.metadata() or {})["gsem"])
+    return facts
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["gsem"])
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+            yield file
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no gsem checkpoint, or it is damaged: {error!r}") from None
 

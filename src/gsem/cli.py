@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 import warnings
-from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
@@ -137,12 +136,10 @@ def _refuse_changes(o: TrainOptions, former: Recipe, name: str) -> None:
 
 
 def _scaled(recipe: Recipe, words: list[str]) -> Recipe:
-    """The recipe with its schedule scaled to `--epochs`, where that is given and the schedule is not."""
+    """The recipe with its schedule scaled to `--epochs`. What is given of the schedule itself is read afterwards."""
     given = dict(pairwise(words)) | dict(w.split("=", 1) for w in words if "=" in w)
     epochs = given.get("--epochs", "")
-    if not epochs.isdigit() or int(epochs) < 1 or not given.keys().isdisjoint({"--milestones", "--warmup"}):
-        return recipe
-    return replace(recipe.scaled(int(epochs)), rounds=recipe.rounds)
+    return recipe.scaled(int(epochs)) if epochs.isdigit() and int(epochs) >= 1 else recipe
 
 
 def _note(message: Warning | str, *where: Any) -> None:

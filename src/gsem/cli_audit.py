@@ -4,6 +4,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -14,9 +15,11 @@ from rich.text import Text
 from gsem._text import duration, pixels
 from gsem.audit.record import Audit, Check
 from gsem.audit.run import CHECKS, Progress, audit, told
-from gsem.cli_evaluate import _check_fit, _model, _subset, _told, source_and_eps
+from gsem.cli_evaluate import _check_fit, _model, _subset, _told, about_data, source_and_eps
 from gsem.data import to_float
 from gsem.device import device_named
+from gsem.fingerprint import data_fingerprint, model_fingerprint
+from gsem.ledger import differences
 from gsem.module import GSeM
 from gsem.options import AuditOptions
 
@@ -69,6 +72,12 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
     chosen = _subset(test, subset)
     x, y = to_float(chosen.x), chosen.y
     _check_fit(meta, x)
+    run = Path(o.model)
+    place = o.out or (run / "audit.json" if run.is_dir() else Path("audit.json"))
+    only = None if o.only is None else [name.strip() for name in o.only.split(",")]
+    if o.out is not None:
+        fingerprint = model_fingerprint(model) | data_fingerprint((x, y))
+        _refuse_to_overwrite(o.out, {"fingerprint": fingerprint, "command": repeated_by(o), "only": only})
     device = device_named(o.device)
     with AuditBar(console) as bar:
         found = audit(
@@ -81,24 +90,32 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
             draws=o.draws,
             seed=o.seed,
             batch=o.batch,
-            only=None if o.only is None else [name.strip() for name in o.only.split(",")],
+            only=only,
             quick=o.quick,
             sources={name: other.to(device) for name, other in sources.items()},
             surrogate=None if surrogate is None else surrogate.to(device),
-            about={
-                "model": o.model,
-                "data": o.data or meta["recipe"]["data"],
-                "subset": subset,
-                "command": repeated_by(o),
-            },
+            about={"model": o.model, **about_data(o, meta, test, place), "subset": subset, "command": repeated_by(o)},
             report=bar,
         )
     what = f"{o.model} on {source.name}: {_told(subset, len(x), len(test))}, eps = {pixels(eps)} ({o.norm})"
     show_audit(console, found, what)
-    run = Path(o.model)
-    out = o.out or _unused(run / "audit.json" if run.is_dir() else Path("audit.json"))
-    console.print(f"saved in {found.save(out)}", soft_wrap=True)
+    console.print(f"saved in {found.save(o.out or _unused(place))}", soft_wrap=True)
     return found
+
+
+def _refuse_to_overwrite(out: Path, asked: dict[str, Any]) -> None:
+    """Raise a ValueError if at `out` there is a file that is not of the same audit."""
+    if not out.exists():
+        return
+    try:
+        facts = Audit.load(out).facts
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError(f"{out} is there already, and is no audit: choose another --out") from None
+    if other := differences({key: facts.get(key) for key in asked}, asked):
+        raise ValueError(
+            f"{out} is there already, and is an audit of something else. Different are: {'; '.join(other)}. "
+            "Choose another --out, or move it away"
+        )
 
 
 def _unused(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """A report from run directories: read, with pictures where the model can be loaded, written by the file's ending."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ import numpy as np
 import torch
 
 from gsem.checkpoint import load_model, write_atomically
-from gsem.data import balanced, load, to_float
+from gsem.data import balanced, to_float
 from gsem.device import device_named
 from gsem.gallery import pictures
 from gsem.provenance import release
+from gsem.recorded import find, find_named
 from gsem.report import Entry, cards, html, markdown, read_runs
 
 WRITERS: dict[str, Callable[[Sequence[Entry], str], str]] = {
@@ -73,7 +75,7 @@ def _pictured(entry: Entry, images: int, device: torch.device, tell: Callable[[s
         return replace(entry, missing="No pictures were asked for: they come with --images above 0.")
     if not entry.facts:
         return replace(entry, missing="Pictures need the model: they are made of run directories of gsem train.")
-    again = f"With them there, gsem report {entry.spec} shows the pictures."
+    again = f"With them there, {shlex.join(['gsem', 'report', entry.spec])} shows the pictures."
     try:
         model, _ = load_model(entry.path)
     except (ValueError, OSError, RuntimeError) as error:
@@ -86,7 +88,7 @@ def _pictured(entry: Entry, images: int, device: torch.device, tell: Callable[[s
         return replace(
             entry,
             missing=f"The test images are not there ({_line(error)}), and the evaluation did not keep its own. "
-            f"gsem evaluate {entry.spec} --keep-images keeps them.",
+            f"{shlex.join(['gsem', 'evaluate', entry.spec, '--keep-images'])} keeps them.",
         )
     eps = entry.eps
     assert eps is not None
@@ -134,7 +136,11 @@ def _fresh(entry: Entry, images: int) -> Images:
     """
     about = {} if entry.result is None else entry.result.facts.get("about", {})
     name = about.get("data") or entry.recipe["data"]
-    test = load(name, about.get("data_path") if about.get("data") else entry.recipe.get("data_path")).test()
+    if about.get("data"):
+        source = find_named(name, about.get("data_path"), about.get("places", {}), entry.path)
+    else:
+        source = find(entry.facts, entry.path)
+    test = source.test()
     if list(test.x.shape[1:]) != entry.facts["data"]["shape"]:
         raise ValueError(f"{name} has images {list(test.x.shape[1:])}, the run's were {entry.facts['data']['shape']}")
     rows = balanced(test.y, min(images, len(test)))

@@ -24,6 +24,7 @@ _WORDS = {
     "labels": "the labels",
     "noise": "the modes of the noise",
     "options": "the attacks",
+    "only": "the checks",
     "sources": "the other models of the transfer attack",
 }
 

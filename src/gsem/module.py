@@ -124,9 +124,10 @@ def noise(model: nn.Module, mode: NoiseMode, *, seed: int | None = None) -> Iter
     try:
         for number, m in enumerate(sources):
             m.mode, m.seeded = mode, seed is not None
-            # Each module has its own seed; the odd factor keeps (seed, number) pairs apart modulo 2^63.
-            word = ((seed or 0) * 0x2545F4914F6CDD1D + number + 1) % 2**63
-            m.key.copy_(torch.tensor([word, 0]))
+            if mode == "frozen" or m.seeded:  # (otherwise the key is not used, and the state stays the model's own)
+                # Each module has its own seed; the odd factor keeps (seed, number) pairs apart modulo 2^63.
+                word = ((seed or 0) * 0x2545F4914F6CDD1D + number + 1) % 2**63
+                m.key.copy_(torch.tensor([word, 0]))
         yield
     finally:
         for m, (mode_before, seeded, key) in zip(sources, former, strict=True):

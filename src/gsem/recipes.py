@@ -15,7 +15,10 @@ Gradient = Literal["corrected", "semi-masked"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides what a training run computes. A variant is `replace(recipe, epochs=5)`.
+    """All that decides what a training run computes. A variant is `replace(recipe, lr=0.05)`.
+
+    For another number of epochs take `recipe.scaled(5)`: warm-up and milestones are counted in epochs, and `replace`
+    would leave them where they are.
 
     Raises:
         ValueError: a field that makes no sense, with the reason.
@@ -149,14 +152,16 @@ class Recipe:
         require(self.objective == "ce" or self.attacked == 1, "attacked", f"1 with objective {self.objective}")
         require(self.label_smoothing == 0 or self.objective == "ce", "label_smoothing", "0 unless objective is ce")
         swa = self.swa_from
-        require(swa is None or 0 <= swa < self.epochs, "swa_from", f"from 0 to below the {self.epochs} epochs")
+        moved = "; for another number of epochs, recipe.scaled(EPOCHS) moves the schedule along"
+        require(swa is None or 0 <= swa < self.epochs, "swa_from", f"from 0 to below the {self.epochs} epochs{moved}")
         require(swa is None or self.ema == 0, "swa_from", "left out where ema is set: one average is kept")
-        require(0 <= self.warmup < self.epochs, "warmup", f"at least 0 and below the {self.epochs} epochs")
+        require(0 <= self.warmup < self.epochs, "warmup", f"at least 0 and below the {self.epochs} epochs{moved}")
         require(not self.nesterov or self.momentum > 0, "nesterov", "off when momentum is 0")
         ordered = list(self.milestones) == sorted(set(self.milestones))
         require(ordered and all(m >= 1 for m in self.milestones), "milestones", "rising epoch numbers from 1")
         if self.schedule == "step":
-            require(all(m < self.epochs for m in self.milestones), "milestones", f"before epoch {self.epochs}")
+            before = all(m < self.epochs for m in self.milestones)
+            require(before, "milestones", f"before epoch {self.epochs}{moved}")
         for field, known in (
             ("objective", ("ce", "mart", "trades")),
             ("augment", ("none", "crop", "autoaugment")),
@@ -186,7 +191,10 @@ class Recipe:
         return self.lr * (1 + math.cos(math.pi * rest)) / 2
 
     def scaled(self, epochs: int) -> "Recipe":
-        """The same schedule in one round of `epochs`: milestones and warm-ups are moved in proportion."""
+        """The same schedule over `epochs` (of each round): milestones and warm-ups are moved in proportion.
+
+        It is what `--epochs` does on the command line. Set them afterwards, by `replace`, to have them elsewhere.
+        """
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
         share = epochs / self.epochs
@@ -194,7 +202,6 @@ class Recipe:
         return replace(
             self,
             epochs=epochs,
-            rounds=1,
             milestones=tuple(sorted(m for m in moved if m < epochs)),
             warmup=self.warmup * share,
             awp_warmup=self.awp_warmup * share,

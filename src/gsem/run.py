@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from gsem._text import percent
-from gsem.checkpoint import load_model, read_facts
+from gsem.checkpoint import BEST, LAST, load_model, read_checkpoint_facts, read_facts
+from gsem.fingerprint import model_fingerprint
 from gsem.recipes import Recipe
 
 
@@ -99,6 +100,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     # A run killed while it wrote leaves half a line at the end, which counts as not written.
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def run_fingerprint(path: Path) -> dict[str, str] | None:
+    """Of the run's model (see `gsem.fingerprint`); None without a checkpoint.
+
+    Raises:
+        ValueError, RuntimeError: the checkpoint is damaged.
+    """
+    file = next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)
+    if file is None:
+        return None
+    known: dict[str, str] | None = read_checkpoint_facts(file).get("fingerprint")
+    return known or model_fingerprint(load_model(file)[0])
 
 
 def resume_recipe(path: Path) -> Recipe:

@@ -70,7 +70,7 @@ def recipes(base: Recipe, passes: float | None = None) -> list[Variant]:
         gsem = recipe.model.startswith("gsem-")
         model = base.model if gsem else base.model.removeprefix("gsem-")
         epochs = base.epochs if passes is None else max(1, round(passes / sum(recipe.passes)))
-        scaled = recipe.scaled(epochs)
+        scaled = replace(recipe.scaled(epochs), rounds=1)
         variants.append(Variant(recipe.name, replace(scaled, data=base.data, model=model, eps=base.eps)))
     return variants
 

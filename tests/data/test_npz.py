@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from gsem.cli import main
 from gsem.data import load
 
 
@@ -54,6 +55,22 @@ def test_arrays_become_tensors(tmp_path, save, labels):
     assert torch.equal(test.x, torch.from_numpy(made["x_test"]).permute(0, 3, 1, 2))
     assert test.y.tolist() == [0, 1, 1, 0]
     assert test.y.dtype == torch.int64
+
+
+def test_keys_that_are_not_used_are_named(tmp_path, recwarn):
+    load(str(write(tmp_path, classes=np.array(["cat", "dog"]))))
+    assert not recwarn
+    path = write(tmp_path, class_names=np.array(["cat", "dog"]), x_val=np.zeros(3))
+    with pytest.warns(UserWarning, match=r"set\.npz: class_names, x_val are not used; what is used is called x_train"):
+        assert load(str(path)).classes == ("0", "1")
+    with pytest.warns(UserWarning, match="X_test is not used"):
+        load(str(write(tmp_path, X_test=np.zeros(3))))
+
+
+def test_a_command_names_keys_that_are_not_used(tmp_path, capsys):
+    assert main(["data", str(write(tmp_path, names=np.array(["cat", "dog"])))]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("gsem: ") and "names is not used" in err and err.count("\n") == 1
 
 
 def test_old_and_new_header_versions_are_read(tmp_path):

@@ -13,6 +13,7 @@ import torch
 import gsem
 from gsem.audit import Audit, Check
 from gsem.checkpoint import model_meta, save_checkpoint
+from gsem.fingerprint import model_fingerprint
 from gsem.recipes import RECIPES
 from gsem.result import Result, Scores
 from gsem.suite import EOT
@@ -42,6 +43,17 @@ def planted_scores(name: str, correct: np.ndarray, draws: int, **change: Any) ->
     )
 
 
+def planted_model() -> torch.nn.Module:
+    recipe = RECIPES["gcat"]
+    torch.manual_seed(3)
+    return gsem.create_model(**model_meta(recipe, classes=CLASSES, shape=(1, 8, 8), eps=EPS)["model"])
+
+
+@cache
+def planted_fingerprint() -> dict[str, str]:
+    return model_fingerprint(planted_model())
+
+
 def planted_result(x: np.ndarray | None = None, x_adv: np.ndarray | None = None) -> Result:
     """Four images of each of ten classes. Under attack the images of class k stay right in 10 · k of 100 draws."""
     y = np.arange(IMAGES) % 10
@@ -58,6 +70,7 @@ def planted_result(x: np.ndarray | None = None, x_adv: np.ndarray | None = None)
     ]  # fmt: skip
     facts = {
         "images": IMAGES,
+        "fingerprint": planted_fingerprint(),
         "eps": EPS,
         "norm": "Linf",
         "draws": DRAWS,
@@ -101,6 +114,7 @@ def planted_audit(**change: Any) -> Audit:
     )  # fmt: skip
     facts = {
         "images": 128,
+        "fingerprint": planted_fingerprint(),
         "eps": EPS,
         "norm": "Linf",
         "attacks": [ATTACKED],
@@ -135,8 +149,7 @@ def planted_run(
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if weights:
-        torch.manual_seed(3)
-        model = gsem.create_model(**meta["model"])
+        model = planted_model()
         (path / "checkpoints").mkdir()
         tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
         save_checkpoint(path / "checkpoints/best.safetensors", tensors, meta)

@@ -20,6 +20,7 @@ from gsem.audit.sweeps import blackbox, sweeps
 from gsem.audit.verdict import verdict
 from gsem.contract import ImagesLike, LabelsLike, checked, plain_logits
 from gsem.evaluate import undefended
+from gsem.fingerprint import data_fingerprint, model_fingerprint
 from gsem.predict import BATCH, is_stochastic
 from gsem.suite import SUITES, Attack, parse_attacks, suite
 
@@ -211,6 +212,7 @@ class _Teller:
 def _facts(s: Subject, only: Sequence[str] | None, seconds: float, about: Mapping[str, Any] | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "images": len(s.x),
+        "fingerprint": model_fingerprint(s.model) | data_fingerprint((s.x, s.y)),
         "eps": s.eps,
         "norm": s.norm,
         "attacks": [s.label(a) for a in [*s.white, *s.black]],

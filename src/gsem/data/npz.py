@@ -2,6 +2,7 @@
 
 import lzma
 import math
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ def npz_file(path: str | Path) -> Source:
 
     Either part may be absent. Classes are named by the array `classes` (strings, in the order of the labels),
     otherwise "0" … up to the largest label of y_train (of y_test if there is no training part). Here only that
-    part's labels and the header of its images are read. Pickled objects are never loaded.
+    part's labels and the header of its images are read. Pickled objects are never loaded. Other arrays are not used,
+    and a warning names them.
 
     Raises:
         FileNotFoundError: `path` is no file.
@@ -49,6 +51,13 @@ def npz_file(path: str | Path) -> Source:
         for key, partner in ((f"x_{part}", f"y_{part}"), (f"y_{part}", f"x_{part}")):
             if key not in keys:
                 raise ValueError(f"{path} has {partner} but no {key}; its keys are: {', '.join(keys)}")
+    ignored = sorted(set(keys) - {f"{x}_{part}" for part in parts for x in "xy"} - {"classes"})
+    if ignored:
+        warnings.warn(
+            f"{path}: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} not used; what is used is called "
+            "x_train, y_train, x_test, y_test and classes",
+            stacklevel=2,
+        )
     main = parts[0]
     labels = _labels(path, f"y_{main}")
     classes = _classes(path, labels, named="classes" in keys, complete=main == "train")

@@ -25,9 +25,9 @@ def card(entry: Entry) -> dict[str, Any]:
         "authors": "",
         "additional_data": entry.recipe.get("extra_data") is not None,
         "number_forward_passes": 1,
-        "dataset": bare(entry.recipe.get("data", "")),
+        "dataset": bare(_about(entry).get("data") or entry.recipe.get("data", "")),
         "venue": "",
-        "architecture": entry.facts.get("model", {}).get("name", ""),
+        "architecture": entry.facts.get("model", {}).get("name", "") or bare(_about(entry).get("model", "")),
         "eps": None if eps is None else pixels(eps),
         "clean_acc": _percent(rows.get("clean")),
         "reported": _percent(worst),
@@ -36,6 +36,11 @@ def card(entry: Entry) -> dict[str, Any]:
         "unreliable": None if entry.audit is None else entry.audit.verdict != "TRUSTED",
         "gsem": _ours(entry),
     }
+
+
+def _about(entry: Entry) -> dict[str, Any]:
+    about: dict[str, Any] = {} if entry.result is None else entry.result.facts.get("about", {})
+    return about
 
 
 def _percent(row: dict[str, Any] | None) -> str | None:
@@ -57,6 +62,7 @@ def _footnote(entry: Entry, autoattack: dict[str, Any] | None) -> str:
         told.append("Not audited.")
     else:
         told.append(f"Audit: {entry.audit.verdict}. {entry.audit.reason}")
+    told += [f"Not used: {line}." for line in entry.unmatched]
     return " ".join(told)
 
 
@@ -70,6 +76,7 @@ def _ours(entry: Entry) -> dict[str, Any]:
         if audit is None
         else [{"name": c.name, "figure": c.figure, "outcome": c.outcome} for c in audit.checks],
         "evaluation": facts,
+        "not_used": list(entry.unmatched),
         "attacks": [] if entry.summary is None else entry.summary["attacks"],
         "worst": {} if entry.summary is None else entry.summary["worst"],
         "recipe": {key: bare(v) if isinstance(v, str) else v for key, v in entry.recipe.items()},

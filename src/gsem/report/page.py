@@ -1,6 +1,7 @@
 """Runs as one self-contained HTML page, as Markdown, and as JSON cards."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ def html(entries: Sequence[Entry], *, version: str = "") -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style, script = (Markup(environment.loader.get_source(environment, name)[0]) for name in ("page.css", "page.js"))  # type: ignore[union-attr]
+    environment.filters["quoted"] = shlex.quote
     told = _told(entries) | {"style": style, "script": script, "version": version}
     return environment.get_template("page.html.j2").render(told)
 
@@ -36,7 +38,7 @@ def markdown(entries: Sequence[Entry], *, version: str = "") -> str:
     """The verdict, the tables, the checks and the cost; charts as their data's words."""
     loader = PackageLoader("gsem.report")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["plain"] = plain
+    environment.filters |= {"plain": plain, "quoted": shlex.quote}
     return environment.get_template("page.md.j2").render(_told(entries) | {"version": version})
 
 

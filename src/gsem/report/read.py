@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from gsem.audit import Audit
+from gsem.report.match import other_network, other_question
 from gsem.report.record import Entry
+from gsem.report.tables import bare
 from gsem.result import Result, with_ending
-from gsem.run import read_metrics
+from gsem.run import read_metrics, run_fingerprint
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Entry]:
@@ -59,15 +61,48 @@ def _read_run(path: Path, chosen: Path | None) -> Entry:
         raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
     facts = _json(recipe) if recipe.is_file() else {}
     results = _numbered(path, "evaluation", ".npz") or sorted(path.glob("test-fresh.npz"))
-    file = chosen or (results[-1] if results else None)
-    resolved = path.resolve()
-    name = resolved.name if facts else with_ending(file, "").name if file else resolved.name
-    entry = Entry(path=path, name=name, spec=_spec(path), facts=facts, metrics=_metrics(path))
-    if file is not None:
+    subject, unmatched = _subject(path) if facts else (None, [])
+    if chosen is not None:
+        return _of_evaluation(path, chosen, facts, subject, unmatched)
+    entry = Entry(path=path, name=path.resolve().name, spec=_spec(path), facts=facts, metrics=_metrics(path))
+    skipped: list[Path] = []
+    for file in reversed(results):
         result, summary = _result(file)
-        others = tuple(f.name for f in results if f != file)
-        entry = replace(entry, result=result, summary=summary, file=file.name, others=others)
-    return replace(entry, audit=_audit(path))
+        other = other_network(result.facts, subject)
+        if other is None:
+            others = tuple(f.name for f in results if f != file and f not in skipped)
+            entry = replace(entry, result=result, summary=summary, file=file.name, others=others)
+            break
+        skipped.append(file)
+        unmatched.append(f"{file.name}: {other}")
+    return _with_audit(entry, subject, unmatched)
+
+
+def _subject(path: Path) -> tuple[dict[str, str] | None, list[str]]:
+    """The fingerprint of the run's model, if its checkpoint is there; and if it cannot be read, a sentence."""
+    try:
+        return run_fingerprint(path), []
+    except (ValueError, OSError, RuntimeError):
+        return None, ["checkpoints: they cannot be read, so that it is not known whether the figures are of this run"]
+
+
+def _of_evaluation(
+    path: Path, file: Path, facts: dict[str, Any], subject: dict[str, str] | None, unmatched: list[str]
+) -> Entry:
+    """An evaluation that was asked for by its file. What was trained beside it belongs to it if it is its network."""
+    result, summary = _result(file)
+    other = other_network(result.facts, subject)
+    entry = Entry(path=path, name=path.resolve().name, spec=_spec(path), result=result, summary=summary, file=file.name)
+    if facts and other is None:
+        others = tuple(f.name for f in _numbered(path, "evaluation", ".npz") if f != file)
+        entry = replace(entry, facts=facts, metrics=_metrics(path), others=others)
+    else:
+        model = result.facts.get("about", {}).get("model")
+        name = bare(model) if model else with_ending(file, "").name
+        entry = replace(entry, name=name, spec=name if model else entry.spec)
+        if facts:
+            unmatched = [*unmatched, f"recipe.json, metrics.jsonl: {file.name} is not of this run ({other})"]
+    return _with_audit(entry, None, unmatched)
 
 
 def _spec(path: Path) -> str:
@@ -114,14 +149,27 @@ def _result(file: Path) -> tuple[Result, dict[str, Any]]:
         ) from None
 
 
-def _audit(path: Path) -> Audit | None:
-    """The latest that made all checks; where there is none, the latest."""
+def _with_audit(entry: Entry, subject: dict[str, str] | None, unmatched: list[str]) -> Entry:
+    """The latest audit of this network that made all checks; where there is none, the latest.
+
+    Args:
+        subject: the fingerprint of the network, where there is no evaluation of it.
+        unmatched: what is not shown, and why; completed here.
+    """
     audits = []
-    for file in _numbered(path, "audit", ".json"):
+    if entry.result is not None:
+        subject = entry.result.facts.get("fingerprint", {})
+    for file in _numbered(entry.path, "audit", ".json"):
         try:
-            audits.append(Audit.load(file))
+            audit = Audit.load(file)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file} is damaged, or of another version of gsem ({error}): audit again") from None
-    whole = [a for a in audits if not a.facts.get("only")]
-    chosen = whole or audits
-    return chosen[-1] if chosen else None
+        other = other_network(audit.facts, subject)
+        if other is None and entry.result is not None:
+            other = other_question(audit.facts, entry.result.facts)
+        if other is None:
+            audits.append(audit)
+        else:
+            unmatched = [*unmatched, f"{file.name}: {other}"]
+    chosen = [a for a in audits if not a.facts.get("only")] or audits
+    return replace(entry, audit=chosen[-1] if chosen else None, unmatched=tuple(unmatched))

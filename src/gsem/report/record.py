@@ -76,6 +76,8 @@ class Entry:
     others: tuple[str, ...] = ()
     """Evaluations of this run that are not shown."""
     audit: Audit | None = None
+    unmatched: tuple[str, ...] = ()
+    """Files beside it that are of something else, and not shown: `audit.json: it is of another network`."""
     pictures: Pictures | None = None
     missing: str = ""
     """Why there are no pictures, a sentence."""

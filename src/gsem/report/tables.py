@@ -49,11 +49,10 @@ def judged(entry: Entry) -> Judged:
     """The verdict on a run, or that there is none and how to get it."""
     a = entry.audit
     if a is None:
-        reason = (
-            "No audit was made. Whether the accuracies are real was not asked: a masked gradient would not have been "
-            "noticed."
-        )
-        return Judged("", SIGNS[""], reason, "", shlex.join(["gsem", "audit", entry.spec]), ())
+        left_out = any(line.startswith("audit") for line in entry.unmatched)
+        none = "No audit here is of these accuracies." if left_out else "No audit was made."
+        reason = f"{none} Whether the accuracies are real was not asked: a masked gradient would not have been noticed."
+        return Judged("", SIGNS[""], reason, "", _audit_command(entry), ())
     command = _command(a.facts.get("command"), entry)
     checks = tuple(
         Asked(
@@ -79,12 +78,26 @@ def sentence(text: str) -> str:
 def _command(told: Any, entry: Entry) -> str:
     """As it was given; of what lies elsewhere on the machine that made it, the last part of the path."""
     if not isinstance(told, str) or not told:
-        return shlex.join(["gsem", "audit", entry.spec])
+        return _audit_command(entry)
     try:
         words = shlex.split(told)
     except ValueError:
         return told
     return shlex.join(bare(word) for word in words)
+
+
+def _audit_command(entry: Entry) -> str:
+    """What audits the accuracies of the entry: with its data, eps and norm, where they are not the run's own."""
+    words = ["gsem", "audit", entry.spec]
+    facts = {} if entry.result is None else entry.result.facts
+    about, own = facts.get("about", {}), entry.facts.get("data", {}).get("eps")
+    if about.get("data") and about["data"] != entry.recipe.get("data"):
+        words += ["--data", bare(about["data"])]
+    if facts.get("eps") and facts["eps"] != own:
+        words += ["--eps", pixels(facts["eps"])]
+    if facts.get("norm", "Linf") != "Linf":
+        words += ["--norm", facts["norm"]]
+    return shlex.join(words)
 
 
 def bare(word: Any) -> str:
