@@ -95,7 +95,7 @@ def test_an_unfinished_audit_of_something_else_is_not_touched(small, tmp_path):
         ({"draws": 4}, r"draws \(3 then, 4 now\)"),
         ({"seed": 1}, "seed"),
         ({"attacks": "apgd:steps=4"}, "the attacks"),
-        ({"only": ["randomness"]}, "only"),
+        ({"only": ["randomness"]}, "the checks"),
         ({"surrogate": mlp()}, "surrogate"),
     ):
         how = {"model": model, "x": x, "y": y, "attacks": ATTACKS} | HOW | change
