@@ -214,7 +214,7 @@ def test_an_unfinished_evaluation_of_another_question_is_not_touched(capsys, her
     (here / "evaluation.unfinished" / "question.json").write_text('{"eps": 0.3}')
     (here / "evaluation.unfinished" / "0123-0.npz").touch()  # something in it is finished
     err = refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--attacks", "clean")
-    assert "eps (0.3 then, 0.0313725 now)" in err and "choose another --out" in err
+    assert "eps (0.3 then, 8/255 now)" in err and "choose another --out" in err
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "suite": {"attacks"},
     "own_attack": {"attacks", "streams", "suite"},
     "result": {"_text", "checkpoint", "streams"},
-    "ledger": {"checkpoint", "lock", "result", "streams"},
+    "ledger": {"_text", "checkpoint", "lock", "result", "streams"},
     "evaluate": BASE | {"attacks", "contract", "ledger", "own_attack", "predict", "result", "suite", "twin"},
     "audit": BASE
     | {"attacks", "checkpoint", "contract", "evaluate", "insert", "ledger", "predict", "result", "suite", "twin"},
@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "verify": BASE | {"contract", "predict", "result"},
     "progress": {"_text", "evaluate", "run"},
     "show": {"_text", "result"},
-    "study": BASE | {"checkpoint", "evaluate", "result", "run", "train"},
+    "study": BASE | {"checkpoint", "evaluate", "recorded", "result", "run", "train"},
     "options": {"recipes"},
     "published": BASE
     | {"checkpoint", "evaluate", "models", "progress", "published_cli", "result", "run", "show", "suite", "train"},

@@ -1,7 +1,10 @@
 """The paper's commands, on tiny files in the original formats."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import gsem
 from formats import write_cifar10, write_cifar100, write_svhn
 from gsem.cli import main
 from gsem.published import device_of, recipe_of, run_evaluation, run_training, truth
-from gsem.published_cli import EvaluateOptions, TrainOptions
+from gsem.published_cli import EvaluateOptions, TrainOptions, train_main
 
 ROOT = Path(__file__).parents[1]
 WRITERS = {"cifar10": write_cifar10, "cifar100": write_cifar100, "svhn": write_svhn}
@@ -139,3 +142,15 @@ def test_an_error_is_one_line(tmp_path):
     assert ran.returncode == 2
     assert ran.stderr.count("\n") == 1
     assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_script_says_how_to_go_on(capsys, monkeypatch, number, code):
+    def stop(options, published):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr("sys.argv", ["train_gsem.py"])
+    monkeypatch.setattr("gsem.published.run_training", stop)
+    assert train_main("gcat-published") == code
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"

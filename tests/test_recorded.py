@@ -216,6 +216,7 @@ def test_one_training_at_a_time(mine):
         (("--epochs", "5"), "--epochs cannot be given with --resume: r goes on with its own recipe"),
         (("--lr", "0.2", "--batch", "3"), "--batch, --lr cannot"),
         (("--out", "s"), "--out cannot"),
+        (("--warmup", "0.5"), "--warmup cannot"),
         (("--epochs", "30"), "--epochs cannot"),  # the default of the named recipe, but not what the run has
     ],
 )
@@ -223,6 +224,12 @@ def test_what_would_be_ignored_is_refused(capsys, mine, words, told):
     trained(mine)
     err = refused(capsys, "train", "--resume", "r", "--data", "mine.npz", *words)
     assert told in err and "start a new run from its weights: gsem train --start-from r" in err
+
+
+def test_epochs_beside_resume_are_refused_whatever_the_schedule(capsys, mine):
+    trained(mine, epochs=3, warmup=2.5)
+    err = refused(capsys, "train", "--resume", "r", "--data", "mine.npz", "--epochs", "2")
+    assert "--epochs cannot be given with --resume" in err
 
 
 def test_a_recipe_beside_resume_must_be_the_runs_own(capsys, mine):

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import warnings
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
@@ -114,14 +115,16 @@ def _read_train(words: list[str]) -> TrainOptions:
     if options.resume is None:
         return options
     former = import_module("gsem.run").resume_recipe(options.resume)
-    options = parse(TrainOptions, "train", words, default=TrainOptions(former))
-    _refuse_changes(options, former, name)
-    return options
+    # (Scaled only so that --epochs is refused for itself, and not for a warm-up that does not fit.)
+    scaled = _scaled(former, words)
+    options = parse(TrainOptions, "train", words, default=TrainOptions(scaled))
+    _refuse_changes(options, former, scaled, name)
+    return replace(options, recipe=replace(former, data=options.recipe.data, data_path=options.recipe.data_path))
 
 
-def _refuse_changes(o: TrainOptions, former: Recipe, name: str) -> None:
+def _refuse_changes(o: TrainOptions, former: Recipe, scaled: Recipe, name: str) -> None:
     """Raise a ValueError if what is given beside --resume is not what the run has. Its data may lie elsewhere now."""
-    now, then = o.recipe.to_dict(), former.to_dict()
+    now, then = o.recipe.to_dict(), scaled.to_dict() | {"epochs": former.epochs}
     place = ("data", "data_path")
     changed = [f"--{key.replace('_', '-')}" for key in now if now[key] != then[key] and key not in place]
     changed += [f"the recipe {name}"] if name not in ("", former.name) else []

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from gsem._text import pixels
 from gsem.checkpoint import write_atomically, written_whole
 from gsem.lock import locked
 from gsem.result import ARRAYS, FIELDS, Result, Scores, with_ending
@@ -55,7 +56,9 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _short(value: float | str) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """0.3 as it is, 0.0313725… as 8/255."""
+    plain = f"{value:g}" if isinstance(value, float) else str(value)
+    return pixels(value) if isinstance(value, float) and len(plain) > 5 else plain
 
 
 def _plain(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from gsem.checkpoint import write_atomically
+from gsem.checkpoint import read_facts, write_atomically
 from gsem.data import load, to_float
 from gsem.device import device_named
 from gsem.evaluate import evaluate
 from gsem.module import noise
 from gsem.recipes import RECIPES, Recipe
+from gsem.recorded import find
 from gsem.result import Interval, Result
 from gsem.run import Progress, Run
 from gsem.train import train
@@ -169,7 +170,7 @@ def _evaluated(
     report: Report | None,
 ) -> Result:
     where = device_named(device)
-    source = load(test_data) if test_data else load(run.recipe.data, run.recipe.data_path)
+    source = load(test_data) if test_data else find(read_facts(run.path), run.path)
     test = source.test()
     x, y = to_float(test.x[:images]).to(where), test.y[:images].to(where)
     eps = run.recipe.eps or source.eps

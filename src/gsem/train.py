@@ -98,7 +98,8 @@ def train(
         used = recorded_precision(path, where) if resume else {}
         loop = _Loop(recipe, found, path, where, compiled, used)
         path.mkdir(parents=True, exist_ok=True)
-        with locked(path / ".lock", f"training in {path}", "wait for its end, or choose another --out"):
+        instead = "wait for its end, or stop it" if resume else "wait for its end, or choose another --out"
+        with locked(path / ".lock", f"training in {path}", instead):
             loop.begin_or_restore(resume)
             with finish_step_on_interrupt() as interrupted:
                 loop.run(interrupted, report)

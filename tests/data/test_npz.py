@@ -67,6 +67,7 @@ def test_keys_that_are_not_used_are_named(tmp_path, recwarn):
         load(str(write(tmp_path, X_test=np.zeros(3))))
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_command_names_keys_that_are_not_used(tmp_path, capsys):
     assert main(["data", str(write(tmp_path, names=np.array(["cat", "dog"])))]) == 0
     err = capsys.readouterr().err
