@@ -83,7 +83,7 @@ def _pictured(entry: Entry, images: int, device: torch.device, tell: Callable[[s
     tell(f"{entry.name}: pictures")
     kept = _kept(entry)
     try:
-        x, y, points, how = kept if kept is not None else _fresh(entry, images)
+        x, y, points, how, rows = kept if kept is not None else _fresh(entry, images)
     except (ValueError, OSError) as error:
         return replace(
             entry,
@@ -101,6 +101,7 @@ def _pictured(entry: Entry, images: int, device: torch.device, tell: Callable[[s
         norm=norm,
         points=None if points is None else points.to(device),
         how=how,
+        rows=rows,
     )
     return replace(entry, pictures=found)
 
@@ -109,7 +110,8 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-Images = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str]
+# Images, labels, points, where the points come from in words, rows in the data set.
+Images = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str, np.ndarray | None]
 
 
 def _kept(entry: Entry) -> Images | None:
@@ -125,7 +127,7 @@ def _kept(entry: Entry) -> Images | None:
     chosen = np.stack([s.selection for s in attacks]).argmin(0)
     points = np.stack(kept)[chosen, np.arange(len(chosen))]
     how = f"the points of the evaluation's attacks ({', '.join(s.name for s in attacks)}), of each image the worst"
-    return torch.from_numpy(x), torch.from_numpy(result.y), torch.from_numpy(points), how
+    return torch.from_numpy(x), torch.from_numpy(result.y), torch.from_numpy(points), how, result.rows
 
 
 def _fresh(entry: Entry, images: int) -> Images:
@@ -144,4 +146,4 @@ def _fresh(entry: Entry, images: int) -> Images:
     if list(test.x.shape[1:]) != entry.facts["data"]["shape"]:
         raise ValueError(f"{name} has images {list(test.x.shape[1:])}, the run's were {entry.facts['data']['shape']}")
     rows = balanced(test.y, min(images, len(test)))
-    return to_float(test.x[rows]), test.y[rows], None, ""
+    return to_float(test.x[rows]), test.y[rows], None, "", rows.numpy()

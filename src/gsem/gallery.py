@@ -33,6 +33,7 @@ def pictures(
     norm: Norm = "Linf",
     points: Float[Tensor, "n c h w"] | None = None,
     how: str = "",
+    rows: Int[np.ndarray, " n"] | None = None,
     seed: int = 0,
     batch: int = BATCH,
 ) -> Pictures:
@@ -44,6 +45,7 @@ def pictures(
         eps: radius of the attack, in the unit of the images.
         points: adversarial points of `x` that are known already; found anew by a short APGD unless given.
         how: where the points come from, in words; for those found anew it is said here.
+        rows: row of each image in its data set, by which the report numbers them.
         seed: of the attack and of all draws; the caller's random state is not changed.
 
     Raises:
@@ -63,11 +65,11 @@ def pictures(
     after = answers(model, points, draws=draws, seed=split(seed, "pictures", "attacked"), batch=batch)
     with torch.no_grad(), stream(0, x.device):
         classes = model(x[:1]).shape[1]
-    rows = first_of_each(y, SHOWN, right=(before == y).double().mean(0) > 0.5)
-    shown = tuple(_shown(x, points, y, before, after, row) for row in rows)
+    chosen = first_of_each(y, SHOWN, right=(before == y).double().mean(0) > 0.5)
+    shown = tuple(_shown(x, points, y, before, after, at, rows) for at in chosen)
     surfaces = tuple(
-        _surface(model, x[row], points[row], int(y[row]), number, eps=eps, draws=draws, seed=seed, batch=batch)
-        for number, row in enumerate(rows[:SURFACES])
+        _surface(model, x[at], points[at], int(y[at]), number, eps=eps, draws=draws, seed=seed, batch=batch)
+        for number, at in enumerate(chosen[:SURFACES])
     )
     return Pictures(
         how=how,
@@ -103,35 +105,44 @@ def confusion(
 
 
 def first_of_each(y: Int[Tensor, " n"], count: int, right: Bool[Tensor, " n"]) -> list[int]:
-    """The first image of each class, then the second of each, …: at most `count`.
+    """Numbers of at most `count` images: of those that are right without an attack the first of each class, then the
+    second of each, …; where there are too few of them, the others in the same order.
 
-    Those that are right without an attack come first (of the others there is nothing to see); what the attack does
-    to them has no part in the choice.
+    Of an image that is wrong already there is nothing to see. What the attack does has no part in the choice.
     """
     labels, seen = y.tolist(), right.tolist()
-    turns: dict[int, int] = {}
+    turns: dict[tuple[bool, int], int] = {}
     order = []
-    for row in sorted(range(len(labels)), key=lambda row: (not seen[row], row)):
-        turns[labels[row]] = turns.get(labels[row], -1) + 1
-        order.append((turns[labels[row]], labels[row], row))
-    return [row for _, _, row in sorted(order)[:count]]
+    for at, (label, good) in enumerate(zip(labels, seen, strict=True)):
+        turns[good, label] = turns.get((good, label), -1) + 1
+        order.append((not good, turns[good, label], label, at))
+    return [at for *_, at in sorted(order)[:count]]
 
 
-def _shown(x: Tensor, points: Tensor, y: Tensor, before: Tensor, after: Tensor, row: int) -> Shown:
-    label = int(y[row])
+def _shown(
+    x: Tensor,
+    points: Tensor,
+    y: Tensor,
+    before: Tensor,
+    after: Tensor,
+    at: int,
+    rows: Int[np.ndarray, " n"] | None,
+) -> Shown:
+    label = int(y[at])
 
     def told(found: Tensor) -> tuple[int, float]:
-        return int(found[:, row].mode().values), float((found[:, row] == label).double().mean())
+        return int(found[:, at].mode().values), float((found[:, at] == label).double().mean())
 
     (clean, clean_right), (answer, right) = told(before), told(after)
     return Shown(
-        x=x[row].cpu().numpy(),
-        x_adv=points[row].cpu().numpy(),
+        x=x[at].cpu().numpy(),
+        x_adv=points[at].cpu().numpy(),
         label=label,
         clean=clean,
         clean_right=clean_right,
         attacked=answer,
         attacked_right=right,
+        row=None if rows is None else int(rows[at]),
     )
 
 

@@ -17,7 +17,7 @@ from gsem.gallery import GRID, REACH, confusion, first_of_each, pictures
 from gsem.provenance import commit
 from gsem.report import html, read_runs
 from gsem.report.classes import class_figure, confusion_figure, per_class, wilson
-from gsem.report.gallery import exhibits, png, surface_figures
+from gsem.report.gallery import choice, exhibits, png, surface_figures
 from planted import Flipper, Halves, halves
 
 EPS = 0.1
@@ -115,7 +115,35 @@ def test_the_callers_random_state_is_left_alone():
 def test_one_of_each_class_is_shown_those_that_are_right_first():
     y = torch.tensor([1, 1, 0, 2, 2, 0])
     right = torch.tensor([False, True, True, False, False, True])
-    assert first_of_each(y, 4, right) == [2, 1, 3, 5]
+    assert first_of_each(y, 4, right) == [2, 1, 5, 0]
+    assert first_of_each(y, 9, right) == [2, 1, 5, 0, 3, 4]  # (the wrong ones in the same order)
+
+
+def test_the_caption_says_how_many_images_are_right_without_an_attack(tmp_path):
+    run = planted_run(tmp_path / "run")
+    (entry,) = read_runs([run])
+    x, y = halves(12, contrast=0.15)
+    all_right = pictures(Halves().eval(), x, y, eps=EPS)
+    assert choice(replace(entry, pictures=all_right)) == "Images that are right without an attack, class by class."
+    wrong = y.clone()
+    wrong[:8] = 1 - y[:8]
+    found = replace(entry, pictures=pictures(Halves().eval(), x, wrong, eps=EPS, rows=np.arange(12) + 400))
+    assert sum(shown.clean_right == 1 for shown in found.pictures.gallery) == 4
+    assert [shown.clean_right for shown in found.pictures.gallery[:4]] == [1] * 4
+    told = "only 4 of these 10 are right without an attack, which is all there are among 12"
+    assert told in choice(found) and told in " ".join(html([found]).split())
+
+
+def test_images_are_numbered_by_their_rows_in_the_data_set(tmp_path):
+    (entry,) = read_runs([planted_run(tmp_path / "run")])
+    x, y = halves(12, contrast=0.15)
+    found = replace(entry, pictures=pictures(Halves().eval(), x, y, eps=EPS, rows=np.arange(12) * 3 + 400))
+    assert [e.number for e in exhibits(found)[:4]] == ["Row 400", "Row 403", "Row 406", "Row 409"]
+    assert surface_figures(found, 0)[1].title == "Around row 403: one"
+    page = html([found])
+    assert "Row 403: <b>one</b>" in page and "Image 2" not in page
+    unknown = replace(entry, pictures=pictures(Halves().eval(), x, y, eps=EPS))
+    assert "Image 2: <b>one</b>" in html([unknown])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -153,7 +181,7 @@ def test_a_report_computes_its_pictures_from_the_run(tmp_path):
     assert report(run, tmp_path / "page.html", images=20) == [tmp_path / "page.html"]
     page = (tmp_path / "page.html").read_text()
     assert "points found for this report only, by apgd20-eot5" in page
-    assert page.count("Around image") >= 3
+    assert page.count("Around row") >= 3
     report(run, tmp_path / "none.html", images=0)
     assert "come with --images above 0" in (tmp_path / "none.html").read_text()
 

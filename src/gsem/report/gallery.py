@@ -19,6 +19,8 @@ from gsem.report.svg import drawing, tag
 class Exhibit:
     """An image of the gallery, ready for a page."""
 
+    number: str
+    """`Row 412` of the data set; `Image 3` of the gallery where the row is not known."""
     x: str
     """data: URI, as the others."""
     change: str
@@ -46,10 +48,28 @@ def png(x: Float[np.ndarray, "c h w"]) -> str:
 def exhibits(entry: Entry) -> list[Exhibit]:
     """The gallery of a run."""
     p = entry.pictures
-    return [] if p is None else [_exhibit(entry, shown, p.draws) for shown in p.gallery]
+    return [] if p is None else [_exhibit(entry, shown, i, p.draws) for i, shown in enumerate(p.gallery)]
 
 
-def _exhibit(entry: Entry, s: Shown, draws: int) -> Exhibit:
+def choice(entry: Entry) -> str:
+    """Which images the gallery shows, a sentence."""
+    p = entry.pictures
+    if p is None:
+        return ""
+    right = sum(shown.clean_right > 0.5 for shown in p.gallery)
+    drawn = " in most draws" if p.draws > 1 else ""
+    rows = ", numbered by their rows in the data set" if all(shown.row is not None for shown in p.gallery) else ""
+    if right == len(p.gallery):
+        return f"Images that are right without an attack{drawn}, class by class{rows}."
+    others = f"Images class by class{rows}: only {right} of these {len(p.gallery)} are right without an attack{drawn}"
+    return f"{others}, which is all there are among {p.images}."
+
+
+def _number(shown: Shown, at: int) -> str:
+    return f"Image {at + 1}" if shown.row is None else f"Row {shown.row}"
+
+
+def _exhibit(entry: Entry, s: Shown, at: int, draws: int) -> Exhibit:
     def name(label: int) -> str:
         return entry.classes[label] if label < len(entry.classes) else str(label)
 
@@ -68,6 +88,7 @@ def _exhibit(entry: Entry, s: Shown, draws: int) -> Exhibit:
         nothing = "no point that was found comes nearer to an error than the image itself"
         after += f"; {nothing}" if s.clean == s.label else "; wrong already, and not attacked"
     return Exhibit(
+        number=_number(s, at),
         x=png(s.x),
         change=png(0.5 + (s.x_adv - s.x) / (2 * scale)),
         x_adv=png(s.x_adv),
@@ -92,7 +113,7 @@ def _surface(entry: Entry, s: Surface, key: str) -> Figure:
     shown = p.gallery[s.number]
     label = entry.classes[shown.label] if shown.label < len(entry.classes) else str(shown.label)
     broken = float((s.margin > 0).mean())
-    title = f"Around image {s.number + 1}: {label}"
+    title = f"Around {_number(shown, s.number).lower()}: {label}"
     middle = int(np.abs(s.along).argmin())
     end = int(np.abs(s.along - 1).argmin())
     says = (

@@ -14,7 +14,7 @@ from gsem.report.charts import sweeps, training
 from gsem.report.classes import class_figure, confusion_figure
 from gsem.report.dots import accuracy_figure
 from gsem.report.figure import Figure, run_key
-from gsem.report.gallery import exhibits, surface_figures
+from gsem.report.gallery import choice, exhibits, surface_figures
 from gsem.report.record import Entry
 
 
@@ -84,5 +84,6 @@ def _run(entries: Sequence[Entry], number: int) -> dict[str, Any]:
         "evaluated": tables.evaluated(e),
         "classes": [figure for figure in figures if figure is not None],
         "exhibits": exhibits(e),
+        "choice": choice(e),
         "surfaces": surface_figures(e, number),
     }

@@ -26,6 +26,8 @@ class Shown:
     attacked: int
     """The most frequent answer to `x_adv`."""
     attacked_right: float
+    row: int | None = None
+    """Of the data set, from 0, where it is known."""
 
 
 @dataclass(frozen=True, eq=False)
