@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "result": {"_text", "checkpoint", "streams"},
     "ledger": {"checkpoint", "lock", "result", "streams"},
     "evaluate": BASE | {"attacks", "contract", "ledger", "own_attack", "predict", "result", "suite", "twin"},
-    "audit": BASE | {"attacks", "checkpoint", "contract", "evaluate", "insert", "predict", "result", "suite", "twin"},
+    "audit": BASE
+    | {"attacks", "checkpoint", "contract", "evaluate", "insert", "ledger", "predict", "result", "suite", "twin"},
     "report": {"_text", "audit", "fingerprint", "recipes", "result", "run"},
     "gallery": BASE | {"attacks", "contract", "predict", "report", "twin"},
     "compose": BASE | {"checkpoint", "gallery", "provenance", "recorded", "report"},

@@ -226,8 +226,7 @@ def transfer_failure(s: Subject) -> Check:
 
 def unconstrained(s: Subject) -> Check:
     """6: an attack without a bound must break everything."""
-    points = without_bound(s)
-    stands = points.wrong <= 0.5
+    stands = s.unbounded.wrong <= 0.5
     share = float(stands.mean())
     check = Check(
         name="unconstrained",
@@ -235,7 +234,7 @@ def unconstrained(s: Subject) -> Check:
         figure=share,
         threshold="any image stands",
         outcome="pass",
-        reason=f"with eps = {widest(s):g}, {several(int(stands.sum()), 'images')} of {len(stands)} stand",
+        reason=f"with eps = {s.widest:g}, {several(int(stands.sum()), 'images')} of {len(stands)} stand",
         advice="",
         source=SOURCE + "6",
         invalidates=False,
@@ -245,20 +244,6 @@ def unconstrained(s: Subject) -> Check:
         return check
     advice = "The optimisation fails, not the bound: look at the checks gradient and unavailable first."
     return replace(check, outcome="flag", invalidates=share > GREATLY, advice=advice)
-
-
-def widest(s: Subject) -> float:
-    """A radius that holds every image."""
-    return 1.0 if s.norm == "Linf" else float(s.x[0].numel()) ** 0.5
-
-
-def without_bound(s: Subject) -> Points:
-    if s.unbounded is None:
-        points = s.clean
-        for attack in s.white:
-            points = points.worse_of(s.on_standing(attack, points, "unconstrained", eps=widest(s)))
-        s.unbounded = points
-    return s.unbounded
 
 
 def mitigated(s: Subject, check: Check, how: str, after: Points) -> Check:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gsem.checkpoint import write_atomically
+from gsem.result import with_ending
 
 Outcome = Literal["pass", "flag", "inconclusive"]
 Verdict = Literal["TRUSTED", "SUSPECT", "INVALID"]
@@ -71,8 +72,12 @@ class Audit:
         return asdict(self)
 
     def save(self, path: str | Path) -> Path:
-        """As JSON, whole or not at all."""
-        path = Path(path)
+        """As JSON in PATH.json, whole or not at all. PATH may carry the ending.
+
+        Returns:
+            PATH.json.
+        """
+        path = with_ending(path, ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(self.to_dict(), indent=2, allow_nan=False).encode())
         return path

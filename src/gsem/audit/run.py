@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +14,18 @@ from gsem.audit.binarize import binarization
 from gsem.audit.chance import ablation, randomness
 from gsem.audit.gradient import gradient
 from gsem.audit.indicators import silent, transfer_failure, unavailable, unconstrained, unfinished, unstable
+from gsem.audit.partial import Finished, Partial
+from gsem.audit.progress import Progress, Teller, planned
 from gsem.audit.record import Audit, Check
-from gsem.audit.subject import LEADING, Subject, percent, quiet_twin
+from gsem.audit.subject import LEADING, Subject, lowest, percent, quiet_twin
 from gsem.audit.sweeps import blackbox, sweeps
 from gsem.audit.verdict import verdict
 from gsem.contract import ImagesLike, LabelsLike, checked, plain_logits
 from gsem.evaluate import undefended
 from gsem.fingerprint import data_fingerprint, model_fingerprint
+from gsem.lock import locked
 from gsem.predict import BATCH, is_stochastic
+from gsem.result import with_ending
 from gsem.suite import SUITES, Attack, parse_attacks, suite
 
 # The white-box attacks whose result is audited, unless told.
@@ -45,19 +49,6 @@ CHECKS: dict[str, Callable[[Subject], Check]] = {
 }
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where an audit stands, for whoever shows it."""
-
-    check: str
-    number: int
-    """Of the check, from 1, of `checks`."""
-    checks: int
-    doing: str
-    """What it does now; empty when it has ended."""
-    ended: Check | None = None
-
-
 def audit(
     model: nn.Module,
     x: ImagesLike,
@@ -73,6 +64,7 @@ def audit(
     quick: bool = False,
     sources: Mapping[str, nn.Module] | None = None,
     surrogate: nn.Module | None = None,
+    save: str | Path | None = None,
     about: Mapping[str, Any] | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Audit:
@@ -98,12 +90,16 @@ def audit(
             without noise and without the quantiser are always among them.
         surrogate: a model through which the attacks go instead of `model`: what a user of BPDA or of a substitute
             network evaluated with.
+        save: where the audit goes (`Audit.save`). Each finished check is kept beside it meanwhile, in a folder
+            `….unfinished`, and the same call goes on behind the last of them after an interruption, to the same audit.
         about: what the caller wants to be kept in the audit's facts; its "command", if there is one, is what
             repeats the audit, and with `--only NAME` a check alone.
         report: called with a `Progress` while it runs.
 
     Raises:
-        ValueError: an unknown check, attack or option, arguments out of range, labels that the model does not have.
+        ValueError: an unknown check, attack or option, arguments out of range, labels that the model does not have;
+            at `save`, an unfinished audit of another question.
+        Locked: another process audits into `save`. OSError: it cannot be written.
     """
     names = list(CHECKS) if only is None else list(only)
     for name in names:
@@ -118,8 +114,7 @@ def audit(
     sources = {name: plain_logits(source, x, y) for name, source in (sources or {}).items()}
     surrogate = None if surrogate is None else plain_logits(surrogate, x, y)
     chosen = audited(attacks, quick=quick)
-    started = time.monotonic()
-    teller = _Teller(report, len(names))
+    teller = Teller(report)
     every = undefended(model) | sources
     s = Subject(
         model,
@@ -136,14 +131,83 @@ def audit(
         sources={name: quiet_twin(source) for name, source in every.items()},
         surrogate=surrogate,
         say=teller.say,
+        observe=None if report is None else teller.observe,
     )
-    checks = []
+
+    def found(partial: Partial | None) -> Audit:
+        s.partial = partial
+        parts = _finished(s, names, teller)
+        checks = tuple(part.check for part in parts)
+        word, reason = verdict(checks, complete=set(names) == set(CHECKS))
+        return Audit(checks, word, reason, _facts(s, only, parts, about))
+
+    return found(None) if save is None else _saved(Path(save), _question(s, names, every, surrogate), x.device, found)
+
+
+def _saved(save: Path, question: dict[str, Any], device: torch.device, found: Callable[[Partial], Audit]) -> Audit:
+    """The audit, made with its finished checks kept beside `save`, and saved there."""
+    out = with_ending(save, ".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(
+        out.with_name(f".{out.name}.lock"), f"auditing into {out}", "wait for its end, or choose another --out"
+    ):
+        partial = Partial(out, question, device)
+        try:
+            audit = found(partial)
+        except BaseException:
+            partial.discard_if_empty()
+            raise
+        audit.save(out)
+        partial.discard()
+    return audit
+
+
+def _question(
+    s: Subject, names: Sequence[str], sources: Mapping[str, nn.Module], surrogate: nn.Module | None
+) -> dict[str, Any]:
+    """All that decides the audit."""
+    return {
+        "fingerprint": model_fingerprint(s.model) | data_fingerprint((s.x, s.y)),
+        "eps": s.eps,
+        "norm": s.norm,
+        "draws": s.draws,
+        "seed": s.seed,
+        "quick": s.quick,
+        "batch": s.batch,
+        "only": list(names),
+        "options": {s.label(a): _plain(s.options(a)) for a in [*s.white, *s.black]},
+        "sources": {name: model_fingerprint(source) for name, source in sources.items()},
+        "surrogate": None if surrogate is None else model_fingerprint(surrogate),
+        "torch": torch.__version__,
+        "device": s.x.device.type,
+    }
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an attack as JSON takes them; a function by its name."""
+    known = (int, float, str, bool, type(None))
+    return {k: v if isinstance(v, known) else getattr(v, "__qualname__", type(v).__name__) for k, v in options.items()}
+
+
+def _finished(s: Subject, names: Sequence[str], teller: Teller) -> list[Finished]:
+    """Every check, made or read, in the order of their names."""
+    parts = []
+    kept = {name: None if s.partial is None else s.partial.read(name) for name in names}
+    teller.expects(planned(s, names), {name: part.seconds for name, part in kept.items() if part is not None})
     for name in names:
         teller.begins(name)
-        checks.append(_made(name, s))
-        teller.ended(checks[-1])
-    word, reason = verdict(checks, complete=set(names) == set(CHECKS))
-    return Audit(tuple(checks), word, reason, _facts(s, only, time.monotonic() - started, about))
+        part = kept[name]
+        if part is None:
+            started = time.monotonic()
+            s.found = []
+            check = _made(name, s)
+            worst = lowest([points.shares for points in s.found]) if s.found else None
+            part = Finished(check, time.monotonic() - started, worst)
+            if s.partial is not None:
+                s.partial.write(part)
+        parts.append(part)
+        teller.ended(part, earlier=kept[name] is not None)
+    return parts
 
 
 def audited(attacks: str | Sequence[Attack | str] | None, *, quick: bool) -> list[Attack]:
@@ -192,24 +256,9 @@ def _made(name: str, s: Subject) -> Check:
         )
 
 
-class _Teller:
-    def __init__(self, report: Callable[[Progress], None] | None, checks: int):
-        self.report, self.checks, self.number, self.name = report, checks, 0, ""
-
-    def begins(self, name: str) -> None:
-        self.name, self.number = name, self.number + 1
-        self.say("begins")
-
-    def say(self, doing: str) -> None:
-        if self.report is not None:
-            self.report(Progress(self.name, self.number, self.checks, doing))
-
-    def ended(self, check: Check) -> None:
-        if self.report is not None:
-            self.report(Progress(self.name, self.number, self.checks, "", check))
-
-
-def _facts(s: Subject, only: Sequence[str] | None, seconds: float, about: Mapping[str, Any] | None) -> dict[str, Any]:
+def _facts(
+    s: Subject, only: Sequence[str] | None, parts: Sequence[Finished], about: Mapping[str, Any] | None
+) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "images": len(s.x),
         "fingerprint": model_fingerprint(s.model) | data_fingerprint((s.x, s.y)),
@@ -226,15 +275,13 @@ def _facts(s: Subject, only: Sequence[str] | None, seconds: float, about: Mappin
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(s.x.device),
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(part.seconds for part in parts), 1),
         **(dict(about) if about is not None else {}),
     }
-    if "base" in vars(s):  # (where no check asked for the attacks, they did not run)
-        lowest = s.base
-        for points in s.found:
-            lowest = lowest.worse_of(points)
+    if s.attacked:  # (where no check asked for the attacks, they did not run)
+        worst = lowest([s.base.shares, *(part.lowest for part in parts if part.lowest is not None)])
         # Chosen on selection draws, the merged points may score higher by the noise of the scoring draws.
-        attacked, merged = s.accuracy(s.base), s.accuracy(lowest)
+        attacked, merged = s.accuracy(s.base), s.accuracy(worst[1])
         facts |= {"attacked": attacked.as_accuracy(), "lowest": min(attacked, merged).as_accuracy()}
     return facts
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from gsem.attacks import Step
 from gsem.attacks._core import Norm, Observer, check_result
+from gsem.audit.partial import Partial
 from gsem.audit.trace import Trace, trace
 from gsem.predict import answers
 from gsem.streams import split
 from gsem.suite import Attack
 from gsem.twin import search_twin
 
+T = TypeVar("T")
 RESAMPLES = 2000
 # How much lower an accuracy must be, to be called lower at all, and to be called another accuracy altogether.
 SLIGHTLY, GREATLY = 0.003, 0.05
@@ -60,6 +62,19 @@ class Points:
             np.where(pick, other.wrong, self.wrong),
         )
 
+    @property
+    def shares(self) -> Float[np.ndarray, "2 n"]:
+        """`selection` and `wrong`."""
+        return np.stack([self.selection, self.wrong])
+
+
+def lowest(parts: Sequence[Float[np.ndarray, "2 n"]]) -> Float[np.ndarray, "2 n"]:
+    """Shares of wrong selection and of wrong scoring draws, per image of the first of the worst by selection draws."""
+    found = parts[0]
+    for other in parts[1:]:
+        found = np.where(other[0] > found[0], other, found)
+    return found
+
 
 class Subject:
     """The model under audit. Nothing here is computed before a check asks for it, and nothing twice."""
@@ -81,19 +96,23 @@ class Subject:
         sources: Mapping[str, nn.Module],
         surrogate: nn.Module | None,
         say: Callable[[str], None],
+        observe: Observer | None = None,
+        partial: Partial | None = None,
     ):
         self.model, self.x, self.y = model, x, y
         self.eps, self.norm, self.seed, self.batch, self.quick = eps, norm, seed, batch, quick
         self.stochastic, self.draws = stochastic, draws if stochastic else 1
         self.sources, self.surrogate, self.say = sources, surrogate, say
+        # Sees the steps of attacks that it costs nothing, for whoever shows that they advance.
+        self.observe, self.partial = observe, partial
         bounded = [a for a in attacks if a.bounded]
         self.white = [a for a in bounded if a.name in WHITE]
         self.black = [a for a in bounded if a.name in BLACK]
         self.twin = quiet_twin(model)
         # What the attacks differentiate: the model's twin, unless the caller attacks through another network.
         self.search = self.twin if surrogate is None else quiet_twin(surrogate)
+        # What the current check found: the lowest accuracy of all is reported with the others.
         self.found: list[Points] = []
-        self.unbounded: Points | None = None
 
     def known(self, model: nn.Module) -> "Subject":
         """The same questions to a deterministic relative of the model."""
@@ -112,6 +131,7 @@ class Subject:
             sources={},
             surrogate=None,
             say=self.say,
+            observe=self.observe,
         )
 
     @property
@@ -166,7 +186,7 @@ class Subject:
                 stochastic=self.stochastic,
                 seed=split(self.seed, "search", self.label(attack), *names, first),
                 sources=dict(self.sources),
-                observe=None if observe is None else _numbered_from(first, observe),
+                observe=self.observe if observe is None else _numbered_from(first, observe),
                 observe_always=observe is not None,
             )
             found.append(check_result(x_adv, x[part], eps=eps or self.eps, norm=self.norm))
@@ -191,21 +211,54 @@ class Subject:
         """What the points of all images are worth."""
         return Points(x_adv, self.wrong(x_adv, "selection", *names), self.wrong(x_adv, *names))
 
+    # --- what several checks look at -------------------------------------------------------------------------
+
+    def _shared(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
+        return make() if self.partial is None else self.partial.shared(name, kind, make)
+
     @cached_property
     def clean(self) -> Points:
-        return self.judged(self.x, "clean")
+        return self._shared("clean", Points, lambda: self.judged(self.x, "clean"))
 
     @cached_property
     def base(self) -> Points:
         """The worst that the white-box attacks in question reach: the robust accuracy under audit."""
-        self.say("the evaluation itself")
-        first = self.clean.worse_of(self.judged(self.path.x_adv, "returned"))
-        return self.cascade([a for a in self.white if a is not self.lead], first, "base")
+
+        def reached() -> Points:
+            self.say("the evaluation itself")
+            first = self.clean.worse_of(self.judged(self.path.x_adv, "returned"))
+            return self.cascade([a for a in self.white if a is not self.lead], first, "base")
+
+        return self._shared("base", Points, reached)
+
+    @property
+    def attacked(self) -> bool:
+        """Whether any check asked for `base`."""
+        return "base" in vars(self) or (self.partial is not None and self.partial.has("base"))
 
     @cached_property
     def path(self) -> Trace:
         """What the leading attack did."""
-        return trace(len(self.x), lambda observe: self.points(self.lead, "path", observe=observe))
+        return self._shared(
+            "path", Trace, lambda: trace(len(self.x), lambda observe: self.points(self.lead, "path", observe=observe))
+        )
+
+    @property
+    def widest(self) -> float:
+        """A radius that holds every image."""
+        return 1.0 if self.norm == "Linf" else float(self.x[0].numel()) ** 0.5
+
+    @cached_property
+    def unbounded(self) -> Points:
+        """The worst that the attacks in question reach without a bound."""
+
+        def reached() -> Points:
+            points = self.clean
+            for attack in self.white:
+                points = points.worse_of(self.on_standing(attack, points, "unconstrained", eps=self.widest))
+            return points
+
+        return self._shared("unbounded", Points, reached)
 
     def cascade(
         self, attacks: Sequence[Attack], start: Points, *names: str | int, through: nn.Module | None = None

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from gsem.attacks._core import random_start
-from gsem.audit.indicators import widest, without_bound
 from gsem.audit.record import Check
 from gsem.audit.subject import GREATLY, SLIGHTLY, Interval, Points, Subject, most_by_chance, percent, several
 from gsem.streams import generator
@@ -56,11 +55,11 @@ def _against_eps(s: Subject, details: dict[str, Any]) -> tuple[list[str], bool]:
     before, curve = s.clean, [(0.0, s.clean)]
     for factor in FACTORS:
         eps = s.eps * factor
-        if eps >= widest(s):
+        if eps >= s.widest:
             continue
         points = s.base if factor == 1 else s.clean.worse_of(s.on_standing(s.lead, s.clean, "eps", eps=eps))
         curve.append((eps, points))
-    curve.append((widest(s), without_bound(s)))
+    curve.append((s.widest, s.unbounded))
     problems, greatly = [], False
     for eps, points in curve:
         details["eps"].append({"eps": eps, **s.accuracy(points).as_accuracy()})
@@ -72,7 +71,7 @@ def _against_eps(s: Subject, details: dict[str, Any]) -> tuple[list[str], bool]:
     last, chance = s.accuracy(curve[-1][1]), 1 / s.classes
     details["chance"] = chance
     if last.low > chance:
-        problems.append(f"with eps = {widest(s):g} it is {percent(last.mean)}, over the {percent(chance)} of chance")
+        problems.append(f"with eps = {s.widest:g} it is {percent(last.mean)}, over the {percent(chance)} of chance")
         greatly |= last.mean - chance > GREATLY
     return problems, greatly
 
@@ -125,7 +124,7 @@ def blackbox(s: Subject) -> Check:
 
     A few images are no flag: two equally good searches do not break the same ones. They count in the lowest accuracy.
     """
-    chosen = s.black or _boxes(s)
+    chosen = boxes(s)
     after = s.base
     rows: list[dict[str, Any]] = []
     for attack in chosen:
@@ -177,7 +176,10 @@ def blackbox(s: Subject) -> Check:
     return replace(check, outcome="flag", reason=reason, advice=advice)
 
 
-def _boxes(s: Subject) -> list[Attack]:
+def boxes(s: Subject) -> list[Attack]:
+    """The black-box attacks: those in question, or else Square, RayS and what can be transferred."""
+    if s.black:
+        return s.black
     eot = {"eot": min(3, s.options(s.lead)["eot"])} if s.quick else {}
     found = [Attack("square", {"queries": 300 if s.quick else 5000} | eot)]
     found.append(Attack("rays", {"queries": 300 if s.quick else 10000} | eot))
