@@ -123,6 +123,7 @@ def test_large_logits_are_the_losss_affair_and_no_layers():
     assert "where" not in audit["unavailable"].details
 
 
+@pytest.mark.filterwarnings("ignore:the model returns probabilities")
 @pytest.mark.parametrize("scale", [50, 1000])
 def test_of_a_saturated_softmax_no_layer_of_the_network_is_named(scale: float):
     check = gradient(Sharp(mlp(), scale), "apgd:steps=5")
@@ -135,6 +136,7 @@ def test_of_a_saturated_softmax_no_layer_of_the_network_is_named(scale: float):
     assert check.outcome == "flag" and check.details["layer"] == "1"
 
 
+@pytest.mark.filterwarnings("ignore:the model returns probabilities")
 def test_an_ordinary_softmax_at_the_end_is_no_mask_and_hides_none():
     assert gradient(Sharp(mlp(), 1), "apgd:steps=5").outcome == "pass"
     check = gradient(Sharp(Fronted(Quantise(noise=0.0), mlp()), 1).eval(), "apgd:steps=5")
