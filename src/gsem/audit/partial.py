@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsem.audit.record import Check
+from gsem.audit.record import Audit, Check
 from gsem.checkpoint import write_atomically, written_whole
 from gsem.ledger import differences
 from gsem.result import with_ending
@@ -31,6 +31,30 @@ class Finished:
     """Shares of wrong selection and scoring draws of the worst points that it found; None if it sought none."""
 
 
+# The facts of an audit that decide it: two audits that agree in them have the same figures.
+QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "quick", "batch", "only", "options", "sources", "surrogate")
+
+
+class AnotherAudit(ValueError):
+    """What is at a place, finished or not, is something else."""
+
+
+def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:
+    """Raise AnotherAudit if at `out` there is a file that is not of the same audit."""
+    if not out.exists():
+        return
+    try:
+        facts = Audit.load(out).facts
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise AnotherAudit(f"{out} is there already, and is no audit: choose another --out") from None
+    asked = {key: question[key] for key in QUESTION}
+    if other := differences({key: facts.get(key) for key in QUESTION}, asked):
+        raise AnotherAudit(
+            f"{out} is there already, and is an audit of something else. Different are: {'; '.join(other)}. "
+            "Choose another --out, or move it away"
+        )
+
+
 class Partial:
     """A folder `PATH.unfinished`: a file for each finished check, and for each attack that several checks look at.
 
@@ -40,7 +64,7 @@ class Partial:
             touched, unless nothing in it is finished.
 
     Raises:
-        ValueError: something unfinished of another question is there.
+        AnotherAudit: something unfinished of another question is there.
     """
 
     def __init__(self, path: str | Path, question: Mapping[str, Any], device: torch.device):
@@ -49,7 +73,7 @@ class Partial:
         if not file.exists() or not self.finished:
             self.discard()
         elif other := differences(json.loads(file.read_text()), question):
-            raise ValueError(
+            raise AnotherAudit(
                 f"{self.folder} holds something unfinished in which other things were asked. Different are: "
                 f"{'; '.join(other)}. Repeat that command to finish it, choose another --out, or delete the folder"
             )
