@@ -128,6 +128,19 @@ def test_of_many_that_find_a_stale_lock_one_takes_it(tmp_path):
     assert most == 1 and others >= 1 and not file.exists()
 
 
+def test_a_file_system_that_locks_no_folders(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*words):
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    planted(tmp_path / ".lock")
+    with lock(tmp_path / ".lock"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
     def full(*words):
         raise OSError(28, "No space left on device")

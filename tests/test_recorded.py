@@ -143,6 +143,20 @@ def test_a_project_that_was_moved_works(capsys, project):
     assert facts_of(project / "runs/x")["recipe"]["data"] == "sets/images.npz"
 
 
+def test_additional_images_are_found_too(capsys, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    write_images(home / "images.npz")
+    np.savez(home / "more.npz", image=np.zeros((9, 8, 8, 1), dtype=np.uint8), label=np.zeros(9, dtype=int))
+    monkeypatch.chdir(home)
+    more = {"extra_data": "more.npz", "extra_share": 0.5}
+    gsem.train(replace(RECIPE, data="images.npz", **more), out="r", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "train", "--resume", "home/r")[0] == 0
+    (home / "more.npz").unlink()
+    err = refused(capsys, "train", "--resume", "home/r")
+    assert "the additional images of home/r are not found" in err and f"{home / 'more.npz'}" in err
+
+
 def test_data_that_are_gone_are_named_with_all_places(capsys, project, tmp_path):
     (project / "sets/images.npz").rename(tmp_path / "now here.npz")
     for words in (("evaluate",), ("audit",), ("train", "--resume")):

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ def _remove_if_stale(file: Path) -> dict[str, Any] | None:
     folder = os.open(file.parent, os.O_RDONLY) if fcntl is not None else None
     try:
         if folder is not None:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            with suppress(OSError):  # (some network file systems lock no folders)
+                fcntl.flock(folder, fcntl.LOCK_EX)
         try:
             age = time.time() - file.stat().st_mtime
         except FileNotFoundError:
