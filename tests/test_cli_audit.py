@@ -1,15 +1,21 @@
 """gsem audit on a run and on a factory: its table, its file, and what repeats a check."""
 
+import io
 import json
+import re
 import shlex
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import pytest
+from rich.console import Console
 
 import gsem
-from gsem.audit import Audit
+from gsem.audit import Audit, Check
+from gsem.audit.run import CHECKS, Progress
 from gsem.cli import main, read
-from gsem.cli_audit import repeated_by
+from gsem.cli_audit import AuditBar, repeated_by
 
 FACTORY = """
 import torch
@@ -42,11 +48,11 @@ def here(tmp_path, monkeypatch):
 def test_a_run_is_audited_by_its_own_data_into_its_directory(capsys, here):
     recipe = replace(gsem.RECIPES["gcat"], epochs=1, warmup=0, steps=1, eps=0.05)
     gsem.train(recipe, out=here / "run")
-    words = ["audit", "run", "--quick", "--only", "randomness,gradient", "--images", "100", "--gradient", "semi-masked"]
-    words += ["--attacks", "pgd:steps=2:eot=2", "--draws", "5"]
+    words = ["audit", "run", "--quick", "--only", "randomness,gradient", "--images", "20", "--gradient", "semi-masked"]
+    words += ["--attacks", "pgd:steps=1:eot=2", "--draws", "2"]
     code, out, err = run(capsys, *words)
     assert code == 0, err
-    assert "a fixed, class-balanced subset of 100 of 500 test images, eps = 0.05 (Linf)" in " ".join(out.split())
+    assert "a fixed, class-balanced subset of 20 of 500 test images, eps = 0.05 (Linf)" in " ".join(out.split())
     audit = Audit.load(here / "run" / "audit.json")
     assert [c.name for c in audit.checks] == ["randomness", "gradient"] and audit.verdict in out
     assert audit["gradient"].outcome == "flag" and audit["gradient"].details["layer"] == "gsem_module"
@@ -56,7 +62,7 @@ def test_a_run_is_audited_by_its_own_data_into_its_directory(capsys, here):
     assert run(capsys, *shlex.split(again)[1:])[0] == 0
     assert Audit.load("again.json")["gradient"] == audit["gradient"]
     assert run(capsys, *words, "--gradient", "corrected")[0] == 0
-    assert Audit.load(here / "run" / "audit-2.json")["gradient"].outcome == "pass"
+    assert Audit.load(here / "run" / "audit-2.json")["gradient"].outcome == "inconclusive"  # (too few images to pass)
 
 
 def test_a_stranger_is_audited_and_the_table_fits(capsys, here):
@@ -101,6 +107,71 @@ def test_draws_that_are_given_are_used_in_the_quick_form_too(capsys, here, words
     facts = Audit.load("audit.json").facts
     assert facts["draws"] == draws
     assert ("--draws" in facts["command"]) == bool(words)
+
+
+SHORT = ["roundnet:net", "--data", "digits", "--images", "10", "--eps", "0.3", "--attacks", "pgd:steps=2"]
+
+
+def stopped_at(name: str):
+    """Within the block, Ctrl-C is pressed when this check begins."""
+    return mock.patch.dict(CHECKS, {name: mock.Mock(side_effect=KeyboardInterrupt)})
+
+
+def test_an_interrupted_audit_goes_on_when_started_again(capsys, here):
+    words = ["audit", *SHORT, "--quick", "--only", "randomness,gradient,unavailable", "--out", "strict.txt"]
+    assert run(capsys, *words)[0] == 0
+    whole = Audit.load("strict.txt.json")
+    (here / "strict.txt.json").unlink()
+    with stopped_at("unavailable"):
+        code, out, err = run(capsys, *words)
+    assert code == 130 and "what is finished is kept: the same command goes on from there" in err
+    assert "2/3 gradient" in out and not (here / "strict.txt.json").exists()
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert re.search(r"2/3 gradient +\w+, finished before", out) and not re.search("3/3 .*before", out)
+    assert "saved in strict.txt.json" in out
+    found = Audit.load("strict.txt.json")
+    assert found.checks == whole.checks
+    assert found.facts | {"seconds": 0} == whole.facts | {"seconds": 0}
+    assert not list(here.glob("*.unfinished"))
+
+
+def test_another_audit_does_not_disturb_the_unfinished_one(capsys, here):
+    words = ["audit", *SHORT, "--quick", "--only"]
+    with stopped_at("unavailable"):
+        assert run(capsys, *words, "randomness,unavailable")[0] == 130
+    assert run(capsys, *words, "randomness")[0] == 0
+    assert Path("audit-2.json").exists() and not Path("audit.json").exists()
+    assert "randomness    pass, finished before" in run(capsys, *words, "randomness,unavailable")[1]
+    assert [c.name for c in Audit.load("audit.json").checks] == ["randomness", "unavailable"]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_it_prints_a_line_now_and_then_with_the_time_left(terminal: bool):
+    clock, file = Clock(), io.StringIO()
+    bar = AuditBar(Console(file=file, width=80, force_terminal=terminal), clock)
+
+    def at(seconds: float, *facts, **how) -> list[str]:
+        clock.now = seconds
+        bar(Progress(*facts, **how))
+        return file.getvalue().splitlines()
+
+    assert at(1, "gradient", 2, 12, "begins") == []
+    line = " 2/12 gradient      central differences"
+    assert at(31, "gradient", 2, 12, "central differences") == ([] if terminal else [line])
+    check = Check("gradient", "", 1.0, "", "pass", "", "", "")
+    ended = at(32, "gradient", 2, 12, "", ended=check, seconds_left=90.0)
+    assert ended[-1] == " 2/12 gradient      pass         1:30 min left"
+    assert len(at(40, "sweeps", 3, 12, "twice the steps", seconds_left=80.0)) == len(ended)
+    later = at(63, "sweeps", 3, 12, "twice the steps", seconds_left=59.0)
+    assert later[len(ended) :] == ([] if terminal else [" 3/12 sweeps        twice the steps, 59 s left"])
 
 
 def test_what_is_refused(capsys, here):

@@ -69,7 +69,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "study": (StudyOptions, "gsem.cli_study:study_command"),
     "data": (DataOptions, "gsem.cli_list:data_command"),
 }
-RESUMED = ("evaluate", "study")
+RESUMED = ("evaluate", "audit", "study")
 
 
 def read(command: str, words: list[str]) -> Any:

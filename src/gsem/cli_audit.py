@@ -1,10 +1,13 @@
 """gsem audit: from what a user names to the checks, their table and the verdict."""
 
 import shlex
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -13,15 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from gsem._text import duration, pixels
+from gsem.audit.partial import AnotherAudit
 from gsem.audit.record import Audit, Check
 from gsem.audit.run import CHECKS, Progress, audit, told
 from gsem.cli_evaluate import _check_fit, _model, _subset, _told, about_data, source_and_eps
 from gsem.data import to_float
 from gsem.device import device_named
-from gsem.fingerprint import data_fingerprint, model_fingerprint
-from gsem.ledger import differences
 from gsem.module import GSeM
 from gsem.options import AuditOptions
+from gsem.progress import LINE_EVERY
+from gsem.result import with_ending
 
 IMAGES, QUICK_IMAGES = 500, 128
 WIDTH = 80
@@ -72,66 +76,63 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
     chosen = _subset(test, subset)
     x, y = to_float(chosen.x), chosen.y
     _check_fit(meta, x)
-    run = Path(o.model)
-    place = o.out or (run / "audit.json" if run.is_dir() else Path("audit.json"))
-    only = None if o.only is None else [name.strip() for name in o.only.split(",")]
-    if o.out is not None:
-        fingerprint = model_fingerprint(model) | data_fingerprint((x, y))
-        _refuse_to_overwrite(o.out, {"fingerprint": fingerprint, "command": repeated_by(o), "only": only})
     device = device_named(o.device)
     with AuditBar(console) as bar:
-        found = audit(
-            model.to(device),
-            x.to(device),
-            y.to(device),
-            o.suite or o.attacks,
-            eps=eps,
-            norm=o.norm,
-            draws=o.draws,
-            seed=o.seed,
-            batch=o.batch,
-            only=only,
-            quick=o.quick,
-            sources={name: other.to(device) for name, other in sources.items()},
-            surrogate=None if surrogate is None else surrogate.to(device),
-            about={"model": o.model, **about_data(o, meta, test, place), "subset": subset, "command": repeated_by(o)},
-            report=bar,
-        )
+
+        def audited(place: Path) -> Audit:
+            return audit(
+                model.to(device),
+                x.to(device),
+                y.to(device),
+                o.suite or o.attacks,
+                eps=eps,
+                norm=o.norm,
+                draws=o.draws,
+                seed=o.seed,
+                batch=o.batch,
+                only=None if o.only is None else [name.strip() for name in o.only.split(",")],
+                quick=o.quick,
+                sources={name: other.to(device) for name, other in sources.items()},
+                surrogate=None if surrogate is None else surrogate.to(device),
+                save=place,
+                about={
+                    "model": o.model,
+                    **about_data(o, meta, test, place),
+                    "subset": subset,
+                    "command": repeated_by(o),
+                },
+                report=bar,
+            )
+
+        run = Path(o.model)
+        found, place = _at_a_free_place(audited, o.out, run / "audit.json" if run.is_dir() else Path("audit.json"))
     what = f"{o.model} on {source.name}: {_told(subset, len(x), len(test))}, eps = {pixels(eps)} ({o.norm})"
     show_audit(console, found, what)
-    console.print(f"saved in {found.save(o.out or _unused(place))}", soft_wrap=True)
+    console.print(f"saved in {place}", soft_wrap=True)
     return found
 
 
-def _refuse_to_overwrite(out: Path, asked: dict[str, Any]) -> None:
-    """Raise a ValueError if at `out` there is a file that is not of the same audit."""
-    if not out.exists():
-        return
-    try:
-        facts = Audit.load(out).facts
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise ValueError(f"{out} is there already, and is no audit: choose another --out") from None
-    if other := differences({key: facts.get(key) for key in asked}, asked):
-        raise ValueError(
-            f"{out} is there already, and is an audit of something else. Different are: {'; '.join(other)}. "
-            "Choose another --out, or move it away"
-        )
-
-
-def _unused(path: Path) -> Path:
-    """`path`, or with a number in it: an earlier audit is not overwritten."""
-    free, number = path, 1
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return free
+def _at_a_free_place(audited: Callable[[Path], Audit], out: Path | None, default: Path) -> tuple[Audit, Path]:
+    """The audit and its file: `out`, or `default` with the first number at which no other audit is, finished or not."""
+    if out is not None:
+        return audited(out), with_ending(out, ".json")
+    for number in count(1):
+        place = default if number == 1 else default.with_name(f"{default.stem}-{number}{default.suffix}")
+        if not place.exists():
+            with suppress(AnotherAudit):
+                return audited(place), place
+    raise AssertionError("there is a free number")
 
 
 class AuditBar:
-    """A bar on a terminal, and in any case a line for each check that has ended."""
+    """A bar on a terminal, elsewhere a line now and then; and in any case one for each check that has ended.
 
-    def __init__(self, console: Console):
-        self.console = console
+    Args:
+        clock: seconds, as `time.monotonic` counts them.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        self.console, self.clock, self.printed = console, clock, clock()
         self.bar = Bar(
             TextColumn("{task.description:<13}"),
             BarColumn(bar_width=8),
@@ -151,10 +152,19 @@ class AuditBar:
         self.bar.stop()
 
     def __call__(self, p: Progress) -> None:
-        self.bar.update(self.task, description=p.check, total=p.checks, completed=p.number - 1, doing=p.doing[:44])
+        left = "" if not p.seconds_left else f"{duration(p.seconds_left)} left"
+        shown = f"{p.doing[:31]:<31} {left}"
+        self.bar.update(self.task, description=p.check, total=p.checks, completed=p.number - 1, doing=shown)
+        place = f"{p.number:>2}/{p.checks} {p.check:<13}"
         if p.ended is not None:
-            place = f"{p.number:>2}/{p.checks}"
-            self.console.print(f"{place} {p.check:<13} {p.ended.outcome}", highlight=False)
+            line = p.ended.outcome + (", finished before" if p.earlier else "")
+            self._print(f"{place} {f'{line:<12} {left}'.rstrip()}")
+        elif not self.console.is_terminal and self.clock() - self.printed >= LINE_EVERY:
+            self._print(f"{place} {p.doing}" + (f", {left}" if left else ""))
+
+    def _print(self, line: str) -> None:
+        self.printed = self.clock()
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def show_audit(console: Console, found: Audit, what: str) -> None:

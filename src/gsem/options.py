@@ -122,7 +122,10 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class AuditOptions:
-    """Is the robust accuracy real? Twelve checks, each with a figure, and a verdict: TRUSTED, SUSPECT or INVALID."""
+    """Is the robust accuracy real? Twelve checks, each with a figure, and a verdict: TRUSTED, SUSPECT or INVALID.
+
+    An interrupted audit resumes after its last finished check when the same command is started again.
+    """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """As in gsem evaluate: a run directory, a checkpoint, a published .pt, or package.module:function."""
@@ -161,8 +164,8 @@ class AuditOptions:
     """Images attacked at once."""
     seed: int = 0
     out: Path | None = None
-    """Where the audit goes; RUN/audit.json, or audit.json here, unless told; with a number behind it where there is
-    one already."""
+    """Where the audit goes, as OUT.json. Default: RUN/audit.json, or audit.json here; with a number behind it where
+    there is one already."""
     normalize: str | None = None
     """As in gsem evaluate."""
     name: str | None = None

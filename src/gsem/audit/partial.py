@@ -31,6 +31,10 @@ class Finished:
     """Shares of wrong selection and scoring draws of the worst points that it found; None if it sought none."""
 
 
+class AnotherAudit(ValueError):
+    """What is unfinished at a place is something else."""
+
+
 class Partial:
     """A folder `PATH.unfinished`: a file for each finished check, and for each attack that several checks look at.
 
@@ -40,7 +44,7 @@ class Partial:
             touched, unless nothing in it is finished.
 
     Raises:
-        ValueError: something unfinished of another question is there.
+        AnotherAudit: something unfinished of another question is there.
     """
 
     def __init__(self, path: str | Path, question: Mapping[str, Any], device: torch.device):
@@ -49,7 +53,7 @@ class Partial:
         if not file.exists() or not self.finished:
             self.discard()
         elif other := differences(json.loads(file.read_text()), question):
-            raise ValueError(
+            raise AnotherAudit(
                 f"{self.folder} holds something unfinished in which other things were asked. Different are: "
                 f"{'; '.join(other)}. Repeat that command to finish it, choose another --out, or delete the folder"
             )
