@@ -104,6 +104,14 @@ def test_an_unfinished_audit_of_something_else_is_not_touched(small, tmp_path):
     assert [path.name for path in (tmp_path / "audit.unfinished").glob("check-*")] == ["check-randomness.json"]
 
 
+def test_a_saved_audit_of_something_else_is_not_overwritten(small, tmp_path):
+    how = HOW | {"only": ["randomness"]}
+    first = gsem.audit(*small, ATTACKS, **how, save=tmp_path / "audit")
+    with pytest.raises(ValueError, match=r"audit.json is there already, and is an audit of something else.*seed"):
+        gsem.audit(*small, ATTACKS, **how, seed=1, save=tmp_path / "audit")
+    assert Audit.load(tmp_path / "audit.json") == first
+
+
 def test_nothing_is_left_where_nothing_was_finished(small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "audit", report=interrupting(0))

@@ -97,8 +97,8 @@ def test_an_audit_is_not_overwritten_by_another(here, capsys):
     before = Path("a.json").read_bytes()
     audited("nets:one", "--out", "a.json")  # the same once more
     for words, told in (
-        (("nets:other",), "the model's weights; command (gsem audit nets:one "),
-        (("nets:one", "--eps", "0.3"), "command ("),
+        (("nets:other",), "the model's weights."),
+        (("nets:one", "--eps", "0.3"), "eps (0.0313725 then, 0.3 now)"),
         (("nets:one", "--images", "8"), "the images"),
     ):
         with pytest.raises(AssertionError):

@@ -2,10 +2,11 @@
 
 import importlib
 import json
+import os
 
 import numpy as np
 import pytest
-from planted_run import planted_run
+from planted_run import planted_audit, planted_run
 
 import gsem
 from gsem.cli import main
@@ -99,3 +100,18 @@ def test_in_python(run, tmp_path):
     assert gsem.report(run, tmp_path / "deep/page.md") == [tmp_path / "deep/page.md"]
     assert "45.0%" in (tmp_path / "deep/page.md").read_text()
     assert importlib.import_module("gsem.report").html is not None  # the package is there under the function's name
+
+
+def test_an_audit_of_any_name_is_found(run, tmp_path):
+    """As `gsem audit --out RUN/strict` saves it; the latest of them, whatever it is called."""
+    first = read_runs([run])[0].audit
+    assert first is not None
+    later = planted_audit(verdict="SUSPECT", reason="strict")
+    saved = later.save(run / "strict")
+    os.utime(saved, (2e9, 2e9))
+    assert read_runs([run])[0].audit == later
+    os.utime(saved, (1e9, 1e9))
+    assert read_runs([run])[0].audit == first
+    (run / "audit.json").unlink()
+    (run / "notes.json").write_text("[1, 2")
+    assert read_runs([run])[0].audit == later

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsem.audit.record import Check
+from gsem.audit.record import Audit, Check
 from gsem.checkpoint import write_atomically, written_whole
 from gsem.ledger import differences
 from gsem.result import with_ending
@@ -31,8 +31,28 @@ class Finished:
     """Shares of wrong selection and scoring draws of the worst points that it found; None if it sought none."""
 
 
+# The facts of an audit that decide it: two audits that agree in them have the same figures.
+QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "quick", "batch", "only", "options", "sources", "surrogate")
+
+
 class AnotherAudit(ValueError):
-    """What is unfinished at a place is something else."""
+    """What is at a place, finished or not, is something else."""
+
+
+def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:
+    """Raise AnotherAudit if at `out` there is a file that is not of the same audit."""
+    if not out.exists():
+        return
+    try:
+        facts = Audit.load(out).facts
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise AnotherAudit(f"{out} is there already, and is no audit: choose another --out") from None
+    asked = {key: question[key] for key in QUESTION}
+    if other := differences({key: facts.get(key) for key in QUESTION}, asked):
+        raise AnotherAudit(
+            f"{out} is there already, and is an audit of something else. Different are: {'; '.join(other)}. "
+            "Choose another --out, or move it away"
+        )
 
 
 class Partial:

@@ -14,7 +14,7 @@ from gsem.audit.binarize import binarization
 from gsem.audit.chance import ablation, randomness
 from gsem.audit.gradient import gradient
 from gsem.audit.indicators import silent, transfer_failure, unavailable, unconstrained, unfinished, unstable
-from gsem.audit.partial import Finished, Partial
+from gsem.audit.partial import Finished, Partial, refuse_to_overwrite
 from gsem.audit.progress import Progress, Teller, planned
 from gsem.audit.record import Audit, Check
 from gsem.audit.subject import LEADING, Subject, lowest, percent, quiet_twin
@@ -98,7 +98,7 @@ def audit(
 
     Raises:
         ValueError: an unknown check, attack or option, arguments out of range, labels that the model does not have;
-            at `save`, an unfinished audit of another question.
+            at `save`, an audit of another question, finished or not.
         Locked: another process audits into `save`. OSError: it cannot be written.
     """
     names = list(CHECKS) if only is None else list(only)
@@ -134,14 +134,16 @@ def audit(
         observe=None if report is None else teller.observe,
     )
 
+    question = _question(s, only, every, surrogate)
+
     def found(partial: Partial | None) -> Audit:
         s.partial = partial
         parts = _finished(s, names, teller)
         checks = tuple(part.check for part in parts)
         word, reason = verdict(checks, complete=set(names) == set(CHECKS))
-        return Audit(checks, word, reason, _facts(s, only, parts, about))
+        return Audit(checks, word, reason, _facts(s, question, parts, about))
 
-    return found(None) if save is None else _saved(Path(save), _question(s, names, every, surrogate), x.device, found)
+    return found(None) if save is None else _saved(Path(save), question, x.device, found)
 
 
 def _saved(save: Path, question: dict[str, Any], device: torch.device, found: Callable[[Partial], Audit]) -> Audit:
@@ -151,6 +153,7 @@ def _saved(save: Path, question: dict[str, Any], device: torch.device, found: Ca
     with locked(
         out.with_name(f".{out.name}.lock"), f"auditing into {out}", "wait for its end, or choose another --out"
     ):
+        refuse_to_overwrite(out, question)
         partial = Partial(out, question, device)
         try:
             audit = found(partial)
@@ -163,9 +166,9 @@ def _saved(save: Path, question: dict[str, Any], device: torch.device, found: Ca
 
 
 def _question(
-    s: Subject, names: Sequence[str], sources: Mapping[str, nn.Module], surrogate: nn.Module | None
+    s: Subject, only: Sequence[str] | None, sources: Mapping[str, nn.Module], surrogate: nn.Module | None
 ) -> dict[str, Any]:
-    """All that decides the audit."""
+    """All that decides the audit, and more of its facts."""
     return {
         "fingerprint": model_fingerprint(s.model) | data_fingerprint((s.x, s.y)),
         "eps": s.eps,
@@ -174,7 +177,7 @@ def _question(
         "seed": s.seed,
         "quick": s.quick,
         "batch": s.batch,
-        "only": list(names),
+        "only": None if only is None else list(only),
         "options": {s.label(a): _plain(s.options(a)) for a in [*s.white, *s.black]},
         "sources": {name: model_fingerprint(source) for name, source in sources.items()},
         "surrogate": None if surrogate is None else model_fingerprint(surrogate),
@@ -257,22 +260,15 @@ def _made(name: str, s: Subject) -> Check:
 
 
 def _facts(
-    s: Subject, only: Sequence[str] | None, parts: Sequence[Finished], about: Mapping[str, Any] | None
+    s: Subject, question: Mapping[str, Any], parts: Sequence[Finished], about: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "images": len(s.x),
-        "fingerprint": model_fingerprint(s.model) | data_fingerprint((s.x, s.y)),
-        "eps": s.eps,
-        "norm": s.norm,
+        **question,
         "attacks": [s.label(a) for a in [*s.white, *s.black]],
-        "draws": s.draws,
         "stochastic": s.stochastic,
         "classes": s.classes,
-        "seed": s.seed,
-        "quick": s.quick,
-        "only": None if only is None else list(only),
         "clean": s.accuracy(s.clean).as_accuracy(),
-        "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(s.x.device),
         "seconds": round(sum(part.seconds for part in parts), 1),

@@ -120,6 +120,26 @@ def _numbered(path: Path, stem: str, ending: str) -> list[Path]:
     return [f for _, f in sorted(found)]
 
 
+def _audits(path: Path) -> list[Path]:
+    """The files of audits, the latest last: as gsem audit names them, and what --out called otherwise.
+
+    Those that gsem audit named are in the order of their numbers; among others only the time of the file tells.
+    """
+    numbered = _numbered(path, "audit", ".json")
+    others = [(f.stat().st_mtime, f) for f in path.glob("*.json") if f not in numbered and _is_audit(f)]
+    last = numbered[-1].stat().st_mtime if numbered else 0.0
+    earlier, later = ([f for time, f in sorted(others) if (time < last) == before] for before in (True, False))
+    return [*earlier, *numbered, *later]
+
+
+def _is_audit(file: Path) -> bool:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"checks", "verdict", "facts"} <= found.keys()
+
+
 def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
@@ -159,7 +179,7 @@ def _with_audit(entry: Entry, subject: dict[str, str] | None, unmatched: list[st
     audits = []
     if entry.result is not None:
         subject = entry.result.facts.get("fingerprint", {})
-    for file in _numbered(entry.path, "audit", ".json"):
+    for file in _audits(entry.path):
         try:
             audit = Audit.load(file)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
