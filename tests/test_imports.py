@@ -35,11 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     | {"attacks", "checkpoint", "contract", "evaluate", "insert", "ledger", "predict", "result", "suite", "twin"},
     "report": {"_text", "audit", "fingerprint", "recipes", "result", "run"},
     "gallery": BASE | {"attacks", "contract", "predict", "report", "twin"},
-    "compose": BASE | {"checkpoint", "gallery", "provenance", "recorded", "report"},
+    "compose": BASE | {"checkpoint", "contract", "gallery", "provenance", "recorded", "report", "result"},
     "cli_audit": BASE
     | {"audit", "checkpoint", "cli_evaluate", "evaluate", "ledger", "options", "progress", "result", "show", "suite"},
     "cli_list": {"_text", "data", "models", "options", "recipes", "show"},
-    "cli_report": {"compose", "options"},
+    "cli_report": {"cli_evaluate", "compose", "options"},
     "cli_study": {"_text", "models", "options", "recipes", "run", "show", "study", "suite"},
     "cli_train": {"_text", "cli_evaluate", "cli_report", "models", "options", "progress", "recipes", "run", "train"},
     "verify": BASE | {"contract", "predict", "result"},

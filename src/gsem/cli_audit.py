@@ -157,8 +157,8 @@ class AuditBar:
         self.bar.update(self.task, description=p.check, total=p.checks, completed=p.number - 1, doing=shown)
         place = f"{p.number:>2}/{p.checks} {p.check:<13}"
         if p.ended is not None:
-            line = p.ended.outcome + (", finished before" if p.earlier else "")
-            self._print(f"{place} {f'{line:<12} {left}'.rstrip()}")
+            line = f"{p.ended.outcome}, finished before" if p.earlier else f"{p.ended.outcome:<12} {left}".rstrip()
+            self._print(f"{place} {line}")
         elif not self.console.is_terminal and self.clock() - self.printed >= LINE_EVERY:
             self._print(f"{place} {p.doing}" + (f", {left}" if left else ""))
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from gsem.compose import IMAGES, report
+from gsem.cli_evaluate import _model
+from gsem.compose import report
 from gsem.options import ReportOptions
 
 
@@ -18,14 +20,14 @@ def report_command(console: Console, o: ReportOptions) -> None:
     for path, ending in ((o.markdown, ".md"), (o.json, ".json")):
         if path is not None and path.suffix != ending:
             raise ValueError(f"{path}: its name must end in {ending}")
-    write_report(console, o.runs, [out, *others], images=o.images, device=o.device)
+    model = None if o.model is None else _model(o.model, o)[0]
+    how: dict[str, Any] = {"data": o.data, "data_path": o.data_path, "images": o.images, "device": o.device}
+    write_report(console, o.runs, [out, *others], model=model, **how)
 
 
-def write_report(
-    console: Console, runs: Sequence[str], out: list[Path], *, images: int = IMAGES, device: str | None = None
-) -> None:
-    """Write, and say where."""
+def write_report(console: Console, runs: Sequence[str], out: list[Path], **how: Any) -> None:
+    """Write (see `gsem.report` for what more it takes), and say where."""
     with console.status("") as status:
-        written = report(runs, out, images=images, device=device, tell=status.update)
+        written = report(runs, out, tell=status.update, **how)
     for path in written:
         console.print(f"report: {path}", soft_wrap=True)

@@ -1,6 +1,7 @@
 """Pictures for a report that need the model: images under attack, what is taken for what, the loss around images."""
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,34 @@ def pictures(
         surfaces=surfaces,
         seconds=time.monotonic() - started,
     )
+
+
+def saved_pictures(
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    points: Float[Tensor, "n c h w"],
+    clean: Float[Tensor, " n"],
+    attacked: Float[Tensor, " n"],
+    *,
+    draws: int,
+    eps: float,
+    how: str,
+    rows: Int[np.ndarray, " n"] | None,
+) -> Pictures:
+    """A gallery of what an evaluation kept, where the model is not there.
+
+    Args:
+        clean, attacked: share of draws, 0 to 1, in which the images and the points were right.
+    """
+
+    def shown(at: int) -> Shown:
+        one, other = x[at].numpy(), points[at].numpy()
+        row = None if rows is None else int(rows[at])
+        return Shown(one, other, int(y[at]), None, float(clean[at]), None, float(attacked[at]), row)
+
+    gallery = tuple(shown(at) for at in first_of_each(y, SHOWN, right=clean > 0.5))
+    facts: dict[str, Any] = {"how": how, "images": len(x), "draws": draws, "eps": eps}
+    return Pictures(**facts, confusion=None, gallery=gallery, surfaces=(), seconds=0.0)
 
 
 def attacked(

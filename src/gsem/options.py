@@ -224,6 +224,24 @@ class ReportOptions:
     """Write Markdown to this file too."""
     json: Path | None = None
     """Write the JSON card to this file too."""
+    model: str | None = None
+    """The network that an evaluation (.npz) is of, where gsem did not train it: as MODEL of gsem evaluate. Pictures
+    need it; without it the gallery shows what gsem evaluate --keep-images kept."""
+    data: str | None = None
+    """Whose test images the pictures are made of, as in gsem evaluate. Default: those that the evaluation or the run
+    names."""
+    data_path: str | None = None
+    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
+    normalize: str | None = None
+    """For a network of --model that wants normalised input, as in gsem evaluate."""
+    name: str | None = None
+    """Of a published .pt, as in gsem evaluate."""
+    num_classes: int = 10
+    """Of a published .pt."""
+    levels: int = 6
+    """Of a published .pt: GSeM's alpha."""
+    noise: int = 4
+    """Of a published .pt: GSeM's beta."""
     images: int = 100
     """Test images that confusion, gallery and loss surface are computed of, where the evaluation kept no adversarial
     examples (--keep-images); 0 leaves them out."""

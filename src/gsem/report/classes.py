@@ -103,7 +103,7 @@ def shortened(name: str, letters: int) -> str:
 def confusion_figure(entry: Entry, number: int) -> Figure | None:
     """What each class is taken for under attack: a matrix, or the most frequent errors where classes are many."""
     p = entry.pictures
-    if p is None or not p.images:
+    if p is None or p.confusion is None or not p.images:
         return None
     names = [_name(entry, label) for label in range(len(p.confusion))]
     totals = p.confusion.sum(1, keepdims=True)

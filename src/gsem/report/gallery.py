@@ -73,11 +73,12 @@ def _exhibit(entry: Entry, s: Shown, at: int, draws: int) -> Exhibit:
     def name(label: int) -> str:
         return entry.classes[label] if label < len(entry.classes) else str(label)
 
-    def answered(answer: int, right: float) -> str:
+    def answered(answer: int | None, right: float) -> str:
+        taken = "" if answer in (None, s.label) else f"taken for {name(answer)}"
         if draws == 1:
-            return "right" if answer == s.label else f"taken for {name(answer)}"
+            return "right" if right == 1 else taken or "wrong"
         count = f"right in {round(right * draws)} of {draws} draws"
-        return count if answer == s.label else f"{count}, mostly taken for {name(answer)}"
+        return f"{count}, mostly {taken}" if taken else count
 
     # The change fills the range from black to white, grey is none: its size is in the caption.
     largest = float(np.abs(s.x_adv - s.x).max())
@@ -86,7 +87,8 @@ def _exhibit(entry: Entry, s: Shown, at: int, draws: int) -> Exhibit:
     if not largest:
         # Of points that stand an attack returns that of the highest margin, and the image is one of them.
         nothing = "no point that was found comes nearer to an error than the image itself"
-        after += f"; {nothing}" if s.clean == s.label else "; wrong already, and not attacked"
+        stands = s.clean == s.label if s.clean is not None else s.clean_right > 0.5
+        after += f"; {nothing}" if stands else "; wrong already, and not attacked"
     return Exhibit(
         number=_number(s, at),
         x=png(s.x),

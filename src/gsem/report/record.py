@@ -19,11 +19,11 @@ class Shown:
     """In [0, 1]."""
     x_adv: Float[np.ndarray, "c h w"]
     label: int
-    clean: int
-    """The most frequent answer to `x`."""
+    clean: int | None
+    """The most frequent answer to `x`; None where only is known how often it was right."""
     clean_right: float
     """Share of draws, 0 to 1, that answered the label to `x`."""
-    attacked: int
+    attacked: int | None
     """The most frequent answer to `x_adv`."""
     attacked_right: float
     row: int | None = None
@@ -51,8 +51,9 @@ class Pictures:
     images: int
     draws: int
     eps: float
-    confusion: Float[np.ndarray, "classes classes"]
-    """Row: label, column: answer. Images, each counted with the share of draws that gave the answer."""
+    confusion: Float[np.ndarray, "classes classes"] | None
+    """Row: label, column: answer. Images, each counted with the share of draws that gave the answer. None where the
+    answers are not known."""
     gallery: tuple[Shown, ...]
     surfaces: tuple[Surface, ...]
     seconds: float
@@ -82,7 +83,9 @@ class Entry:
     """Files beside it that are of something else, and not shown: `audit.json: it is of another network`."""
     pictures: Pictures | None = None
     missing: str = ""
-    """Why there are no pictures, a sentence."""
+    """Why there are no pictures, or not all of them, a sentence."""
+    named: tuple[str, ...] = ()
+    """Names of the classes of a network that gsem did not train, if its data tell them."""
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -91,11 +94,11 @@ class Entry:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their labels; numbers where the run does not tell."""
-        named = self.facts.get("data", {}).get("classes")
+        named = self.facts.get("data", {}).get("classes") or self.named
         if named:
             return tuple(named)
         known = [] if self.result is None else [int(self.result.y.max()) + 1]
-        known += [] if self.pictures is None else [len(self.pictures.confusion)]
+        known += [] if self.pictures is None or self.pictures.confusion is None else [len(self.pictures.confusion)]
         return tuple(str(number) for number in range(max(known, default=0)))
 
     @property
