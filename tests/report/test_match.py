@@ -98,7 +98,7 @@ def test_an_audit_is_not_overwritten_by_another(here, capsys):
     audited("nets:one", "--out", "a.json")  # the same once more
     for words, told in (
         (("nets:other",), "the model's weights."),
-        (("nets:one", "--eps", "0.3"), "eps (0.0313725 then, 0.3 now)"),
+        (("nets:one", "--eps", "0.3"), "eps (8/255 then, 0.3 now)"),
         (("nets:one", "--images", "8"), "the images"),
     ):
         with pytest.raises(AssertionError):
