@@ -90,13 +90,62 @@ def test_probabilities_are_named():
         evaluate(nn.Sequential(Halves(), nn.LogSoftmax(1)), x, y, "clean", eps=0.1)
 
 
+def test_a_sigmoid_at_the_end_is_named():
+    x, y = halves(12)
+    with pytest.warns(UserWarning, match=r"logits of the first 8 images lie in \[0, 1\], as behind a sigmoid"):
+        evaluate(nn.Sequential(Halves(), nn.Sigmoid()), x, y, "clean", eps=0.1)
+
+
+def test_labels_that_start_at_one_are_named():
+    x, y = halves(12)
+    with pytest.raises(ValueError, match="label 3, but the model tells 3 classes apart; labels start at 0: take y - 1"):
+        evaluate(Halves(), x, y * 2 + 1, "clean", eps=0.1)
+
+
+def test_what_is_taken_for_logits_is_said_with_its_shape():
+    x, y = halves(12)
+    with pytest.warns(UserWarning, match=r"its first element is taken for the logits, \[8, \d\d+\] for 8 images"):
+        evaluate(Holding(lambda z: (z.repeat(1, 9), z)), x, y, "clean", eps=0.1)
+
+
+def test_a_model_that_writes_to_its_images_is_refused_and_the_images_are_kept():
+    class Scaling(Halves):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2).sub_(1))
+
+    x, y = halves(12)
+    before = x.clone()
+    for ask in (lambda m: evaluate(m, x, y, "clean", eps=0.1), lambda m: square(m, x, y, eps=0.1, queries=3)):
+        with pytest.raises(ValueError, match=r"the model changes its images in place .*x.clone\(\)"):
+            ask(Scaling())
+    assert torch.equal(x, before)
+
+
+def test_batch_statistics_in_eval_mode_are_named():
+    x, y = halves(12)
+    model = nn.Sequential(nn.BatchNorm2d(x.shape[1], track_running_stats=False), Halves()).eval()
+    with pytest.warns(UserWarning, match=r"BatchNorm layer '0' keeps no running statistics .*images of its batch"):
+        evaluate(model, x, y, "clean", eps=0.1)
+
+
+def test_a_step_in_grey_levels_is_refused():
+    x, y = halves(4)
+    for ask in (
+        lambda: evaluate(Halves(), x, y, "pgd:steps=2:step=2", eps=0.1),
+        lambda: pgd(Halves(), x, y, eps=0.1, step=2, steps=2),
+    ):
+        with pytest.raises(ValueError, match=r"step = 2, but images lie in \[0, 1\]: .*\(2/255, not 2\)"):
+            ask()
+    pgd(Halves(), x, y, eps=3.0, step=2.0, steps=1, norm="L2")
+
+
 @pytest.mark.parametrize(
     ("hold", "message"),
     [
         (lambda z: z[:, :, None, None], r"returns torch.float32 \[8, 3, 1, 1\], not floating-point logits \[8, k\]"),
         (lambda z: z.argmax(1), r"returns torch.int64 \[8\]"),
         (lambda z: z[:, 0], r"returns torch.float32 \[8\].*two by torch.stack\(\[-z, z\], 1\)"),
-        (lambda z: {"out": z}, "returns a dict, not logits"),
+        (lambda z: {"out": z}, "returns a dict with the keys 'out', not logits"),
         (lambda z: None, "returns a NoneType, not logits"),
         (lambda z: z[:, :1], r"image 1 has label 1, but the model tells 1 classes apart; .*torch.cat\(\[-z, z\], 1\)"),
         (lambda z: z[:, :2] / torch.arange(len(z))[:, None].sub(3), "image 3: the model's logits are not finite"),

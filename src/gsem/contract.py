@@ -37,6 +37,10 @@ _ZERO_GRADIENT = (
 _PROBABILITIES = (
     "the model returns probabilities, not logits: take off its softmax; attacks on probabilities are weaker"
 )
+_SQUASHED = (
+    "all logits of the first {count} images lie in [0, 1], as behind a sigmoid. If the model ends in one, take it off: "
+    "attacks on probabilities are weaker"
+)
 
 
 class NotFinite(ValueError):
@@ -208,29 +212,37 @@ def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, "
         what: what y holds, for messages.
 
     Raises:
-        ValueError: a layer in train mode whose answer depends on it; a model that does not run on the images, or
-            returns something else; a label that it does not have.
+        ValueError: a layer in train mode whose answer depends on it; a model that does not run on the images, writes
+            to them, or returns something else; a label that it does not have.
         NotFinite: logits that are NaN or infinite; the image is named.
 
     Warns:
-        UserWarning: where the logits were taken from; a model that returns probabilities.
+        UserWarning: where the logits were taken from; a model that returns probabilities, or logits in [0, 1] only; a
+            BatchNorm without running statistics.
     """
     check_eval_mode(model)
     # A model that answers several draws at once is this package's own, made of one that was checked.
     if not len(x) or hasattr(model, "logits_of_draws"):
         return model
-    some = x[:PROBED].detach()
+    some = x[:PROBED].detach().clone()
     output = _answer(model, some)
+    if not torch.equal(some, x[:PROBED]):
+        raise ValueError("the model changes its images in place (like x.mul_(2)): let it work on a copy, x.clone()")
     place = _place(output)
     if place is not None:
         model = Logits(model, place)
-        _warn(f"the model returns a {type(output).__name__}: {_TAKEN[place]} taken for the logits")
     logits = _answer(model, some)
+    if place is not None:
+        shape = f", {list(logits.shape)} for {len(some)} images"
+        _warn(f"the model returns a {type(output).__name__}: {_TAKEN[place]} taken for the logits{shape}")
     _check_logits(logits, some)
     _check_classes(y, logits.shape[1], what)
     _check_modes(model, some, logits)
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
         _warn(_PROBABILITIES)
+    elif bool(((logits >= 0) & (logits <= 1)).all()):
+        _warn(_SQUASHED.format(count=len(some)))
+    _warn_of_batch_statistics(model)
     return model
 
 
@@ -279,8 +291,9 @@ def _place(output: object) -> Literal["attribute", "key", "first"] | None:
         return "key"
     if isinstance(output, tuple | list) and len(output) and isinstance(output[0], Tensor):
         return "first"
+    keys = f" with the keys {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
     raise ValueError(
-        f"the model returns a {type(output).__name__}, not logits [b, k]: give a tensor, an object or dict with "
+        f"the model returns a {type(output).__name__}{keys}, not logits [b, k]: give a tensor, an object or dict with "
         "logits, or a tuple that begins with them"
     )
 
@@ -329,9 +342,21 @@ def _check_classes(y: Tensor, classes: int, what: str) -> None:
         return
     image = int(outside.nonzero()[0])
     problem = f"image {image} has {what} {int(y[image])}, but the model tells {classes} classes apart"
+    if int(y.min()) == 1 and int(y.max()) == classes:
+        problem += "; labels start at 0: take y - 1"
     if classes == 1:
         problem += "; one logit z for two classes becomes two by torch.cat([-z, z], 1)"
     raise ValueError(problem)
+
+
+def _warn_of_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            _warn(
+                f"BatchNorm layer {name or 'the model'!r} keeps no running statistics (track_running_stats=False): an "
+                "image's logits depend on the other images of its batch, and so do the accuracies"
+            )
+            return
 
 
 def _check_modes(model: nn.Module, some: Tensor, logits: Tensor) -> None:
