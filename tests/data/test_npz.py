@@ -148,6 +148,8 @@ def test_classes_are_named(tmp_path):
         (dict(y_test=np.array([0, 1, 0, 2])), "y_test has the label 2, but there are 2 classes"),
         (dict(y_train=np.arange(8), classes=np.array(["a", "b"])), "y_train has the label 7, but there are 2"),
         (dict(y_train=np.arange(8) % 2 * 2), "y_train has no image of class 1$"),
+        (dict(y_train=np.arange(8) % 2 + 1), r"y_train has no image of class 0: labels start at 0, by y - 1$"),
+        (dict(x_train=np.ones((8, 6, 5, 3), np.uint8)), r"x_train holds no value above 1, .*\(255 \* x\)"),
         (dict(y_train=np.arange(8) % 2 + 10**12), "y_train has no image of class 0, 1, 2$"),
         (dict(classes=np.array(["a", "b", "c"])), r"y_train has no image of class 2 \(c\)"),
         (dict(classes=np.array([0, 1])), "classes is int64"),

@@ -20,6 +20,7 @@ from gsem.data.source import Source, Split, crop_padding
 
 DESCRIPTION = "a .npz file with x_train [n, h, w, c] uint8, y_train [n] integers, x_test, y_test"
 
+_FROM_FLOATS = "; images in [0, 1] become it by (255 * x).round().astype('uint8')"
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError),
     # zipfile's answers to encryption and to unknown compression; numpy's to a header of an absurd size.
@@ -119,7 +120,7 @@ def _shape(path: Path, key: str) -> tuple[int, int, int]:
     """(c, h, w) of the images under `key`, whose dtype and axes are checked."""
     shape, dtype = _header(path, key)
     if dtype != np.uint8:
-        hint = "; images in [0, 1] become it by (255 * x).round().astype('uint8')" if dtype.kind == "f" else ""
+        hint = _FROM_FLOATS if dtype.kind == "f" else ""
         raise ValueError(f"{path}: {key} is {dtype}, but must be uint8 (0 to 255){hint}")
     if len(shape) not in (3, 4):
         raise ValueError(f"{path}: {key} has shape {list(shape)}, but must be [n, h, w, c] or [n, h, w]")
@@ -168,7 +169,8 @@ def _classes(path: Path, labels: Int64[Tensor, "n"], *, named: bool, complete: b
         missing = [str(number) for number in range(min(max(seen), len(seen)) + 1) if number not in seen]
         classes = tuple(map(str, range(len(seen))))
     if missing:
-        raise ValueError(f"{path}: y_train has no image of class {', '.join(missing)}")
+        hint = ": labels start at 0, by y - 1" if missing == ["0"] else ""
+        raise ValueError(f"{path}: y_train has no image of class {', '.join(missing)}{hint}")
     return classes
 
 
@@ -182,7 +184,10 @@ def _read(path: Path, part: str, classes: tuple[str, ...], shape: tuple[int, int
     count = _header(path, f"x_{part}")[0][0]
     if count != len(y):
         raise ValueError(f"{path}: x_{part} has {count} images, but y_{part} has {len(y)} labels")
-    return Split(_channels_first(_array(path, f"x_{part}")), y)
+    images = _array(path, f"x_{part}")
+    if images.max() <= 1:  # what .astype("uint8") makes of images in [0, 1]: all but white is 0
+        raise ValueError(f"{path}: x_{part} holds no value above 1, but must be uint8 from 0 to 255{_FROM_FLOATS}")
+    return Split(_channels_first(images), y)
 
 
 def _channels_first(images: np.ndarray) -> UInt8[Tensor, "n c h w"]:
