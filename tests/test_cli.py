@@ -108,11 +108,17 @@ def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path):
         "import torch\n"
         "def net():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))\n"
         "def number():\n    return 3\n"
+        "made = net()\n"
     )
     code, out, _ = run(capsys, "evaluate", "mine:net", "--data", npz, "--attacks", "clean,pgd:steps=2")
     assert code == 0
     assert "deterministic, one draw" in out
     assert "pgd2-eot1" in out
+    assert run(capsys, "evaluate", "mine:made", "--data", npz, "--attacks", "clean")[0] == 0  # a module itself
+    (tmp_path / "text.npz").write_text("no archive")
+    assert "text.npz is not an .npz file" in refused(capsys, "verify", "text.npz", "--model", "mine:net")
+    assert "images.npz holds no result of gsem evaluate" in refused(capsys, "verify", npz, "--model", "mine:net")
+    assert "attack ''" in refused(capsys, "evaluate", "mine:net", "--data", npz, "--attacks", "")
     assert "not a torch.nn.Module" in refused(capsys, "evaluate", "mine:number", "--data", npz)
     assert str(tmp_path) not in sys.path
     assert "is no run directory" in refused(capsys, "evaluate", npz, "--data", npz)

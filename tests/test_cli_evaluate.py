@@ -82,7 +82,7 @@ def refused(capsys, *words) -> str:
 @pytest.mark.filterwarnings("ignore:the targeted DLR loss needs 4 classes")
 def test_a_suite_on_a_factory_named_by_an_option(capsys, here):
     out = evaluated(capsys, "--model", "halfnet:net", "--suite", "quick", "--draws", "5")
-    assert "24 test images" in out and re.search(r"^worst +\d", out, re.M)
+    assert "24 test images" in out and "vote needs" not in out and re.search(r"^worst +\d", out, re.M)
     for label in ("clean", "apgd20-eot1", "apgd20-t3-eot1", "square300-eot1"):
         assert label in out
     assert max(len(line) for line in out.splitlines()[2:]) <= 80
@@ -119,6 +119,13 @@ def test_balanced_takes_as_many_of_each_class_and_the_same_ones_every_time():
         assert torch.equal(rows, rows.unique()) and torch.equal(rows, balanced(y, count))
     assert balanced(y, 3)[0] != 0  # not the first of its class
     assert set(balanced(y, 10).tolist()) <= set(balanced(y, 20).tolist())
+
+
+@pytest.mark.filterwarnings("ignore:search_twin runs")
+def test_few_draws_say_why_there_is_no_vote(capsys, here):
+    out = evaluated(capsys, "halfnet:noisy", "--attacks", "clean", "--draws", "5")
+    assert "(–: a vote needs 11 draws, sent ×10 needs 10)" in out
+    assert "a vote needs" not in evaluated(capsys, "halfnet:noisy", "--attacks", "clean", "--draws", "11")
 
 
 @pytest.mark.filterwarnings("ignore:search_twin runs")

@@ -121,6 +121,20 @@ def test_a_gsem_network_is_attacked_also_through_itself_without_noise_and_withou
     assert result[label].gradients == 0 and result[label].forwards > 0
 
 
+def test_transfer_without_a_source_is_refused_before_anything_is_computed(tmp_path):
+    x, y = halves(6)
+    with pytest.raises(ValueError, match="transfer needs at least one source"):
+        evaluate(Halves(), x, y, "clean,transfer", eps=0.1, save=tmp_path / "e")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_does_not_fit_is_named():
+    x, y = halves(6)
+    two = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 1))
+    with pytest.raises(ValueError, match=r"source 'two': image 1 \(row 8 of the data set\) has label 1"):
+        evaluate(Halves(), x, y, "transfer", eps=0.1, sources={"two": two}, rows=[7, 8, 9, 10, 11, 12])
+
+
 def test_the_suites_add_transfer_where_there_is_something_to_transfer_from():
     for attacks, transferable, found in (("standard", True, True), ("standard", False, False), ("quick", True, False)):
         names = [a.name for a in _chosen(attacks, transferable=transferable)]

@@ -247,7 +247,7 @@ def _from_factory(spec: str) -> nn.Module:
         raise ValueError(f"cannot take a model from {spec!r}: {error}") from error
     finally:
         sys.path.remove(here)
-    made = make()
+    made = make if isinstance(make, nn.Module) else make()
     if not isinstance(made, nn.Module):
         raise ValueError(f"{spec!r} returned a {type(made).__name__}, not a torch.nn.Module")
     return made

@@ -187,7 +187,7 @@ def _attacks(o: EvaluateOptions) -> list[Attack] | str:
         raise ValueError(f"suite {o.suite!r} is unknown: it is one of {', '.join(SUITES)}")
     if o.suite is not None:
         return o.suite
-    attacks = parse_attacks(o.attacks or DEFAULT)
+    attacks = parse_attacks(DEFAULT if o.attacks is None else o.attacks)
     if o.source and not any(a.name == "transfer" for a in attacks):
         attacks.append(Attack("transfer"))
     return attacks

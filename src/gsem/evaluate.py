@@ -132,10 +132,12 @@ def evaluate(
     numbers = _checked_rows(rows, len(x))
     with _rows_named(numbers):
         model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
-        sources = {name: plain_logits(source, x, y) for name, source in others.items()}
+        sources = {name: _plain_source(name, source, x, y) for name, source in others.items()}
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
     chosen = _chosen(attacks, transferable=bool(sources) or _defended(model))
+    if any(a.name == "transfer" for a in chosen) and not sources and not _defended(model):
+        raise ValueError("transfer needs at least one source (--source, sources=): a model whose points are tried here")
     stochastic = is_stochastic(model, x[:batch])
     modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
     labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
@@ -183,6 +185,14 @@ def evaluate(
             "(again=True) computes it anew and keeps them"
         )
     return finished
+
+
+def _plain_source(name: str, source: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
+    try:
+        return plain_logits(source, x, y)
+    except ValueError as error:
+        error.args = (f"source {name!r}: {error}", *error.args[1:])
+        raise
 
 
 def _checked_rows(rows: Sequence[int] | Int[np.ndarray, " n"] | None, images: int) -> Int[np.ndarray, " n"]:

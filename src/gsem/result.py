@@ -266,8 +266,17 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
-        """What `save` wrote, also in earlier versions."""
-        with np.load(with_ending(path, ".npz"), allow_pickle=False) as file:
+        """What `save` wrote, also in earlier versions.
+
+        Raises:
+            ValueError: an .npz file that holds no result.
+        """
+        path = with_ending(path, ".npz")
+        if path.exists() and not zipfile.is_zipfile(path):  # numpy would advise unpickling it
+            raise ValueError(f"{path} is not an .npz file, or is damaged")
+        with np.load(path, allow_pickle=False) as file:
+            if "meta" not in file:
+                raise ValueError(f"{path} holds no result of gsem evaluate")
             meta = json.loads(str(file["meta"]))
             scores = []
             for number, row in enumerate(meta["attacks"]):

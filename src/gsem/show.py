@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gsem._text import between, duration, percent, pixels
-from gsem.result import Interval, Result, Scores
+from gsem.result import VOTERS, Interval, Result, Scores
 
 
 def show_result(console: Console, result: Result, what: str) -> None:
@@ -34,6 +34,8 @@ def show_result(console: Console, result: Result, what: str) -> None:
             f"{result.draws} scoring draws. expected: of one answer; vote: of the plurality of 11;\n"
             "sent ×10: against someone who sends the image ten times"
         )
+        if result.draws < VOTERS:
+            console.print(f"(–: a vote needs {VOTERS} draws, sent ×10 needs 10)")
     else:
         console.print("deterministic, one draw")
 
