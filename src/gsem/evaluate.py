@@ -143,6 +143,10 @@ def evaluate(
     labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
     if len(set(labels)) < len(labels):
         raise ValueError(f"the same attack twice: {', '.join(labels)}")
+    options = {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, chosen, strict=True)}
+    for label, how in options.items():
+        if norm == "Linf" and (step := how.get("step", 0)) > 1:
+            raise ValueError(f"attack {label!r}: step = {step:g}, but images lie in [0, 1]: at most 1 (2/255, not 2)")
     facts: dict[str, Any] = {
         "images": len(x),
         "fingerprint": model_fingerprint(given) | data_fingerprint((x, y)),
@@ -152,7 +156,7 @@ def evaluate(
         "stochastic": stochastic,
         "seed": seed,
         "noise": modes,
-        "options": {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, chosen, strict=True)},
+        "options": options,
         "batch": batch,
         "sources": {name: model_fingerprint(source) for name, source in others.items()},
         "torch": torch.__version__,

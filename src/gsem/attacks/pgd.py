@@ -89,8 +89,6 @@ def pgd(
         search = search if target is None else Targeted(search)
     if not step > 0:
         raise ValueError(f"step must be positive, in the unit of the images, not {step}")
-    if norm == "Linf" and step > 1:
-        raise ValueError(f"step = {step:g}, but images lie in [0, 1]: it must be at most 1 (2/255, not 2)")
     if keep not in ("last", "best"):
         raise ValueError(f"keep {keep!r} is unknown: it is 'last' or 'best'")
     init = None if init is None else torch.as_tensor(init).to(x)
