@@ -1,8 +1,8 @@
-"""The paper's evaluation (see src/gsem/published.py)."""
+"""The paper's evaluation (see src/gsem/cli/paper.py)."""
 
 import sys
 
-from gsem.published_cli import evaluate_main
+from gsem.cli.paper_options import evaluate_main
 
 if __name__ == "__main__":
     sys.exit(evaluate_main())

@@ -1,8 +1,8 @@
-"""The paper's GCAT + AWP training (see src/gsem/published.py)."""
+"""The paper's GCAT + AWP training (see src/gsem/cli/paper.py)."""
 
 import sys
 
-from gsem.published_cli import train_main
+from gsem.cli.paper_options import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main("gcat-awp-published"))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import gsem
 from gsem.attacks import apgd, autoattack, counting, fab, square
-from gsem.predict import answers
+from gsem.nn.predict import answers
 
 logging.disable(logging.WARNING)
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gsem.data import crop_flip, load
 from gsem.data.autoaugment import POLICY, auto_augment, cutout, magnitude
-from gsem.data.source import crop_padding
+from gsem.data.dataset import crop_padding
 
 FILL = 128
 

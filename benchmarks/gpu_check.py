@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import gsem
 from gsem.attacks._core import random_start
 from gsem.data import Split
-from gsem.step import Stepper
-from gsem.streams import generator, split
-from gsem.twin import search_twin
+from gsem.nn.folded import search_twin
+from gsem.rng import generator, split
+from gsem.training.step import Stepper
 
 EPS = 8 / 255
 

@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 import gsem
+from gsem._env import choose_precision, cpu_multiplies_bf16
 from gsem.attacks._core import expected_gradient
-from gsem.device import choose_precision, cpu_multiplies_bf16
 from gsem.losses import cross_entropy
-from gsem.step import Stepper
+from gsem.training.step import Stepper
 
 CASES = (
     ("gsem-resnet10x16", (1, 8, 8), 128),

@@ -22,9 +22,9 @@ from torch import nn
 import gsem
 from gsem.attacks._core import random_start
 from gsem.data import Source, to_float
-from gsem.recipes import Recipe
-from gsem.step import Stepper
-from gsem.streams import generator, split
+from gsem.rng import generator, split
+from gsem.training.recipes import Recipe
+from gsem.training.step import Stepper
 
 BLOCK = 50
 

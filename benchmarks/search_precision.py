@@ -12,7 +12,7 @@ import torch
 
 import gsem
 from gsem.attacks import pgd
-from gsem.predict import BATCH
+from gsem.nn.predict import BATCH
 
 
 def broken(model: torch.nn.Module, search: torch.nn.Module, x, y, eps: float, seed: int) -> float:

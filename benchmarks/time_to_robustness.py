@@ -28,9 +28,9 @@ import torch
 from scipy import stats
 
 import gsem
-from gsem.recipes import GCAT, GCAT_PUBLISHED, Recipe
-from gsem.result import Result
+from gsem.evaluation.result import Result
 from gsem.study import Variant, _folder, study
+from gsem.training.recipes import GCAT, GCAT_PUBLISHED, Recipe
 
 # Field by field, what gcat's choices were weighed against.
 TRIED: dict[str, dict[str, Any]] = {

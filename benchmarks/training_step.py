@@ -4,7 +4,7 @@
 
 reference: benchmarks/reference.py, eager, NCHW; float32 on a CPU, fp16 autocast on a GPU.
 stock: the same code with channels-last and autocast in the precision that `auto` chooses here, and nothing else.
-ours: `gsem.step.Stepper`, the step that `gsem train gcat-published` runs, its data and augmentation included.
+ours: `gsem.training.step.Stepper`, the step that `gsem train gcat-published` runs, its data and augmentation included.
 
 The sides take turns. Then the parts of ours, beside the time that their arithmetic takes at the rate of a large
 product in the search's precision (measured here, too). Images and labels are random: no time depends on them. Prints
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gsem
+from gsem._env import DTYPES, choose_precision
 from gsem.attacks._core import expected_gradient
 from gsem.data import Source, Split
-from gsem.device import DTYPES, choose_precision
 from gsem.losses import cross_entropy
-from gsem.step import Stepper
+from gsem.training.step import Stepper
 
 EPS = 8 / 255
 

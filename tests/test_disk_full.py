@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import gsem
-from gsem.checkpoint import append_line, write_atomically
-from gsem.cli import main
-from gsem.evaluate import evaluate
-from gsem.result import Result
+from gsem._io import append_line, write_atomically
+from gsem.cli.main import main
+from gsem.evaluation.evaluate import evaluate
+from gsem.evaluation.result import Result
 from planted import Halves, halves
 
 resource = pytest.importorskip("resource")

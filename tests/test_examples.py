@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gsem.cli import main
+from gsem.cli.main import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import gsem.lock
-from gsem.lock import Locked, locked
+import gsem._lock
+from gsem._lock import Locked, locked
 
 
 def lock(file):
@@ -55,7 +55,7 @@ def test_a_living_process_is_named_and_a_killed_one_holds_nothing(tmp_path):
         "with locked(Path(sys.argv[2]), 'training in runs/x', 'wait for its end'):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
-    words = [sys.executable, "-c", program, str(Path(gsem.lock.__file__).parent), str(file)]
+    words = [sys.executable, "-c", program, str(Path(gsem._lock.__file__).parent), str(file)]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
         told = refused(file)

@@ -21,7 +21,7 @@ for name in ("gsem-resnet10x16", "wideresnet10x2"):
     model = gsem.create_model(name, in_channels=1)
     gsem.losses.mart(model(x), model(x), y).mean().backward()
     gsem.losses.trades(model(x), model(x), y).mean().backward()
-    with gsem.awp.awp(model, x, y, gamma=0.01):
+    with gsem.training.awp.awp(model, x, y, gamma=0.01):
         pass
     model.eval()
     for loss in ("ce", "margin", "dlr"):

@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 
 import gsem
+from gsem.nn.folded import search_twin
 from gsem.study import _over_seeds, ablation, recipes, study
-from gsem.twin import search_twin
 from planted import planted
 
 BASE = replace(gsem.RECIPES["gcat"], epochs=1, warmup=0.0, steps=1, batch=128)

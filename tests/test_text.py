@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gsem
 from gsem._text import between, columns, duration, percent, pixels
-from gsem.audit import Audit, Check
+from gsem.auditing import Audit, Check
 
 EPOCHS = [{"epoch": e, "loss": 1.0, "clean": 0.2 * e, "robust": 0.1 * e} for e in range(1, 4)]
 

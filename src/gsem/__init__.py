@@ -3,67 +3,65 @@
 A public name is imported when it is first used, so that `import gsem` itself loads neither torch nor scipy.
 """
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gsem import attacks as attacks
     from gsem import data as data
     from gsem import losses as losses
-    from gsem.audit.run import audit as audit
-    from gsem.checkpoint import load_model as load_model
-    from gsem.compose import report as report
-    from gsem.evaluate import evaluate as evaluate
-    from gsem.insert import insert as insert
-    from gsem.insert import normalized as normalized
-    from gsem.insert import straight_through as straight_through
-    from gsem.models import MODELS as MODELS
-    from gsem.models import create_model as create_model
-    from gsem.models import load_published as load_published
-    from gsem.module import GSeM as GSeM
-    from gsem.module import noise as noise
-    from gsem.module import pass_through as pass_through
-    from gsem.recipes import RECIPES as RECIPES
-    from gsem.recipes import Recipe as Recipe
-    from gsem.result import Result as Result
-    from gsem.run import Run as Run
-    from gsem.run import TrainingDiverged as TrainingDiverged
-    from gsem.run import TrainingInterrupted as TrainingInterrupted
-    from gsem.suite import SUITES as SUITES
-    from gsem.suite import Attack as Attack
-    from gsem.train import train as train
-    from gsem.twin import search_twin as search_twin
-    from gsem.verify import verify as verify
+    from gsem.attacks.suite import SUITES as SUITES
+    from gsem.attacks.suite import Attack as Attack
+    from gsem.auditing.audit import audit as audit
+    from gsem.evaluation.evaluate import evaluate as evaluate
+    from gsem.evaluation.result import Result as Result
+    from gsem.evaluation.verify import verify as verify
+    from gsem.nn.folded import search_twin as search_twin
+    from gsem.nn.gsem import GSeM as GSeM
+    from gsem.nn.gsem import noise as noise
+    from gsem.nn.gsem import pass_through as pass_through
+    from gsem.nn.insert import insert as insert
+    from gsem.nn.insert import normalized as normalized
+    from gsem.nn.insert import straight_through as straight_through
+    from gsem.nn.load import load_model as load_model
+    from gsem.nn.models import MODELS as MODELS
+    from gsem.nn.models import create_model as create_model
+    from gsem.nn.models import load_published as load_published
+    from gsem.reporting.report import report as report
+    from gsem.training.recipes import RECIPES as RECIPES
+    from gsem.training.recipes import Recipe as Recipe
+    from gsem.training.run import Run as Run
+    from gsem.training.run import TrainingDiverged as TrainingDiverged
+    from gsem.training.run import TrainingInterrupted as TrainingInterrupted
+    from gsem.training.trainer import train as train
 
 __version__ = "0.1.0"
 
 # Where each public name is defined. The imports above say the same to type checkers; a test compares the two.
 _DEFINED_IN = {
-    "audit": "gsem.audit.run",
-    "load_model": "gsem.checkpoint",
-    "report": "gsem.compose",
-    "evaluate": "gsem.evaluate",
-    "insert": "gsem.insert",
-    "normalized": "gsem.insert",
-    "straight_through": "gsem.insert",
-    "MODELS": "gsem.models",
-    "create_model": "gsem.models",
-    "load_published": "gsem.models",
-    "GSeM": "gsem.module",
-    "noise": "gsem.module",
-    "pass_through": "gsem.module",
-    "RECIPES": "gsem.recipes",
-    "Recipe": "gsem.recipes",
-    "Result": "gsem.result",
-    "Run": "gsem.run",
-    "TrainingDiverged": "gsem.run",
-    "TrainingInterrupted": "gsem.run",
-    "SUITES": "gsem.suite",
-    "Attack": "gsem.suite",
-    "train": "gsem.train",
-    "search_twin": "gsem.twin",
-    "verify": "gsem.verify",
+    "audit": "gsem.auditing.audit",
+    "load_model": "gsem.nn.load",
+    "report": "gsem.reporting.report",
+    "evaluate": "gsem.evaluation.evaluate",
+    "insert": "gsem.nn.insert",
+    "normalized": "gsem.nn.insert",
+    "straight_through": "gsem.nn.insert",
+    "MODELS": "gsem.nn.models",
+    "create_model": "gsem.nn.models",
+    "load_published": "gsem.nn.models",
+    "GSeM": "gsem.nn.gsem",
+    "noise": "gsem.nn.gsem",
+    "pass_through": "gsem.nn.gsem",
+    "RECIPES": "gsem.training.recipes",
+    "Recipe": "gsem.training.recipes",
+    "Result": "gsem.evaluation.result",
+    "Run": "gsem.training.run",
+    "TrainingDiverged": "gsem.training.run",
+    "TrainingInterrupted": "gsem.training.run",
+    "SUITES": "gsem.attacks.suite",
+    "Attack": "gsem.attacks.suite",
+    "train": "gsem.training.trainer",
+    "search_twin": "gsem.nn.folded",
+    "verify": "gsem.evaluation.verify",
 }
 __all__ = ["attacks", "data", "losses", *_DEFINED_IN]
 
@@ -88,12 +86,3 @@ if not TYPE_CHECKING:  # type checkers would take any name for defined
 
     def __dir__():
         return sorted({*globals(), *__all__})
-
-    class _Package(ModuleType):
-        """Keeps a public function where Python binds the submodule of the same name, like `gsem.train`."""
-
-        def __setattr__(self, name, value):
-            if not (name in _DEFINED_IN and isinstance(value, ModuleType)):
-                super().__setattr__(name, value)
-
-    sys.modules[__name__].__class__ = _Package

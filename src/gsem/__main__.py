@@ -1,3 +1,3 @@
-from gsem.cli import script
+from gsem.cli.main import script
 
 script()

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from gsem.checkpoint import read_facts, write_atomically
+from gsem._env import device_named
+from gsem._io import read_facts, write_atomically
 from gsem.data import load, to_float
-from gsem.device import device_named
-from gsem.evaluate import evaluate
-from gsem.module import noise
-from gsem.recipes import RECIPES, Recipe
-from gsem.recorded import find
-from gsem.result import Interval, Result
-from gsem.run import Progress, Run
-from gsem.train import train
+from gsem.evaluation.evaluate import evaluate
+from gsem.evaluation.result import Interval, Result
+from gsem.nn.gsem import noise
+from gsem.training.recipes import RECIPES, Recipe
+from gsem.training.recorded import find
+from gsem.training.run import Progress, Run
+from gsem.training.trainer import train
 
 Report = Callable[[str, Progress | None], None]
 

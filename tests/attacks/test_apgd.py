@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from landscapes import Linear
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ import gsem
 from gsem.attacks import NotFinite, Step, apgd, counting
 from gsem.attacks.apgd import checkpoints
 from gsem.losses import LOSSES, dlr_towards, margin
+from landscapes import Linear
 
 
 def wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from landscapes import Linear
 from torch import Tensor, nn
 
 from gsem.attacks import Step, apgd, counting, cw, fgsm, pgd, transfer
 from gsem.losses import margin
+from landscapes import Linear
 
 
 def wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

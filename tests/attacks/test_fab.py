@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from landscapes import Landscape, Linear, chance, images, zeros
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
@@ -18,7 +17,8 @@ from gsem.attacks._core import distances
 from gsem.attacks._planes import gradients, onto_plane
 from gsem.attacks.fab import _look, _Path, _Task, fab
 from gsem.losses import margin
-from gsem.streams import stream
+from gsem.rng import stream
+from landscapes import Landscape, Linear, chance, images, zeros
 
 NORMS = ["Linf", "L2"]
 

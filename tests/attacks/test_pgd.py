@@ -9,15 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from landscapes import Landscape, Linear, chance, images, pixel, zeros
 from torch import Tensor, nn
 
 import gsem
 from gsem.attacks import NotFinite, Step, counting, pgd
 from gsem.attacks._core import expected, expected_gradient
+from gsem.attacks.suite import Attack
 from gsem.losses import LOSSES, margin
-from gsem.streams import stream
-from gsem.suite import Attack
+from gsem.rng import stream
+from landscapes import Landscape, Linear, chance, images, pixel, zeros
 
 CPU = torch.device("cpu")
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from landscapes import Landscape, Quantised, chance, images, zeros
 from torch import Tensor
 
 import gsem
 from gsem.attacks import NotFinite, Step, counting
 from gsem.attacks.rays import rays
 from gsem.attacks.square import square
-from gsem.predict import correct_draws
+from gsem.nn.predict import correct_draws
+from landscapes import Landscape, Quantised, chance, images, zeros
 
 module = import_module("gsem.attacks.rays")  # in gsem.attacks the name is the function's
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from landscapes import Landscape, Quantised, chance, images, size, zeros
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
@@ -14,7 +13,8 @@ import gsem
 from gsem.attacks import NotFinite, Step, counting
 from gsem.attacks.square import _bumps, _share, square
 from gsem.losses import margin
-from gsem.predict import correct_draws
+from gsem.nn.predict import correct_draws
+from landscapes import Landscape, Quantised, chance, images, size, zeros
 
 module = import_module("gsem.attacks.square")  # in gsem.attacks the name is the function's
 

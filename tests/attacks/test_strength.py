@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from strength import EPS, PARTS, QUERIES, STEPS, load, wrong
 
 from gsem.attacks import apgd, autoattack, fab, square
+from strength import EPS, PARTS, QUERIES, STEPS, load, wrong
 
 OURS = {
     "apgd-ce": partial(apgd, steps=STEPS),

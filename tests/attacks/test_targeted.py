@@ -4,12 +4,12 @@ import foolbox as fb
 import numpy as np
 import pytest
 import torch
-from landscapes import Linear, chance, images, size, zeros
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import gsem
 from gsem.attacks import Step, apgd, cw, fab, fgsm, pgd, square
+from landscapes import Linear, chance, images, size, zeros
 
 PGD = {"step": 0.03, "steps": 7}
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from gsem.cli import main
+from gsem.cli.main import main
 from gsem.data import load
 
 

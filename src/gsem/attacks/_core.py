@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gsem.contract import ImagesLike, LabelsLike, NotFinite, checked, gradient
 from gsem.losses import LOSSES, Loss
+from gsem.nn.contract import ImagesLike, LabelsLike, NotFinite, checked, gradient
 
 Images = Float[Tensor, "b c h w"]  # in [0, 1]; eps in the same unit
 Labels = Int[Tensor, " b"]

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gsem.attacks._core import Images, Labels, Norm
-from gsem.contract import gradient
+from gsem.nn.contract import gradient
 
 # Rows up to which several gradients are taken in one vectorised backward pass: larger ones do not get faster by it.
 TOGETHER = 128

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gsem.attacks._active import Run, Settling, cascade, confirmation
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -28,9 +29,8 @@ from gsem.attacks._core import (
     random_start,
     resolve_loss,
 )
-from gsem.attacks._standing import Run, Settling, cascade, confirmation
 from gsem.losses import Loss, dlr_towards, margin_towards
-from gsem.streams import generator, split, stream
+from gsem.rng import generator, split, stream
 
 # The paper's constants: share of rising steps below which the step is halved, momentum, first and last checkpoint.
 RHO = 0.75

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gsem.attacks._active import Run, cascade, confirmation, draw_schedule
 from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, Observer, check_result
-from gsem.attacks._standing import Run, cascade, confirmation, draw_schedule
 from gsem.attacks.apgd import apgd
 from gsem.attacks.fab import fab
 from gsem.attacks.square import square
-from gsem.contract import checked
-from gsem.streams import split, stream
+from gsem.nn.contract import checked
+from gsem.rng import split, stream
 
 Version = Literal["standard", "plus", "rand"]
 Part = tuple[str, Callable[..., Images]]

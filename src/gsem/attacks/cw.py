@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gsem.attacks._active import confirmation, settled
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -21,10 +22,9 @@ from gsem.attacks._core import (
     expected_gradient,
     project,
 )
-from gsem.attacks._standing import confirmation, settled
 from gsem.attacks.pgd import pgd
 from gsem.losses import margin
-from gsem.streams import split, stream
+from gsem.rng import split, stream
 
 TOP = 1 - 1e-6  # of tanh, so that black and white pixels keep a gradient and a finite inverse
 

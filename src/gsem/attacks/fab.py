@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gsem.attacks._active import Run, cascade, confirmation, settled, shifted
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -31,9 +32,8 @@ from gsem.attacks._core import (
     random_start,
 )
 from gsem.attacks._planes import gradients, onto_plane
-from gsem.attacks._standing import Run, cascade, confirmation, settled, shifted
 from gsem.losses import margin
-from gsem.streams import generator, split, stream
+from gsem.rng import generator, split, stream
 
 # The paper's constants: largest weight of the image in a step, overshoot past the plane, and how much of the way
 # remains once the boundary is crossed.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from gsem.attacks._active import Settling, confirmation
 from gsem.attacks._core import (
     Images,
     ImagesLike,
@@ -26,10 +27,9 @@ from gsem.attacks._core import (
     random_start,
     resolve_loss,
 )
-from gsem.attacks._standing import Settling, confirmation
-from gsem.contract import plain_logits, to_number
 from gsem.losses import Loss
-from gsem.streams import generator, split, stream
+from gsem.nn.contract import plain_logits, to_number
+from gsem.rng import generator, split, stream
 
 
 def pgd(

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gsem.attacks._active import confirmation, settled
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -19,10 +20,9 @@ from gsem.attacks._core import (
     check_result,
     expected,
 )
-from gsem.attacks._standing import confirmation, settled
-from gsem.contract import checked
 from gsem.losses import margin
-from gsem.streams import generator, split, stream
+from gsem.nn.contract import checked
+from gsem.rng import generator, split, stream
 
 # Two radii are told apart if the perturbations differ by this L2 length, in the unit of the images (the paper's).
 TOLERANCE = 1e-3

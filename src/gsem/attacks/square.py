@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gsem.attacks._active import cascade, confirmation, settled
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -22,9 +23,8 @@ from gsem.attacks._core import (
     check_result,
     expected,
 )
-from gsem.attacks._standing import cascade, confirmation, settled
 from gsem.losses import margin
-from gsem.streams import generator, reseed, split, stream
+from gsem.rng import generator, reseed, split, stream
 
 # The share of the image that a square covers is halved after each of these proposals: the paper's schedule for
 # 10000 queries, which the standard suite leaves as it is for its 5000.

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from gsem.attacks._active import Run, cascade, confirmation
 from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, Observer, check_result
-from gsem.attacks._standing import Run, cascade, confirmation
 from gsem.attacks.apgd import apgd
-from gsem.contract import checked, plain_logits
-from gsem.streams import split, stream
+from gsem.nn.contract import checked, plain_logits
+from gsem.rng import split, stream
 
 
 def transfer(

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gsem.data.dataset import Source, Split, crop_padding
 from gsem.data.download import Remote, obtain
-from gsem.data.source import Source, Split, crop_padding
 
 DESCRIPTION_10 = "60,000 photographs, 32 × 32 RGB, 10 classes; found in root or downloaded (170 MB)"
 DESCRIPTION_100 = "60,000 photographs, 32 × 32 RGB, 100 classes; found in root or downloaded (169 MB)"

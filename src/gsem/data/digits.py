@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from gsem.data.source import Source, Split, crop_padding, held_out
+from gsem.data.dataset import Source, Split, crop_padding, held_out
 
 DESCRIPTION = "1,797 handwritten digits, 8 × 8 grey, 10 classes; embedded, nothing to download"
 

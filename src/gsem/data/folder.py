@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gsem.data.source import Source, Split, crop_padding
+from gsem.data.dataset import Source, Split, crop_padding
 
 DESCRIPTION = "a directory with train/CLASS/* and test/CLASS/* image files, all of one size"
 

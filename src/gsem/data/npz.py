@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from gsem.data.source import Source, Split, crop_padding
+from gsem.data.dataset import Source, Split, crop_padding
 
 DESCRIPTION = "a .npz file with x_train [n, h, w, c] uint8, y_train [n] integers, x_test, y_test"
 

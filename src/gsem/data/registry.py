@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gsem.data import cifar, digits, folder, npz, svhn
-from gsem.data.source import Source
+from gsem.data.dataset import Source
 
 
 class _Entry(NamedTuple):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gsem.data.dataset import Source, Split, crop_padding
 from gsem.data.download import Remote, obtain
-from gsem.data.source import Source, Split, crop_padding
 
 DESCRIPTION = "99,289 digits of house numbers, 32 × 32 RGB, 10 classes; found in root or downloaded (246 MB)"
 

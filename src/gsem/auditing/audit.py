@@ -1,0 +1,291 @@
+"""The audit: every check, one after the other, and the verdict."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gsem._fingerprint import data_fingerprint, model_fingerprint
+from gsem._lock import locked
+from gsem.attacks._core import Norm
+from gsem.attacks.suite import SUITES, Attack, parse_attacks, suite
+from gsem.auditing.binarization import binarization
+from gsem.auditing.check import Audit, Check
+from gsem.auditing.context import LEADING, Subject, lowest, percent, quiet_twin
+from gsem.auditing.gradient import gradient
+from gsem.auditing.indicators import silent, transfer_failure, unavailable, unconstrained, unfinished, unstable
+from gsem.auditing.noise import ablation, randomness
+from gsem.auditing.partial import Finished, Partial, refuse_to_overwrite
+from gsem.auditing.progress import Progress, Teller, planned
+from gsem.auditing.sweeps import blackbox, sweeps
+from gsem.auditing.verdict import verdict
+from gsem.evaluation.evaluate import undefended
+from gsem.evaluation.result import with_ending
+from gsem.nn.contract import ImagesLike, LabelsLike, checked, plain_logits
+from gsem.nn.predict import BATCH, is_stochastic
+
+# The white-box attacks whose result is audited, unless told.
+ATTACKS = "apgd:steps=100,apgd:steps=100:loss=margin,apgd:steps=100:targets=9"
+QUICK = "apgd:steps=50:eot=5,apgd:steps=50:loss=margin:eot=5"
+DRAWS, QUICK_DRAWS = 100, 20
+
+CHECKS: dict[str, Callable[[Subject], Check]] = {
+    "randomness": randomness,
+    "gradient": gradient,
+    "unavailable": unavailable,
+    "unstable": unstable,
+    "silent": silent,
+    "unfinished": unfinished,
+    "transfer": transfer_failure,
+    "unconstrained": unconstrained,
+    "binarization": binarization,
+    "sweeps": sweeps,
+    "blackbox": blackbox,
+    "noise": ablation,
+}
+
+
+def audit(
+    model: nn.Module,
+    x: ImagesLike,
+    y: LabelsLike,
+    attacks: str | Sequence[Attack | str] | None = None,
+    *,
+    eps: float | str,
+    norm: Norm = "Linf",
+    draws: int | None = None,
+    seed: int = 0,
+    batch: int = BATCH,
+    only: Sequence[str] | None = None,
+    quick: bool = False,
+    sources: Mapping[str, nn.Module] | None = None,
+    surrogate: nn.Module | None = None,
+    save: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> Audit:
+    """Is the accuracy of `model` under these attacks a measurement? Twelve checks, and the verdict they add up to.
+
+    The figure in question is the worst case over the white-box attacks among `attacks`. Each check measures one way
+    in which it could be too high; where one is flagged, the mitigation is applied and the accuracy measured again.
+    docs/audit.md tells every check, its threshold and its paper.
+
+    Args:
+        model: images [b, c, h, w] in [0, 1] → logits, in eval mode. It is not changed.
+        x, y: images in [0, 1], and their labels, tensors or numpy arrays. The gradient check needs at least 100.
+        attacks: as `evaluate` takes them, at least one of them pgd, apgd, cw or fgsm. APGD on cross-entropy, on the
+            margin and towards nine targets unless told.
+        eps: radius of the threat model, in the unit of the images.
+        draws: scoring draws of a stochastic model, for each point. Default: 100, with `quick` 20.
+        seed: of every random stream used; the caller's random state is not changed.
+        batch: images attacked at once.
+        only: names of the checks to make; all unless told. The verdict is never TRUSTED for some of them.
+        quick: other defaults, with fewer steps, draws and queries: minutes on a CPU for a small network. Attacks and
+            draws that are given are used as they are.
+        sources: other models, by name, whose adversarial examples are tried on this one. Of a GSeM model, itself
+            without noise and without the quantiser are always among them.
+        surrogate: a model through which the attacks go instead of `model`: what a user of BPDA or of a substitute
+            network evaluated with.
+        save: where the audit goes (`Audit.save`). Each finished check is kept beside it meanwhile, in a folder
+            `….unfinished`, and the same call goes on behind the last of them after an interruption, to the same audit.
+        about: what the caller wants to be kept in the audit's facts; its "command", if there is one, is what
+            repeats the audit, and with `--only NAME` a check alone.
+        report: called with a `Progress` while it runs.
+
+    Raises:
+        ValueError: an unknown check, attack or option, arguments out of range, labels that the model does not have;
+            at `save`, an audit of another question, finished or not.
+        Locked: another process audits into `save`. OSError: it cannot be written.
+    """
+    names = list(CHECKS) if only is None else list(only)
+    for name in names:
+        if name not in CHECKS:
+            raise ValueError(f"check {name!r} is unknown: it is one of {', '.join(CHECKS)}")
+    draws = (QUICK_DRAWS if quick else DRAWS) if draws is None else draws
+    if not len(x):
+        raise ValueError("there are no images to audit on")
+    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
+    if norm == "Linf" and eps > 1:
+        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
+    sources = {name: plain_logits(source, x, y) for name, source in (sources or {}).items()}
+    surrogate = None if surrogate is None else plain_logits(surrogate, x, y)
+    chosen = audited(attacks, quick=quick)
+    teller = Teller(report)
+    every = undefended(model) | sources
+    s = Subject(
+        model,
+        x,
+        y,
+        chosen,
+        eps=eps,
+        norm=norm,
+        seed=seed,
+        draws=draws,
+        batch=batch,
+        stochastic=is_stochastic(model, x[:batch]),
+        quick=quick,
+        sources={name: quiet_twin(source) for name, source in every.items()},
+        surrogate=surrogate,
+        say=teller.say,
+        observe=None if report is None else teller.observe,
+    )
+
+    question = _question(s, only, every, surrogate)
+
+    def found(partial: Partial | None) -> Audit:
+        s.partial = partial
+        parts = _finished(s, names, teller)
+        checks = tuple(part.check for part in parts)
+        word, reason = verdict(checks, complete=set(names) == set(CHECKS))
+        return Audit(checks, word, reason, _facts(s, question, parts, about))
+
+    return found(None) if save is None else _saved(Path(save), question, x.device, found)
+
+
+def _saved(save: Path, question: dict[str, Any], device: torch.device, found: Callable[[Partial], Audit]) -> Audit:
+    """The audit, made with its finished checks kept beside `save`, and saved there."""
+    out = with_ending(save, ".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(
+        out.with_name(f".{out.name}.lock"), f"auditing into {out}", "wait for its end, or choose another --out"
+    ):
+        refuse_to_overwrite(out, question)
+        partial = Partial(out, question, device)
+        try:
+            audit = found(partial)
+        except BaseException:
+            partial.discard_if_empty()
+            raise
+        audit.save(out)
+        partial.discard()
+    return audit
+
+
+def _question(
+    s: Subject, only: Sequence[str] | None, sources: Mapping[str, nn.Module], surrogate: nn.Module | None
+) -> dict[str, Any]:
+    """All that decides the audit, and more of its facts."""
+    return {
+        "fingerprint": model_fingerprint(s.model) | data_fingerprint((s.x, s.y)),
+        "eps": s.eps,
+        "norm": s.norm,
+        "draws": s.draws,
+        "seed": s.seed,
+        "quick": s.quick,
+        "batch": s.batch,
+        "only": None if only is None else list(only),
+        "options": {s.label(a): _plain(s.options(a)) for a in [*s.white, *s.black]},
+        "sources": {name: model_fingerprint(source) for name, source in sources.items()},
+        "surrogate": None if surrogate is None else model_fingerprint(surrogate),
+        "torch": torch.__version__,
+        "device": s.x.device.type,
+    }
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an attack as JSON takes them; a function by its name."""
+    known = (int, float, str, bool, type(None))
+    return {k: v if isinstance(v, known) else getattr(v, "__qualname__", type(v).__name__) for k, v in options.items()}
+
+
+def _finished(s: Subject, names: Sequence[str], teller: Teller) -> list[Finished]:
+    """Every check, made or read, in the order of their names."""
+    parts = []
+    kept = {name: None if s.partial is None else s.partial.read(name) for name in names}
+    teller.expects(planned(s, names), {name: part.seconds for name, part in kept.items() if part is not None})
+    for name in names:
+        teller.begins(name)
+        part = kept[name]
+        if part is None:
+            started = time.monotonic()
+            s.found = []
+            check = _made(name, s)
+            worst = lowest([points.shares for points in s.found]) if s.found else None
+            part = Finished(check, time.monotonic() - started, worst)
+            if s.partial is not None:
+                s.partial.write(part)
+        parts.append(part)
+        teller.ended(part, earlier=kept[name] is not None)
+    return parts
+
+
+def audited(attacks: str | Sequence[Attack | str] | None, *, quick: bool) -> list[Attack]:
+    """The attacks by name, AutoAttack by its parts.
+
+    Raises:
+        ValueError: none of them follows a gradient.
+    """
+    if attacks is None:
+        attacks = QUICK if quick else ATTACKS
+    if isinstance(attacks, str):
+        listed = suite(attacks) if attacks in SUITES else parse_attacks(attacks)
+    else:
+        listed = [Attack.parse(a) if isinstance(a, str) else a for a in attacks]
+    found: list[Attack] = []
+    for attack in listed:
+        if not isinstance(attack, Attack):
+            raise ValueError(f"an audit repeats attacks with other budgets: it takes those of gsem, not {attack!r}")
+        found += _parts(attack) if attack.name == "autoattack" else [attack]
+    found = [a for a in found if a.name != "clean" and a.bounded]
+    if not any(a.name in LEADING for a in found):
+        raise ValueError(f"an audit asks what a gradient attack did: give one of {', '.join(LEADING)}")
+    return found
+
+
+def _parts(attack: Attack) -> list[Attack]:
+    steps = {key: value for key, value in attack.options.items() if key in ("steps", "eot")}
+    boxed = {key: value for key, value in attack.options.items() if key in ("queries", "eot")}
+    targeted = [Attack(name, steps | {"targets": 9}) for name in ("apgd", "fab")]
+    return [Attack("apgd", steps), *targeted, Attack("square", boxed)]
+
+
+def _made(name: str, s: Subject) -> Check:
+    try:
+        return CHECKS[name](s)
+    except RuntimeError as error:  # of torch: a model that cannot be differentiated, or does not fit in memory
+        return Check(
+            name=name,
+            title="The check could not be made",
+            figure=None,
+            threshold="",
+            outcome="inconclusive",
+            reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            advice="See the check unavailable; with no gradient at all, evaluate with square and rays.",
+            source="",
+        )
+
+
+def _facts(
+    s: Subject, question: Mapping[str, Any], parts: Sequence[Finished], about: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "images": len(s.x),
+        **question,
+        "attacks": [s.label(a) for a in [*s.white, *s.black]],
+        "stochastic": s.stochastic,
+        "classes": s.classes,
+        "clean": s.accuracy(s.clean).as_accuracy(),
+        "machine": platform.machine(),
+        "device": str(s.x.device),
+        "seconds": round(sum(part.seconds for part in parts), 1),
+        **(dict(about) if about is not None else {}),
+    }
+    if s.attacked:  # (where no check asked for the attacks, they did not run)
+        worst = lowest([s.base.shares, *(part.lowest for part in parts if part.lowest is not None)])
+        # Chosen on selection draws, the merged points may score higher by the noise of the scoring draws.
+        attacked, merged = s.accuracy(s.base), s.accuracy(worst[1])
+        facts |= {"attacked": attacked.as_accuracy(), "lowest": min(attacked, merged).as_accuracy()}
+    return facts
+
+
+def told(audit: Audit) -> str:
+    """The accuracy in question, in words."""
+    clean, attacked = audit.facts["clean"]["accuracy"], audit.facts.get("attacked")
+    if attacked is None:
+        return f"clean {percent(clean)}"
+    lowest = audit.facts["lowest"]["accuracy"]
+    return f"clean {percent(clean)}, attacked {percent(attacked['accuracy'])}, lowest found {percent(lowest)}"

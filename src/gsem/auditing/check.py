@@ -1,0 +1,90 @@
+"""What an audit found: checks, each with a figure and what to do about it, and the verdict that follows."""
+
+import json
+import textwrap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gsem._io import write_atomically
+from gsem.evaluation.result import with_ending
+
+Outcome = Literal["pass", "flag", "inconclusive"]
+Verdict = Literal["TRUSTED", "SUSPECT", "INVALID"]
+WIDTH = 80  # of the lines of `print(audit)`
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question to the robust accuracy, and its answer."""
+
+    name: str
+    """As on the command line: `gsem audit MODEL --only NAME` repeats it."""
+    title: str
+    """What was asked, a line for people."""
+    figure: float | None
+    """What was measured; None where the check could not be made."""
+    threshold: str
+    """When it is flagged, in words with the figure: `over 0.10`, `interval outside [0.93, 1.07]`."""
+    outcome: Outcome
+    reason: str
+    """A sentence with the figures behind the outcome."""
+    advice: str
+    """What to do about it; empty where it passed."""
+    source: str
+    """The paper the check comes from."""
+    invalidates: bool = False
+    """Whether a flag here means that the robust accuracy is no measurement at all (INVALID), rather than doubtful."""
+    details: dict[str, Any] | None = None
+    """The check's data, for tables and charts (values as JSON takes them)."""
+
+
+@dataclass(frozen=True, repr=False)
+class Audit:
+    """All checks of one model, and what they say together. `print(audit)` is a short table."""
+
+    checks: tuple[Check, ...]
+    verdict: Verdict
+    reason: str
+    """Why, in a sentence with the figure behind it."""
+    facts: dict[str, Any]
+    """Model, data, images, eps, norm, attack, draws, seed, versions, seconds, the command that repeats it."""
+
+    def __getitem__(self, name: str) -> Check:
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(f"no check {name!r} in this audit: {', '.join(c.name for c in self.checks)}")
+
+    def __repr__(self) -> str:
+        """The verdict and its reason; a line for each check that did not pass, and the names of those that did."""
+        lines = textwrap.wrap(f"{self.verdict}: {self.reason}", WIDTH)
+        doubtful = [c for c in self.checks if c.outcome != "pass"]
+        wide = max((len(c.name) for c in doubtful), default=0)
+        for c in doubtful:
+            line = f"{c.outcome:<12}  {c.name:<{wide}}  "
+            lines.append(line + textwrap.shorten(c.reason, WIDTH - len(line), placeholder=" …"))
+        passed = ", ".join(c.name for c in self.checks if c.outcome == "pass")
+        lines += textwrap.wrap(f"{'pass':<12}  {passed}", WIDTH, subsequent_indent=14 * " ") if passed else []
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, path: str | Path) -> Path:
+        """As JSON in PATH.json, whole or not at all. PATH may carry the ending.
+
+        Returns:
+            PATH.json.
+        """
+        path = with_ending(path, ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(self.to_dict(), indent=2, allow_nan=False).encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Audit":
+        """What `save` wrote."""
+        found = json.loads(Path(path).read_text())
+        checks = tuple(Check(**check) for check in found.pop("checks"))
+        return cls(checks=checks, **found)

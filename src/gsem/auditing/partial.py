@@ -1,0 +1,140 @@
+"""What of an audit is finished, check by check, so that an interrupted one goes on to the same end."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gsem._io import write_atomically, written_whole
+from gsem.auditing.check import Audit, Check
+from gsem.evaluation.partial import differences
+from gsem.evaluation.result import with_ending
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A check that has ended, and what it leaves to the audit."""
+
+    check: Check
+    seconds: float
+    lowest: Float[np.ndarray, "2 n"] | None
+    """Shares of wrong selection and scoring draws of the worst points that it found; None if it sought none."""
+
+
+# The facts of an audit that decide it: two audits that agree in them have the same figures.
+QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "quick", "batch", "only", "options", "sources", "surrogate")
+
+
+class AnotherAudit(ValueError):
+    """What is at a place, finished or not, is something else."""
+
+
+def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:
+    """Raise AnotherAudit if at `out` there is a file that is not of the same audit."""
+    if not out.exists():
+        return
+    try:
+        facts = Audit.load(out).facts
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise AnotherAudit(f"{out} is there already, and is no audit: choose another --out") from None
+    asked = {key: question[key] for key in QUESTION}
+    if other := differences({key: facts.get(key) for key in QUESTION}, asked):
+        raise AnotherAudit(
+            f"{out} is there already, and is an audit of something else. Different are: {'; '.join(other)}. "
+            "Choose another --out, or move it away"
+        )
+
+
+class Partial:
+    """A folder `PATH.unfinished`: a file for each finished check, and for each attack that several checks look at.
+
+    Args:
+        path: where the audit will go.
+        question: all that decides the audit (values as JSON takes them). The folder of another question is not
+            touched, unless nothing in it is finished.
+
+    Raises:
+        AnotherAudit: something unfinished of another question is there.
+    """
+
+    def __init__(self, path: str | Path, question: Mapping[str, Any], device: torch.device):
+        self.folder, self.device = with_ending(path, ".unfinished"), device
+        file = self.folder / "question.json"
+        if not file.exists() or not self.finished:
+            self.discard()
+        elif other := differences(json.loads(file.read_text()), question):
+            raise AnotherAudit(
+                f"{self.folder} holds something unfinished in which other things were asked. Different are: "
+                f"{'; '.join(other)}. Repeat that command to finish it, choose another --out, or delete the folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(question, indent=2).encode())
+
+    @property
+    def finished(self) -> int:
+        """Files of what is not computed again."""
+        kept = [*self.folder.glob("check-*.json"), *self.folder.glob("*.npz")]
+        return sum(not file.name.startswith(".") for file in kept)
+
+    def read(self, name: str) -> Finished | None:
+        """The check of this name, if it was finished."""
+        try:
+            found = json.loads((self.folder / f"check-{name}.json").read_text())
+            lowest = None if found["lowest"] is None else np.array(found["lowest"], dtype=np.float64)
+            return Finished(Check(**found["check"]), float(found["seconds"]), lowest)
+        except (OSError, KeyError, TypeError, ValueError):  # not there, or damaged
+            return None
+
+    def write(self, one: Finished) -> None:
+        lowest = None if one.lowest is None else one.lowest.tolist()
+        content = {"check": asdict(one.check), "seconds": one.seconds, "lowest": lowest}
+        text = json.dumps(content, allow_nan=False)
+        write_atomically(self.folder / f"check-{one.check.name}.json", text.encode())
+
+    def shared(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
+        """What several checks look at: read if it was computed before, else made and kept.
+
+        Args:
+            kind: a dataclass whose fields are tensors and arrays.
+        """
+        file = self.folder / f"{name}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return kind(**{f.name: self._read(arrays, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            pass
+        made = make()
+        values = {f.name: getattr(made, f.name) for f in fields(kind)}  # type: ignore[arg-type]
+        plain = {f"tensor.{k}": v.detach().cpu().numpy() for k, v in values.items() if isinstance(v, Tensor)}
+        plain |= {f"array.{k}": v for k, v in values.items() if not isinstance(v, Tensor)}
+        with written_whole(file) as opened:
+            np.savez(opened, **plain)  # type: ignore[arg-type]  # (its stub takes them for its flag)
+        return made
+
+    def _read(self, arrays: Mapping[str, np.ndarray], name: str) -> Tensor | np.ndarray:
+        if f"tensor.{name}" in arrays:
+            return torch.from_numpy(arrays[f"tensor.{name}"]).to(self.device)
+        return arrays[f"array.{name}"]
+
+    def has(self, name: str) -> bool:
+        """Whether `shared` of this name was computed."""
+        return (self.folder / f"{name}.npz").exists()
+
+    def discard(self) -> None:
+        """The audit is saved: the pieces are not needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def discard_if_empty(self) -> None:
+        """Nothing was finished: the next audit finds the place free."""
+        if not self.finished:
+            self.discard()

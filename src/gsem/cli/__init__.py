@@ -1,0 +1,1 @@
+"""The command line. Every command's options are parsed before torch is imported."""

@@ -1,0 +1,49 @@
+"""gsem recipes, gsem models and gsem data: what there is."""
+
+from rich.console import Console
+from rich.table import Table
+
+from gsem._text import pixels
+from gsem.cli.display import show_list
+from gsem.cli.options import DataOptions, NoOptions
+from gsem.data import SOURCES, load
+from gsem.nn.models import MODELS
+from gsem.training.recipes import ABOUT, RECIPES
+
+
+def recipes_command(console: Console, o: NoOptions) -> None:
+    console.print("Passes are forward-and-backward passes per image and epoch.\n")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("attack", "train", "epochs"):
+        table.add_column(heading, justify="right")
+    table.add_column("what")
+    for recipe in RECIPES.values():
+        attack, training = recipe.passes
+        epochs = f"{recipe.epochs}" if recipe.rounds == 1 else f"{recipe.rounds}×{recipe.epochs}"
+        table.add_row(recipe.name, f"{attack:g}", f"{training:g}", epochs, ABOUT[recipe.name])
+    console.print(table)
+
+
+def models_command(console: Console, o: NoOptions) -> None:
+    show_list(console, "model", MODELS)
+    console.print("\nThe paper's names, like GSeMResNet18, are understood too.")
+
+
+def data_command(console: Console, o: DataOptions) -> None:
+    name = o.name
+    if name is None:
+        show_list(console, "data", SOURCES)
+        console.print("\nA path of an image folder or of an .npz file is a name too.")
+        return
+    source = load(name)
+    shape = "×".join(map(str, source.shape))
+    console.print(f"{source.name}: {source.description}")
+    console.print(
+        f"images {shape}, eps {pixels(source.eps)}, {len(source.classes)} classes: {', '.join(source.classes)}"
+    )
+    if source.read_train is not None:
+        training, validation = source.training()
+        console.print(f"training {len(training)} and validation {len(validation)} images")
+    if source.read_test is not None:
+        console.print(f"test {len(source.test())} images")

@@ -1,0 +1,191 @@
+"""The command line: gsem demo | train | evaluate | audit | report | verify | recipes | models | study | data.
+
+The words are read first, which needs neither torch nor scipy; the module of a command is imported when it runs.
+"""
+
+import os
+import shlex
+import sys
+import warnings
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import version
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Console
+
+import gsem
+from gsem._interrupt import exit_code, sigterm_raises
+from gsem.cli.options import (
+    STUDIES,
+    AuditOptions,
+    DataOptions,
+    DemoOptions,
+    EvaluateOptions,
+    NoOptions,
+    ReportOptions,
+    StudyOptions,
+    TrainOptions,
+    VerifyOptions,
+    parse,
+    unknown,
+)
+from gsem.training.recipes import RECIPES, Recipe
+
+HELP = """\
+gsem: image classifiers trained by gradient semi-masking, measured honestly.
+
+usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help tells its options)
+
+  demo       train a small GSeM network on digits, attack it, write a report
+  train      train by a recipe:      gsem train gcat --data digits
+  evaluate   attack a trained model: gsem evaluate runs/NAME --suite standard
+  audit      is that accuracy real:  gsem audit runs/NAME --quick
+  report     a page for people:      gsem report runs/NAME -o report.html
+  verify     judge saved adversarial examples again
+  recipes    list the named recipes, and what they cost
+  models     list the networks
+  study      compare variants over seeds: gsem study ablation
+  data       list the data sets, or tell what one holds: gsem data PATH
+
+  --debug    anywhere: show the traceback of an error
+  --version  print the version
+"""
+
+console = Console(highlight=False, markup=False)
+errors = Console(stderr=True, highlight=False, markup=False)
+
+# Of each command: what its words become, and the function (console, options) that runs it.
+COMMANDS: dict[str, tuple[type, str]] = {
+    "demo": (DemoOptions, "gsem.cli.train:demo_command"),
+    "train": (TrainOptions, "gsem.cli.train:train_command"),
+    "evaluate": (EvaluateOptions, "gsem.cli.evaluate:evaluate_command"),
+    "audit": (AuditOptions, "gsem.cli.audit:audit_command"),
+    "report": (ReportOptions, "gsem.cli.report:report_command"),
+    "verify": (VerifyOptions, "gsem.cli.evaluate:verify_command"),
+    "recipes": (NoOptions, "gsem.cli.list:recipes_command"),
+    "models": (NoOptions, "gsem.cli.list:models_command"),
+    "study": (StudyOptions, "gsem.cli.study:study_command"),
+    "data": (DataOptions, "gsem.cli.list:data_command"),
+}
+RESUMED = ("evaluate", "audit", "study")
+
+
+def read(command: str, words: list[str]) -> Any:
+    """The options of a command, from the words behind its name.
+
+    Raises:
+        ValueError: words that the command does not take, in one line.
+        SystemExit: its help was asked for, and printed.
+    """
+    if command not in COMMANDS:
+        raise ValueError(unknown("command", command, COMMANDS))
+    if command == "train":
+        return _read_train(words)
+    if command == "study":
+        name, words = _name_first(words, "ablation")
+        if name not in STUDIES:
+            raise ValueError(unknown("study", name, STUDIES))
+        return parse(StudyOptions, f"study {name}", words, default=StudyOptions(name, RECIPES["gcat"]))
+    if command in ("evaluate", "audit"):
+        words = _model_first(words)
+    return parse(COMMANDS[command][0], command, words)
+
+
+def _name_first(words: list[str], default: str) -> tuple[str, list[str]]:
+    """The name in front of the options, or the default; and the options."""
+    return (words[0], words[1:]) if words and not words[0].startswith("-") else (default, words)
+
+
+def _model_first(words: list[str]) -> list[str]:
+    """The words with MODEL in front, where it is given as an option: --model package.module:function."""
+    if "--model" not in words[:-1]:
+        return words
+    at = words.index("--model")
+    return [words[at + 1], *words[:at], *words[at + 2 :]]
+
+
+def _read_train(words: list[str]) -> TrainOptions:
+    name, words = _name_first(words, "")
+    if name and name not in RECIPES:
+        raise ValueError(unknown("recipe", name, RECIPES))
+    recipe = RECIPES[name or "gcat"]
+    options: TrainOptions = parse(TrainOptions, "train", words, default=TrainOptions(_scaled(recipe, words)))
+    if options.resume is None:
+        return options
+    former = import_module("gsem.training.run").resume_recipe(options.resume)
+    # (Scaled only so that --epochs is refused for itself, and not for a warm-up that does not fit.)
+    scaled = _scaled(former, words)
+    options = parse(TrainOptions, "train", words, default=TrainOptions(scaled))
+    _refuse_changes(options, former, scaled, name)
+    return replace(options, recipe=replace(former, data=options.recipe.data, data_path=options.recipe.data_path))
+
+
+def _refuse_changes(o: TrainOptions, former: Recipe, scaled: Recipe, name: str) -> None:
+    """Raise a ValueError if what is given beside --resume is not what the run has. Its data may lie elsewhere now."""
+    now, then = o.recipe.to_dict(), scaled.to_dict() | {"epochs": former.epochs}
+    place = ("data", "data_path")
+    changed = [f"--{key.replace('_', '-')}" for key in now if now[key] != then[key] and key not in place]
+    changed += [f"the recipe {name}"] if name not in ("", former.name) else []
+    changed += ["--out"] if o.out not in (None, o.resume) else []
+    if changed:
+        start = shlex.join(["gsem", "train", "--start-from", str(o.resume)])
+        raise ValueError(
+            f"{', '.join(changed)} cannot be given with --resume: {o.resume} goes on with its own recipe "
+            f"({former.name}), whose schedule spans its {former.epochs} epochs. For other settings start a new run "
+            f"from its weights: {start} …"
+        )
+
+
+def _scaled(recipe: Recipe, words: list[str]) -> Recipe:
+    """The recipe with its schedule scaled to `--epochs`. What is given of the schedule itself is read afterwards."""
+    given = dict(pairwise(words)) | dict(w.split("=", 1) for w in words if "=" in w)
+    epochs = given.get("--epochs", "")
+    return recipe.scaled(int(epochs)) if epochs.isdigit() and int(epochs) >= 1 else recipe
+
+
+def _note(message: Warning | str, *where: Any) -> None:
+    errors.print(f"gsem: note: {' '.join(str(message).split())}", soft_wrap=True)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0; 2 for an error (one line on stderr), 130 Ctrl-C, 143 SIGTERM."""
+    words = list(sys.argv[1:] if words is None else words)
+    debug = "--debug" in words
+    words = [w for w in words if w != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        console.print(HELP)
+        return 0 if words else 2
+    if words[0] == "--version":
+        console.print(f"gsem {gsem.__version__} (torch {version('torch')})")
+        return 0
+    command, *rest = words
+    try:
+        options = read(command, rest)
+        module, function = COMMANDS[command][1].split(":")
+        with warnings.catch_warnings(), sigterm_raises():
+            warnings.showwarning = _note  # type: ignore[assignment]  # (who warned is not for people)
+            getattr(import_module(module), function)(console, options)
+        return 0
+    except KeyboardInterrupt as stopped:
+        kept = "; what is finished is kept: the same command goes on from there" if command in RESUMED else ""
+        errors.print(str(stopped) or f"stopped{kept}", soft_wrap=True)
+        return exit_code(stopped)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except BrokenPipeError:  # the reader, like `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        text = " ".join(str(error).split()) or type(error).__name__
+        errors.print(f"gsem: {kind}{text}", soft_wrap=True)
+        return 2
+
+
+def script() -> None:
+    """The console script."""
+    sys.exit(main())

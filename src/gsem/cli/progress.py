@@ -1,0 +1,129 @@
+"""What a person sees of a training or an evaluation while it runs."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from gsem._text import duration, percent
+from gsem.evaluation.evaluate import Progress as AttackProgress
+from gsem.training.run import Progress as TrainingProgress
+
+# A fall of the robust accuracy below its best that is worth showing: robust overfitting (Rice et al. 2020).
+OVERFITTING = 0.02
+LINE_EVERY = 30.0  # seconds between lines of an evaluation that writes to a file or a pipe
+
+
+class TrainingBar:
+    """A bar on a terminal, and in any case one line for each epoch."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.fields[rate]:>7.0f} img/s"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=None, rate=0.0)
+
+    def __enter__(self) -> "TrainingBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, p: TrainingProgress) -> None:
+        accuracies = f"clean {percent(p.clean)} robust {percent(p.robust)}"
+        place = f"epoch {p.epoch:>{len(str(p.epochs))}}/{p.epochs}"
+        text = f"{place} loss {p.loss:.3f} {accuracies}"
+        self.bar.update(self.task, description=text, total=p.steps, completed=p.step, rate=p.images_per_second)
+        if p.epoch_ended:
+            left = f"{duration(p.seconds_left)} left" if p.step < p.steps else "done"
+            if p.robust is not None and p.best_robust is not None and p.best_robust - p.robust > OVERFITTING:
+                left = f"best {percent(p.best_robust).strip()}"
+            self.console.print(f"{text} {p.images_per_second:5.0f} img/s  {left}", highlight=False)
+
+
+class Scalars:
+    """TensorBoard's event files of a training: loss while it runs, accuracies after each epoch.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+
+    def __init__(self, directory: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("TensorBoard is not installed: pip install 'gsem-torch[tensorboard]'") from None
+        self.writer = SummaryWriter(str(directory))
+
+    def __call__(self, p: TrainingProgress) -> None:
+        self.writer.add_scalar("loss", p.loss, p.step)
+        if p.epoch_ended:
+            for name, value in (("clean", p.clean), ("robust", p.robust), ("best robust", p.best_robust)):
+                if value is not None:
+                    self.writer.add_scalar(f"validation/{name}", value, p.step)
+            self.writer.flush()
+
+
+class AttackBar:
+    """A bar for each attack on a terminal. Elsewhere a line now and then, and one when an attack is finished.
+
+    Args:
+        clock: seconds, as `time.monotonic` counts them.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        self.console, self.clock = console, clock
+        self.bar = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=8),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.printed = clock()
+        self.started: dict[str, float] = {}
+
+    def __enter__(self) -> "AttackBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, p: AttackProgress) -> None:
+        if not self.console.is_terminal:
+            self._print(p)
+            return
+        if p.name not in self.tasks:
+            self.tasks[p.name] = self.bar.add_task(p.name, total=p.images, news="")
+        news = f"{percent(p.accuracy).strip()} so far"
+        if p.done < p.images:
+            news += f", {p.standing} stand, {p.gradients_per_second:.0f} grad/s"
+            news += "" if p.seconds_left is None else f", {duration(p.seconds_left)}"
+        self.bar.update(self.tasks[p.name], completed=p.done, news=news)
+
+    def _print(self, p: AttackProgress) -> None:
+        now, finished = self.clock(), p.done == p.images
+        started = self.started.setdefault(p.name, now)
+        if now - self.printed < LINE_EVERY and not finished:
+            return
+        self.printed = now
+        passed = f"{duration(now - started)}"
+        # (How long a batch takes is not known before the first one is finished.)
+        time_left = f"{passed} so far" if p.seconds_left is None else f"{duration(p.seconds_left)} left"
+        line = f"{p.name:<20} {p.done}/{p.images} images, {percent(p.accuracy).strip()}"
+        self.console.print(f"{line}, {passed}" if finished else f"{line} so far, {time_left}", soft_wrap=True)

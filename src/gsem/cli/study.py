@@ -1,0 +1,62 @@
+"""gsem study: variants over seeds, and their table."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from gsem._text import percent
+from gsem.attacks.suite import parse_attacks
+from gsem.cli.display import study_table
+from gsem.cli.options import StudyOptions, unknown
+from gsem.nn.models import canonical_name
+from gsem.study import Variant, ablation, recipes, study
+from gsem.training.recipes import Recipe
+from gsem.training.run import Progress, TrainingInterrupted
+
+
+def study_command(console: Console, o: StudyOptions) -> None:
+    attacks = [text.strip() for text in o.attacks.split(",")]
+    parse_attacks(o.attacks)  # before the first training starts
+    variants = _variants(replace(o.recipe, model=canonical_name(o.recipe.model)), o)
+    out = o.out or Path("runs") / f"study-{o.study}-{Path(o.recipe.data).stem}"
+
+    def report(what: str, progress: Progress | None) -> None:
+        if progress is None:
+            console.print(what)
+        elif progress.step == progress.steps:
+            console.print(
+                f"{what}: validation clean {percent(progress.clean).strip()}, robust {percent(progress.robust).strip()}"
+            )
+
+    try:
+        rows = study(
+            variants,
+            seeds=o.seeds,
+            out=out,
+            attacks=attacks,
+            images=o.images,
+            test_data=o.test_data,
+            device=o.device,
+            report=report,
+        )
+    except TrainingInterrupted as stopped:
+        raise stopped.kind from None  # the study goes on, not this training of it
+    console.print()
+    console.print(study_table(rows))
+    interval = "t-interval over seeds" if o.seeds > 1 else "bootstrap interval over images"
+    console.print(f"{rows[0]['images']} test images, {o.seeds} seeds; expected accuracy in per cent, 95% {interval}")
+    console.print(f"saved in {out / 'study.json'}")
+
+
+def _variants(base: Recipe, o: StudyOptions) -> list[Variant]:
+    if o.passes is not None and o.study != "recipes":
+        raise ValueError("--passes belongs to gsem study recipes: the ablation's variants cost the same")
+    if o.passes is not None and not o.passes > 0:
+        raise ValueError(f"--passes must be positive, not {o.passes:g}")
+    variants = {v.name: v for v in (recipes(base, o.passes) if o.study == "recipes" else ablation(base))}
+    names = list(variants) if o.only is None else [name.strip() for name in o.only.split(",")]
+    for name in names:
+        if name not in variants:
+            raise ValueError(unknown("variant", name, variants))
+    return [variants[name] for name in names]

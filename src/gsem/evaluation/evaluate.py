@@ -1,0 +1,400 @@
+"""A list of attacks on a model, judged on draws of its noise that no attack has seen."""
+
+import copy
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from gsem._fingerprint import data_fingerprint, model_fingerprint
+from gsem._text import with_rows
+from gsem.attacks import Counting, Step, counting
+from gsem.attacks._core import Norm, check_result, distances
+from gsem.attacks.own import AnyAttack, AttackLike, listed
+from gsem.attacks.suite import SUITES, Attack, suite
+from gsem.evaluation.partial import Ledger, computed, question, saved_result
+from gsem.evaluation.result import VOTERS, Result, Scores, attack_name, joined, with_ending
+from gsem.nn.contract import ImagesLike, LabelsLike, check_gradient, checked, plain_logits
+from gsem.nn.folded import search_twin
+from gsem.nn.gsem import GSeM, noise
+from gsem.nn.predict import BATCH, answers, is_stochastic, votes_won
+from gsem.rng import split
+
+REPORT_EVERY = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an evaluation stands, for whoever shows it."""
+
+    name: str
+    """Of the attack, with the noise unless it is fresh."""
+    done: int
+    """Images finished with this attack, of `images`."""
+    images: int
+    standing: int
+    """Images of the current batch that this attack still works on."""
+    accuracy: float | None
+    """Expected accuracy so far, 0 to 1, on the selection draws; images of the current batch that still stand count as
+    right."""
+    gradients_per_second: float
+    """Image rows forward and back, in the current batch."""
+    seconds_left: float | None
+    """Of this attack."""
+
+
+Report = Callable[[Progress], None]
+
+
+def evaluate(
+    model: nn.Module,
+    x: ImagesLike,
+    y: LabelsLike,
+    attacks: AttackLike | Sequence[AttackLike] = ("clean", "pgd"),
+    *,
+    eps: float | str,
+    norm: Norm = "Linf",
+    draws: int = 100,
+    seed: int = 0,
+    batch: int = BATCH,
+    sources: Mapping[str, nn.Module] | None = None,
+    frozen: bool = True,
+    keep_images: bool = False,
+    rows: Sequence[int] | Int[np.ndarray, " n"] | None = None,
+    save: str | Path | None = None,
+    again: bool = False,
+    about: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+) -> Result:
+    """Attack `model`, then score what the attacks returned on noise that they have not seen.
+
+    The attacks search on the model's float32 twin; the score is the true model's, in float32. A stochastic model
+    is noticed by itself: attacks then average over 20 draws (their `eot`), every point is judged on `draws` fresh
+    ones, and among the attacks the worst point of each image is chosen on `draws` others (`result["worst"]`). For a
+    deterministic model one draw is used. Images as they are ("clean") are always among the attacks.
+
+    Args:
+        model: images [b, c, h, w] in [0, 1] → logits [b, k], in eval mode. Of an object or dict with `logits`, and of
+            a tuple that begins with them, the logits are taken, with a warning.
+        x, y: images in [0, 1], and their labels; tensors or numpy arrays.
+        attacks: `Attack`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`; or the
+            name of a suite: quick, standard, paper, published. Or functions of your own, and pairs (name, function):
+            see below.
+        eps: radius of the threat model, in the unit of the images; "8/255" is a number too.
+        draws: selection draws, and scoring draws, for each image and attack.
+        seed: of every random stream used; the caller's random state is not changed.
+        batch: images attacked at once.
+        sources: other models, by name, for the transfer attack. Of a GSeM model, itself without noise and itself
+            without the quantiser are always among them.
+        frozen: whether a stochastic GSeM model is attacked and scored also with its noise frozen by a seed that the
+            attacker knows, and with its noise off.
+        keep_images: keep the adversarial examples in the result.
+        rows: row of each image in the data set it is from, for the result and for messages; default: 0, 1, …, n − 1.
+        save: where the result goes (`Result.save`). Every finished batch is kept beside it meanwhile, and the same
+            call goes on from there after an interruption, to the same result. If a result of the same model, images
+            and arguments is there already, it is returned and nothing is computed; one of anything else is an error.
+        again: compute a result that is there already anew, and replace it.
+        about: what the caller wants to be kept in the result's facts (values as JSON takes them).
+        report: called with a `Progress` while it runs.
+
+    An attack function is called with a batch: `function(model, x, y, eps=…, norm=…, seed=…, eot=…)`, with those of the
+    four keywords that it takes, and returns x_adv [b, c, h, w].
+
+    - model: the twin on which all attacks search: the logits are those of `model` but for rounding, the parameters
+      require no gradient. x: [b, c, h, w], y: [b], both copies.
+    - eps, norm: the threat model. A point outside it, or outside [0, 1], is an error that names the attack.
+    - seed: of this batch. torch's own random stream starts from it, and is the caller's again afterwards.
+    - eot: 20 for a stochastic model, else 1: the draws that the other attacks average over.
+
+    It is named by its `__name__`, or by the pair. At `save`, it is the same attack if its name and the function's
+    qualified name are the same: what changed inside the function is not seen (`again` computes it anew).
+
+    Raises:
+        ValueError: an unknown attack or option, arguments out of range, logits that are not finite, attacks that
+            follow the gradient of a model that has none; at `save`, a result of something else (`AnotherQuestion`), an
+            unfinished evaluation of something else, or one in progress in another process (`Locked`).
+
+    Warns:
+        UserWarning: a model that returns probabilities, or whose gradient is zero.
+    """
+    if not len(x):
+        raise ValueError("there are no images to evaluate on")
+    given, others = model, sources or {}  # results are of the networks themselves, without what holds their logits
+    numbers = _checked_rows(rows, len(x))
+    with _rows_named(numbers):
+        model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
+        sources = {name: _plain_source(name, source, x, y) for name, source in others.items()}
+    if norm == "Linf" and eps > 1:
+        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
+    chosen = _chosen(attacks, transferable=bool(sources) or _defended(model))
+    if any(a.name == "transfer" for a in chosen) and not sources and not _defended(model):
+        raise ValueError("transfer needs at least one source (--source, sources=): a model whose points are tried here")
+    stochastic = is_stochastic(model, x[:batch])
+    modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
+    labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"the same attack twice: {', '.join(labels)}")
+    options = {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, chosen, strict=True)}
+    for label, how in options.items():
+        if norm == "Linf" and (step := how.get("step", 0)) > 1:
+            raise ValueError(f"attack {label!r}: step = {step:g}, but images lie in [0, 1]: at most 1 (2/255, not 2)")
+    facts: dict[str, Any] = {
+        "images": len(x),
+        "fingerprint": model_fingerprint(given) | data_fingerprint((x, y)),
+        "eps": eps,
+        "norm": norm,
+        "draws": draws if stochastic else 1,
+        "stochastic": stochastic,
+        "seed": seed,
+        "noise": modes,
+        "options": options,
+        "batch": batch,
+        "sources": {name: model_fingerprint(source) for name, source in others.items()},
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": str(x.device),
+    } | ({} if about is None else {"about": dict(about)})
+
+    def scored(ledger: Ledger | None) -> Result:
+        evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, report)
+        scores: list[Scores] = []
+        for mode in modes:
+            # What others are broken by, and unbounded points, are questions about the model as it is used.
+            asked_now = [a for a in chosen if mode == "fresh" or (a.bounded and a.name != "transfer")]
+            with _mode(model, mode, seed, len(modes) > 1), _rows_named(numbers):
+                transfers = any(a.name == "transfer" for a in asked_now)
+                evaluation.ready(mode, facts["draws"], sources if transfers else None)
+                if mode == "fresh" and any(a.follows_gradient for a in asked_now):
+                    check_gradient(evaluation.twin, x)
+                scores += [evaluation.score(attack) for attack in asked_now]
+        return Result(scores, y.cpu().numpy(), facts, numbers)
+
+    if save is None:
+        return scored(None)
+    finished = saved_result(save, question(facts), None if rows is None else numbers)
+    if finished is None or again:
+        return computed(save, question(facts), scored)
+    if keep_images and any(s.x_adv is None for s in finished.scores):
+        raise ValueError(
+            f"{with_ending(save, '.npz')} is this evaluation, finished without its adversarial examples. --again "
+            "(again=True) computes it anew and keeps them"
+        )
+    return finished
+
+
+def _plain_source(name: str, source: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
+    try:
+        return plain_logits(source, x, y)
+    except ValueError as error:
+        error.args = (f"source {name!r}: {error}", *error.args[1:])
+        raise
+
+
+def _checked_rows(rows: Sequence[int] | Int[np.ndarray, " n"] | None, images: int) -> Int[np.ndarray, " n"]:
+    if rows is None:
+        return np.arange(images)
+    found = np.asarray(rows)
+    if found.shape != (images,) or not np.issubdtype(found.dtype, np.integer) or (found < 0).any():
+        raise ValueError(f"rows must be the rows of the {images} images in their data set, integers of at least 0")
+    return found.astype(np.int64)
+
+
+@contextmanager
+def _rows_named(rows: Int[np.ndarray, " n"]) -> Iterator[None]:
+    """An error that names an image by its number names its row in the data set too."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (with_rows(str(error), rows), *error.args[1:])
+        raise
+
+
+@contextmanager
+def _numbered_among_all(name: str, first: int) -> Iterator[None]:
+    """An error about an image of a batch names the attack, and the image's number among all."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"image (\d+) of the attacked batch", lambda m: f"image {first + int(m[1])}", str(error))
+        if text != str(error):
+            error.args = (f"attack {name!r}: {text}", *error.args[1:])
+        raise
+
+
+def _chosen(attacks: AttackLike | Sequence[AttackLike], *, transferable: bool) -> list[AnyAttack]:
+    if isinstance(attacks, str) and attacks in SUITES:
+        chosen: list[AnyAttack] = [*suite(attacks)]
+        if attacks in ("standard", "paper") and transferable:
+            chosen.append(Attack("transfer"))
+        return chosen
+    chosen = listed(attacks)
+    return chosen if any(a.name == "clean" for a in chosen) else [Attack("clean"), *chosen]
+
+
+def _defended(model: nn.Module) -> bool:
+    return any(isinstance(m, GSeM) for m in model.modules())
+
+
+def _noisy(model: nn.Module) -> bool:
+    return any(isinstance(m, GSeM) and m.noise > 0 for m in model.modules())
+
+
+def _mode(model: nn.Module, mode: str, seed: int, several: bool) -> Any:
+    # (Where only one is evaluated, the model stays as the caller set it.)
+    return noise(model, mode, seed=seed if mode == "frozen" else None) if several else nullcontext()  # type: ignore[arg-type]
+
+
+class _Evaluation:
+    """The attacks on one model, batch by batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        norm: Norm,
+        seed: int,
+        batch: int,
+        keep_images: bool,
+        ledger: Ledger | None,
+        report: Report | None,
+    ):
+        self.model, self.x, self.y, self.eps, self.norm, self.seed = model, x, y, eps, norm, seed
+        self.batch, self.keep_images, self.ledger, self.report = batch, keep_images, ledger, report
+        self.mode, self.draws = "fresh", 1
+        self.twin: nn.Module = model
+        self.sources: dict[str, nn.Module] = {}
+
+    def ready(self, mode: str, draws: int, sources: Mapping[str, nn.Module] | None) -> None:
+        """The noise was set: what follows from it. `sources` is None where nothing is transferred."""
+        self.mode, self.draws = mode, draws if mode == "fresh" else 1
+        self.twin = search_twin(self.model)
+        every = {} if sources is None else undefended(self.model) | dict(sources)
+        self.sources = {name: search_twin(source) for name, source in every.items()}
+
+    @property
+    def stochastic(self) -> bool:
+        return self.draws > 1
+
+    def score(self, attack: AnyAttack) -> Scores:
+        """All images under one attack."""
+        name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
+        parts: list[Scores] = []
+        for first in range(0, len(self.x), self.batch):
+            size = min(self.batch, len(self.x) - first)
+            watch = _Watch(self.report, name, len(self.x), parts, size, self.draws)
+            part = self.ledger.read(name, first) if self.ledger is not None else None
+            if part is None:
+                part = self._batch(attack, name, first, watch)
+                if self.ledger is not None:
+                    self.ledger.write(name, first, part)
+            parts.append(part)
+            watch.finished()
+        return joined(parts, keep_images=self.keep_images)
+
+    def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> Scores:
+        one = slice(first, first + self.batch)
+        x, y = self.x[one], self.y[one]
+        # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
+        names = (name, first)
+        started = time.monotonic()
+        watch.model = counted = counting(self.twin)
+        how: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "stochastic": self.stochastic}
+        with _numbered_among_all(name, first):
+            x_adv = attack.run(
+                counted,
+                x,
+                y,
+                **how,
+                seed=split(self.seed, "search", *names),
+                sources=self.sources,
+                observe=watch.observe if self.report is not None else None,
+            )
+            if attack.bounded:
+                check_result(x_adv, x, eps=self.eps, norm=self.norm)
+        seconds = time.monotonic() - started
+        selection, scoring = (
+            answers(self.model, x_adv, draws=self.draws, seed=split(self.seed, stream, *names), first=first)
+            for stream in ("selection", "scoring")
+        )
+        linf, l2 = distances(x_adv, x)
+        right = scoring == y
+        arrays = {
+            "correct": right.sum(0),
+            "votes": votes_won(scoring, y, VOTERS),
+            "selection": (selection == y).sum(0),
+            "single": torch.stack([selection[0] == y, right[0]], dim=1),
+            "linf": linf,
+            "l2": l2,
+            "x_adv": x_adv,
+        }
+        return Scores(
+            name=name,
+            **{key: value.cpu().numpy() for key, value in arrays.items()},
+            forwards=counted.forwards,
+            gradients=counted.gradients,
+            seconds=seconds,
+            noise=self.mode,
+            bounded=attack.bounded,
+        )
+
+
+def undefended(model: nn.Module) -> dict[str, nn.Module]:
+    """Of a GSeM model, itself without its noise, and itself without its quantiser too: what an attacker would try."""
+    if not _defended(model):
+        return {}
+    copies = {"noise off": copy.deepcopy(model), "quantiser off": copy.deepcopy(model)}
+    for name, other in copies.items():
+        for module in other.modules():
+            if isinstance(module, GSeM):
+                module.offsets.mode = "off"
+                module.quantiser = module.quantiser and name == "noise off"
+    return copies
+
+
+class _Watch:
+    """One batch under one attack, as its observer sees it."""
+
+    def __init__(self, report: Report | None, name: str, images: int, parts: list[Scores], size: int, draws: int):
+        self.report, self.name, self.images, self.size = report, name, images, size
+        self.done = sum(len(p.correct) for p in parts)
+        self.draws = draws
+        self.right = self._right(parts)
+        self.seconds = sum(p.seconds for p in parts)
+        self.parts = parts
+        self.started = self.told = time.monotonic()
+        self.model: Counting | None = None
+
+    def observe(self, step: Step) -> None:
+        now = time.monotonic()
+        if now - self.told >= REPORT_EVERY:
+            self.told = now
+            self._tell(self.done, len(step.rows), (self.right + len(step.rows)) / (self.done + self.size))
+
+    def finished(self) -> None:
+        """The batch is in `parts` now."""
+        done = self.done + self.size
+        self.seconds = sum(p.seconds for p in self.parts)
+        self._tell(done, 0, self._right(self.parts) / done)
+
+    def _right(self, parts: list[Scores]) -> float:
+        """Images that are right: each counts with its share of right selection draws, as in an expected accuracy."""
+        return sum(float(p.selection.sum()) for p in parts) / self.draws
+
+    def _tell(self, done: int, standing: int, accuracy: float) -> None:
+        if self.report is None:
+            return
+        passed = max(time.monotonic() - self.started, 1e-9)
+        rate = 0.0 if self.model is None else self.model.gradients / passed
+        left = self.seconds / done * (self.images - done) if done else None
+        self.report(Progress(self.name, done, self.images, standing, accuracy, rate, left))

@@ -1,0 +1,189 @@
+"""What of an evaluation is finished: the saved result, or its batches, with which an interrupted one goes on."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from gsem._io import write_atomically, written_whole
+from gsem._lock import locked
+from gsem._text import pixels
+from gsem.evaluation.result import ARRAYS, FIELDS, Result, Scores, with_ending
+from gsem.rng import split
+
+# The facts of a result that decide it: two results that agree in them have the same figures.
+QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "noise", "options", "batch", "sources")
+_WORDS = {
+    "structure": "the model's layers, settings or normalisation",
+    "weights": "the model's weights",
+    "images": "the images",
+    "labels": "the labels",
+    "noise": "the modes of the noise",
+    "options": "the attacks",
+    "only": "the checks",
+    "sources": "the other models of the transfer attack",
+}
+
+
+def question(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides a result, from its facts."""
+    return {key: facts[key] for key in QUESTION if key in facts}
+
+
+def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two questions differ, in words."""
+    former, now = _plain(former), _plain(now)
+    found = []
+    for key in dict.fromkeys([*now, *former]):
+        one, other = former.get(key), now.get(key)
+        if one == other:
+            continue
+        if key == "options" and one and other and list(one) == list(other):
+            if former.get("eps") == now.get("eps"):  # (with another eps, the steps that follow from it are others too)
+                found.append(f"the options of {', '.join(lb for lb in one if one[lb] != other[lb])}")
+        elif key == "options" and one and other:
+            found.append(f"{_WORDS[key]} ({', '.join(one)} then, {', '.join(other)} now)")
+        elif isinstance(one, (int, float, str)) and isinstance(other, (int, float, str)) and key not in _WORDS:
+            found.append(f"{key} ({_short(one)} then, {_short(other)} now)")
+        else:
+            found.append(_WORDS.get(key, key))
+    return found
+
+
+def _short(value: float | str) -> str:
+    """0.3 as it is, 0.0313725… as 8/255."""
+    plain = f"{value:g}" if isinstance(value, float) else str(value)
+    return pixels(value) if isinstance(value, float) and len(plain) > 5 else plain
+
+
+def _plain(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it, with the parts of the fingerprint beside the rest."""
+    found = json.loads(json.dumps(dict(asked)))
+    return (found.pop("fingerprint", None) or {}) | found
+
+
+class Ledger:
+    """A folder `PATH.unfinished` with one file for each finished batch of each attack.
+
+    Args:
+        path: where the result will go.
+        question: all that decides the result. A ledger of another question is not touched, unless nothing in it is
+            finished.
+
+    Raises:
+        ValueError: an unfinished evaluation of another question is there.
+    """
+
+    def __init__(self, path: str | Path, question: dict[str, Any]):
+        self.folder = with_ending(path, ".unfinished")
+        file = self.folder / "question.json"
+        # (Pieces without their question are what a removal of the folder left that was itself interrupted.)
+        if not file.exists() or not self.finished:
+            self.discard()
+        elif other := differences(json.loads(file.read_text()), question):
+            raise ValueError(
+                f"{self.folder} holds an unfinished evaluation in which other things were asked. Different are: "
+                f"{'; '.join(other)}. Repeat that command to finish it, choose another --out, or delete the folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(question, indent=2).encode())
+
+    @property
+    def finished(self) -> int:
+        """Batches that are not computed again."""
+        return sum(not file.name.startswith(".") for file in self.folder.glob("*.npz"))
+
+    def _file(self, name: str, first: int) -> Path:
+        return self.folder / f"{split(0, name):016x}-{first}.npz"
+
+    def read(self, name: str, first: int) -> Scores | None:
+        """The batch from image `first` under the attack of this name, if it was finished."""
+        file = self._file(name, first)
+        if not file.exists():
+            return None
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                facts = json.loads(str(arrays["facts"]))
+                return Scores(**{key: arrays[key] for key in (*ARRAYS, "x_adv")}, **facts)
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):  # damaged, or of an earlier version
+            return None
+
+    def write(self, name: str, first: int, part: Scores) -> None:
+        facts = {key: getattr(part, key) for key in ("name", *FIELDS)}
+        arrays = {key: getattr(part, key) for key in (*ARRAYS, "x_adv")}
+        with written_whole(self._file(name, first)) as file:
+            np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
+
+    def discard(self) -> None:
+        """The result is saved: the pieces are not needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def discard_if_empty(self) -> None:
+        """Nothing was finished: the next evaluation finds the place free."""
+        if not self.finished:
+            self.discard()
+
+
+class AnotherQuestion(ValueError):
+    """The result that is saved at a place is one of something else."""
+
+    def __init__(self, out: Path, different: list[str]):
+        super().__init__(
+            f"{with_ending(out, '.npz')} is there already, and is an evaluation of something else. Different are: "
+            f"{'; '.join(different)}. Choose another --out, or move it away"
+        )
+
+
+def refuse_to_overwrite(out: str | Path, asked: Mapping[str, Any]) -> None:
+    """Raise AnotherQuestion if at `out` there is the result of another question."""
+    facts = Result.saved_facts(out)
+    if facts is None:
+        return
+    other = differences(question(facts), asked) if "fingerprint" in facts else ["it does not say what it is of"]
+    if other:
+        raise AnotherQuestion(Path(out), other)
+
+
+def saved_result(out: str | Path, asked: Mapping[str, Any], rows: Int[np.ndarray, " n"] | None) -> Result | None:
+    """The result of this question that is saved at `out`, if there is one.
+
+    Args:
+        rows: of the images in their data set, where the caller gave them.
+
+    Raises:
+        AnotherQuestion: the result there is one of something else.
+    """
+    refuse_to_overwrite(out, asked)
+    if not with_ending(out, ".npz").exists():
+        return None
+    result = Result.load(out)
+    if rows is not None and result.rows is not None and not np.array_equal(rows, result.rows):
+        raise AnotherQuestion(Path(out), ["the rows of the images in their data set"])
+    return result
+
+
+def computed(out: str | Path, asked: dict[str, Any], scored: Callable[[Ledger], Result]) -> Result:
+    """The result of `scored`, with a ledger beside `out` meanwhile, saved there.
+
+    Raises:
+        AnotherQuestion: a result of something else is there. Locked: another process evaluates into `out`.
+    """
+    out = with_ending(out, "")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    instead = "wait for its end, or choose another --out"
+    with locked(out.with_name(f".{out.name}.lock"), f"evaluating into {out}", instead):
+        refuse_to_overwrite(out, asked)
+        ledger = Ledger(out, asked)
+        try:
+            result = scored(ledger)
+        except BaseException:
+            ledger.discard_if_empty()
+            raise
+        result.save(out)
+        ledger.discard()
+    return result

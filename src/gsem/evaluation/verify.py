@@ -1,0 +1,123 @@
+"""Saved adversarial examples judged again, by nothing but the model: bounds, labels, fresh draws."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gsem._text import with_rows
+from gsem.evaluation.result import Result, Scores
+from gsem.nn.contract import ImagesLike, LabelsLike, checked
+from gsem.nn.gsem import noise
+from gsem.nn.predict import answers
+from gsem.rng import split
+
+# A check that is right should fail once in a thousand attacks: draws differ between two judgements.
+CHANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One attack's examples, judged again."""
+
+    name: str
+    saved: float
+    """Expected accuracy that the result holds, 0 to 1."""
+    again: float
+    """On fresh draws."""
+    problems: list[str]
+    """What does not hold, a sentence each; none if all does."""
+
+
+def verify(
+    result: Result,
+    model: nn.Module,
+    x: ImagesLike,
+    y: LabelsLike,
+    *,
+    draws: int = 100,
+    seed: int = 1,
+) -> list[Verified]:
+    """Judge the adversarial examples of a result again, on draws that the evaluation has not used.
+
+    Checked for each attack: the points lie in [0, 1] and, of bounded attacks, within eps of `x`; the distances are
+    those saved; the images are those of the result (labels, and clean points equal to x); the expected accuracy on
+    fresh draws is the saved one, but for chance.
+
+    Args:
+        result: of `evaluate(..., keep_images=True)`, loaded or not.
+        model, x, y: what was evaluated, tensors or numpy arrays.
+        draws: fresh draws per image (one if the model was deterministic).
+        seed: of these draws; they are disjoint from the evaluation's whatever its seed was.
+
+    Raises:
+        ValueError: the result keeps no images, or is of another number or shape of images.
+    """
+    model, x, y, _ = checked(model, x, y, eps=result.facts["eps"], norm=result.facts["norm"])
+    if any(s.x_adv is None for s in result.scores):
+        raise ValueError("the result holds no adversarial examples: evaluate with --keep-images (keep_images=True)")
+    if tuple(result.scores[0].x_adv.shape) != tuple(x.shape):  # type: ignore[union-attr]
+        raise ValueError(f"the result is of images {result.scores[0].x_adv.shape}, not {tuple(x.shape)}")  # type: ignore[union-attr]
+    return [_judged(result, scores, model, x, y, draws, seed) for scores in result.scores]
+
+
+def _judged(result: Result, scores: Scores, model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int) -> Verified:
+    x_adv = torch.from_numpy(scores.x_adv).to(x.device)
+    problems = _out_of_bounds(result, scores, x_adv, x)
+    if not np.array_equal(result.y, y.cpu().numpy()):
+        problems.append(f"{int((result.y != y.cpu().numpy()).sum())} labels differ from the saved ones")
+    several = len(result.facts["noise"]) > 1
+    as_then: AbstractContextManager[None] = nullcontext()
+    if several:
+        frozen = result.facts["seed"] if scores.noise == "frozen" else None
+        as_then = noise(model, scores.noise, seed=frozen)  # type: ignore[arg-type]
+    count = draws if result.facts["stochastic"] and scores.noise == "fresh" else 1
+    with as_then:
+        found = answers(model, x_adv, draws=count, seed=split(seed, "verify", scores.name))
+    right = (found == y).double().mean(0).cpu().numpy()
+    saved = scores.correct / result.draws_of(scores)
+    gap = float(right.mean() - saved.mean())
+    allowed = _allowed(saved, right, result.draws_of(scores), count)
+    if abs(gap) > allowed:
+        problems.append(
+            f"expected accuracy is {right.mean():.2%}, saved is {saved.mean():.2%}: chance explains {allowed:.2%}"
+        )
+    problems = [with_rows(problem, result.rows) for problem in problems]
+    return Verified(scores.name, float(saved.mean()), float(right.mean()), problems)
+
+
+def _out_of_bounds(result: Result, scores: Scores, x_adv: Tensor, x: Tensor) -> list[str]:
+    """In float64, by its own arithmetic: nothing is taken from the attacks."""
+    problems = []
+    if not bool(((x_adv >= 0) & (x_adv <= 1)).all()):
+        outside = ~((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+        problems.append(f"image {int(outside.nonzero()[0])} leaves [0, 1]")
+    offset = (x_adv.double() - x.double()).flatten(1)
+    linf, l2 = offset.abs().amax(1), offset.square().sum(1).sqrt()
+    eps, norm = result.facts["eps"], result.facts["norm"]
+    size = linf if norm == "Linf" else l2
+    far = size > eps * (1 + 1e-5) + 1e-6
+    if scores.bounded and bool(far.any()):
+        image = int(far.nonzero()[0])
+        problems.append(f"image {image} lies {float(size[image]):.6g} away ({norm}), farther than eps = {eps:.6g}")
+    for name, ours, theirs in (("linf", linf, scores.linf), ("l2", l2, scores.l2)):
+        wrong = np.abs(ours.cpu().numpy() - theirs) > 1e-4 * (1 + np.abs(theirs))
+        if wrong.any():
+            problems.append(f"the saved {name} distance of image {int(wrong.argmax())} is not that of its point")
+    if scores.name.partition("@")[0] == "clean" and bool((linf > 0).any()):
+        problems.append("the clean images are not those given: is --data, or --images, another?")
+    return problems
+
+
+def _allowed(saved: np.ndarray, again: np.ndarray, draws: int, count: int) -> float:
+    """The largest difference of the two means that chance leaves, but for one case in a thousand."""
+    if draws == 1 and count == 1:
+        # A deterministic model: rounding in another batch size may turn a point that lies on the boundary.
+        return 1 / len(saved)
+    from scipy import stats  # here, since it takes most of a second to import
+
+    p = (saved * draws + again * count) / (draws + count)
+    spread = np.sqrt((p * (1 - p)).sum() * (1 / draws + 1 / count)) / len(saved)
+    return float(stats.norm.ppf(1 - CHANCE / 2) * spread) + 0.5 / len(saved)

@@ -1,0 +1,477 @@
+"""The search twin: what an attack differentiates instead of the model, because it is several times faster.
+
+In eval mode BatchNorm is an affine map: it is folded into the convolution before it, once per refresh instead of
+at every pass. The twin runs channels-last, in float32 or, for gradient *directions* only, in bf16.
+"""
+
+import copy
+import operator
+import pickle
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, fx, nn
+
+from gsem.nn.gsem import GSeM, IntegerNoise
+
+# Where the largest element of a logit gradient is brought on an fp16 twin. As it is, the cross-entropy of a confident
+# image has a gradient below fp16's smallest number, 6e-8, and all of it would be 0. Up to fp16's largest number, 65504,
+# there is room for a growth of 255 on the way back to the image.
+FP16_TARGET = 256.0
+
+
+def _affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """(scale, shift) of a BatchNorm in eval mode."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = torch.rsqrt(bn.running_var + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight
+    shift = -bn.running_mean * scale
+    return scale, shift if bn.bias is None else shift + bn.bias
+
+
+class _Mirror(nn.Module):
+    """A part of the twin that holds tensors computed from the model's."""
+
+    def __init__(self, *source: nn.Module | None):
+        super().__init__()
+        # Out of nn.Module's sight: the model's parameters are not the twin's.
+        self.__dict__["source"] = source
+
+    def store(self, **tensors: Tensor) -> None:
+        # In place after the first time: a compiled or captured twin keeps its addresses.
+        for name, value in tensors.items():
+            former = self._buffers.get(name)
+            if former is None:
+                self.register_buffer(name, value.clone(), persistent=False)
+            else:
+                former.copy_(value)
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        raise RuntimeError("every mirror says how it is refreshed")
+
+
+class _Enlarge(torch.autograd.Function):
+    """The identity on logits forward. Backward, each image's gradient is multiplied by a power of two that brings its
+    largest element, over the draws, near `FP16_TARGET`; the factors [images] are left in `held`."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, images: int, held: list[Tensor]) -> Tensor:
+        ctx.images, ctx.held = images, held
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        of_draws = grad.unflatten(0, (-1, ctx.images))
+        largest = of_draws.abs().amax((0, 2)).clamp_min(1e-30)
+        factor = torch.exp2(torch.floor(torch.log2(FP16_TARGET / largest)))
+        ctx.held[:] = [factor]
+        return (of_draws * factor[:, None]).flatten(0, 1), None, None
+
+
+class _Reduce(torch.autograd.Function):
+    """The identity on images forward; backward, it takes the factors of `_Enlarge` out of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, held: list[Tensor]) -> Tensor:
+        ctx.held = held
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.held[0][:, None, None, None], None
+
+
+def _weight(value: Float[Tensor, "o i h w"], dtype: torch.dtype) -> Tensor:
+    return value.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+class _Conv(_Mirror):
+    """A convolution with the BatchNorm behind it folded in."""
+
+    source: tuple[nn.Conv2d, nn.BatchNorm2d | None]
+    weight: Tensor
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        conv, bn = self.source
+        weight, bias = conv.weight, conv.bias
+        if bn is not None:
+            scale, shift = _affine(bn)
+            weight = weight * scale[:, None, None, None]
+            bias = shift if bias is None else shift + bias * scale
+        self.store(weight=_weight(weight, dtype))
+        if bias is not None:
+            self.store(bias=bias.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The source knows its stride, groups and padding mode; only its weights are replaced.
+        return self.source[0]._conv_forward(x, self.weight, self._buffers.get("bias"))
+
+
+class _Affine(_Mirror):
+    """A BatchNorm with no convolution of its own before it."""
+
+    source: tuple[nn.BatchNorm2d]
+    scale: Tensor
+    shift: Tensor
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        scale, shift = _affine(self.source[0])
+        self.store(scale=scale[:, None, None].to(dtype), shift=shift[:, None, None].to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+class _Fuse(torch.autograd.Function):
+    """conv3x3([x, k]) whose gradient with respect to x is one convolution with `back`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, k: Tensor, weight: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return F.conv2d(torch.cat([x, k], dim=1), weight, padding=1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return F.conv_transpose2d(grad, back, padding=1), None, None, None
+
+
+class _FoldedGSeM(_Mirror):
+    """GSeM in one convolution: mapping (1×1), fusion (3×3) and BatchNorm are linear, so their product is taken.
+
+    It reads the integers levels · q, which bf16 holds exactly, instead of q. Backward, the two pathways of the
+    corrected gradient run through the same convolution, so their weights are added first: half the work. The
+    semi-masked gradient takes the straight-through pathway's weights alone.
+    """
+
+    source: tuple[GSeM]
+    weight: Tensor
+    own: Tensor
+    """The part of `weight` that meets the noise."""
+    back: Tensor
+    mapped: Tensor
+    bias: Tensor
+    shift: Tensor
+
+    def __init__(self, module: GSeM):
+        super().__init__(module)
+        self.offsets = module.offsets  # shared: gsem.noise acts on model and twin together
+        self.draws = 1
+        """Draws of the noise that every image is answered with: the output has so many times the rows."""
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        (module,) = self.source
+        scale, shift = _affine(module.bn)
+        fusion = module.conv2.weight * scale[:, None, None, None]
+        straight, mapped = fusion.chunk(2, dim=1)
+        mapping = module.conv1.weight[:, :, 0, 0]
+        through = torch.einsum("omhw,mi->oihw", mapped, mapping)
+        assert module.conv1.bias is not None
+        self.store(
+            weight=_weight(torch.cat([straight, through / module.levels], dim=1), dtype),
+            own=_weight(through / module.levels, dtype),
+            back=_weight(straight if module.masks else straight + through, dtype),
+            # The mapping's bias reaches the output through a zero-padded convolution: less of it at the border.
+            mapped=mapped.contiguous(),
+            bias=module.conv1.bias[None, :, None, None],
+            shift=shift[None, :, None, None],
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            bias = self.bias.expand(-1, -1, *x.shape[2:])
+            bias = (F.conv2d(bias, self.mapped, padding=1) + self.shift).to(x.dtype)
+            k = self.source[0].integers(x) if self.draws == 1 else self.source[0].levelled(x)
+        out = _Fuse.apply(x, k, self.weight, self.back) + bias
+        if self.draws > 1:
+            # The convolution is linear: what the draws share is computed once, forward and (autograd sums over the
+            # draws first) backward; each draw adds the convolution of its own noise.
+            with torch.no_grad():
+                n = self.offsets(x.new_empty((self.draws * len(x), *x.shape[1:])))
+                noise = F.conv2d(n, self.own, padding=1)
+                noise = noise.view(-1, *out.shape) if len(n) > 1 else noise  # (frozen, or off: one for all)
+            out = (out + noise).expand(self.draws, *out.shape).flatten(0, 1)
+        return F.mish(out)
+
+
+class _Other(_Mirror):
+    """Any other module with parameters or buffers: a copy in eval mode, cast."""
+
+    source: tuple[nn.Module]
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        super().__init__(module)
+        self.copy = copy.deepcopy(module).to(dtype).eval().requires_grad_(False)
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        _copy_state(self.source[0], self.copy)
+
+    def forward(self, *args, **kwargs):
+        return self.copy(*args, **kwargs)
+
+
+class _Held(_Mirror):
+    """Parameters and buffers that the model's own forward reads directly."""
+
+    source: tuple[nn.Module]
+
+    def __init__(self, model: nn.Module, targets: list[str], constants: dict[str, Tensor]):
+        super().__init__(model)
+        self.targets, self.constants = targets, constants
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        for number, target in enumerate(self.targets):
+            value: Any = self.source[0]
+            for part in target.split("."):
+                value = self.constants[target] if target in self.constants else getattr(value, part)
+            self.store(**{f"t{number}": value.to(dtype) if value.is_floating_point() else value})
+
+
+def _copy_state(source: nn.Module, target: nn.Module) -> None:
+    values = [*source.parameters(), *source.buffers()]
+    for former, value in zip([*target.parameters(), *target.buffers()], values, strict=True):
+        former.copy_(value)
+
+
+class _Eager(_Mirror):
+    """The model itself in eval mode, for one that cannot be traced: nothing is folded."""
+
+    source: tuple[nn.Module]
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__(model)
+        self.dtype, self.low = dtype, dtype in (torch.bfloat16, torch.float16)
+        self.copy = copy.deepcopy(model).to(torch.float32 if self.low else dtype).eval()
+        for parameter in self.copy.parameters():  # (a TorchScript module has no requires_grad_, and its copy no leaves)
+            parameter.detach_()
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        _copy_state(self.source[0], self.copy)
+        for ours, theirs in zip(self.copy.modules(), self.source[0].modules(), strict=True):
+            if isinstance(ours, GSeM) and isinstance(theirs, GSeM):
+                ours.offsets, ours.gradient = theirs.offsets, theirs.gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype) if self.low else nullcontext():
+            return self.copy(x.float() if self.low else x)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, GSeM) or super().is_leaf_module(m, module_qualified_name)
+
+
+@contextmanager
+def _eval_flags(model: nn.Module) -> Iterator[None]:
+    training = {m: m.training for m in model.modules()}
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m, flag in training.items():
+            m.training = flag
+
+
+def _is_foldable(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+
+
+def _mirror(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> nn.Module:
+    if isinstance(source, GSeM):
+        return _FoldedGSeM(source)
+    if type(source) is nn.Conv2d:
+        return _Conv(source, behind if isinstance(behind, nn.BatchNorm2d) and _is_foldable(behind) else None)
+    if _is_foldable(source):
+        return _Affine(source)
+    if next(source.parameters(), None) is not None or next(source.buffers(), None) is not None:
+        return _Other(source, dtype)
+    return copy.deepcopy(source).eval()
+
+
+def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The model's graph and the constants that its forward makes; the model and torch's stream are as before.
+
+    Raises:
+        ValueError: the graph would not answer as the model does.
+    """
+    for name, m in model.named_modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            raise ValueError(f"{name or 'it'} has hooks, which a folded layer would not call")
+    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    attributes = set(vars(model))
+    with _eval_flags(model), torch.random.fork_rng(devices=devices):
+        chance = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        others = random.getstate(), np.random.get_state()
+        try:
+            graph = _Tracer().trace(model)
+        finally:
+            # fx hangs them on the model.
+            constants = {name: model.__dict__.pop(name) for name in set(vars(model)) - attributes}
+        drawn = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        after = random.getstate(), np.random.get_state()
+        same = all(map(torch.equal, chance, drawn)) and pickle.dumps(others) == pickle.dumps(after)
+        random.setstate(others[0])
+        np.random.set_state(others[1])
+    if not same:
+        raise ValueError("its forward draws random numbers, of which tracing would keep one draw for ever")
+    return graph, constants
+
+
+def _relu(x: Tensor) -> Tensor:
+    return x.relu_()
+
+
+def _add(x: Tensor, other: Tensor) -> Tensor:
+    return x.add_(other) if x.shape == other.shape and x.dtype == other.dtype else x + other
+
+
+RELUS = (F.relu, torch.relu)
+ADDS = (operator.add, torch.add)
+
+
+def _reuse_memory(graph: fx.Graph, root: nn.Module) -> None:
+    """Let ReLUs and residual sums overwrite what nobody else reads: an eighth of a small network's forward pass.
+
+    Only fresh outputs that no backward pass needs are overwritten: those of convolutions, affine maps and sums.
+    """
+    owned = set()
+    for node in graph.nodes:
+        part = root.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(part, _Conv | _Affine):
+            owned.add(node)
+        first = node.args[0] if node.args else None
+        free = isinstance(first, fx.Node) and first in owned and len(first.users) == 1
+        if node.op == "call_function" and node.target in ADDS and len(node.args) == 2 and not node.kwargs:
+            owned.add(node)
+            other = node.args[1]
+            if isinstance(other, fx.Node) and other is not first:
+                if not free and other in owned and len(other.users) == 1:
+                    node.args, free = (other, first), isinstance(first, fx.Node)
+                node.target = _add if free else node.target
+        elif (type(part) is nn.ReLU or (node.op == "call_function" and node.target in RELUS)) and free:
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.call_function(_relu, (first,)))
+            graph.erase_node(node)
+
+
+def _traced(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, _FoldedGSeM | None]:
+    """The model's graph with each module replaced by its mirror, and its gate; `model` itself is only read."""
+    modules = dict(model.named_modules())
+    graph, constants = _graph(model)
+    root = nn.Module()
+    held = [node for node in graph.nodes if node.op == "get_attr"]
+    absorbed = set()  # each a BatchNorm that went into the convolution before it
+    for number, node in enumerate(graph.find_nodes(op="call_module")):
+        if node in absorbed:
+            continue
+        source = modules[node.target]
+        users = list(node.users)
+        behind = modules.get(users[0].target) if len(users) == 1 and users[0].op == "call_module" else None
+        if type(source) is nn.Conv2d and _is_foldable(behind):
+            users[0].replace_all_uses_with(node)
+            graph.erase_node(users[0])
+            absorbed.add(users[0])
+        name = f"part{number}"
+        root.add_module(name, _mirror(source, behind, dtype))
+        node.target = name
+    _reuse_memory(graph, root)
+    holder = _Held(model, [node.target for node in held], constants)
+    with torch.no_grad():
+        holder.refresh(dtype)
+    root.add_module("held", holder)
+    for number, node in enumerate(held):
+        node.target = f"held.t{number}"
+    twin = fx.GraphModule(root, graph)
+    twin.add_module("held", holder)
+    return twin, _gate(graph, root)
+
+
+def _gate(graph: fx.Graph, root: nn.Module) -> _FoldedGSeM | None:
+    """The first GSeM, if all that comes before it reaches the rest of the network through it alone."""
+    before: list[fx.Node] = []
+    for node in graph.nodes:
+        part = root.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(part, _FoldedGSeM):
+            once = sum(other.target == node.target for other in graph.nodes) == 1
+            return part if once and all(set(early.users) <= {*before, node} for early in before) else None
+        if node.op != "get_attr":
+            before.append(node)
+    return None
+
+
+class SearchTwin(nn.Module):
+    """See `search_twin`. Images [b, c, h, w] in [0, 1] → logits [b, k] in float32 (float64 for a float64 twin)."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        try:
+            self.graph, self.gate = _traced(model, dtype)
+        except Exception as error:  # whatever a stranger's forward may raise when its input is symbolic
+            warnings.warn(
+                f"search_twin runs {type(model).__name__} as it is, unfolded and slower, because it cannot be "
+                f"traced: {type(error).__name__}: {error}",
+                stacklevel=3,
+            )
+            self.graph, self.gate = _Eager(model, dtype), None
+        self.requires_grad_(False)
+        for part in self.modules():
+            if not isinstance(part, IntegerNoise):  # the noise is the model's own, its flag too
+                part.training = False
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the model's parameters, BatchNorm statistics and gradient setting again."""
+        for part in self.modules():
+            if isinstance(part, _Mirror):
+                part.refresh(self.dtype)
+
+    def compile_graph(self) -> None:
+        """Let torch.compile run what was folded. The first pass of every shape and number of draws takes minutes."""
+        self.graph = cast(nn.Module, torch.compile(self.graph))
+
+    def train(self, mode: bool = True) -> "SearchTwin":
+        return self  # a twin is eval-time by definition
+
+    def logits_of_draws(self, x: Float[Tensor, "b c h w"], count: int) -> Float[Tensor, "n k"]:
+        """Logits [count · b, k] of `count` draws of the noise on the same images: all of the first draw, then all of
+        the second, …, as `x.repeat(count, 1, 1, 1)` gives. What comes before the first noise is computed once."""
+        if self.gate is None:
+            return self(x.repeat(count, 1, 1, 1))
+        self.gate.draws = count
+        try:
+            return self(x)
+        finally:
+            self.gate.draws = 1
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        if self.dtype != torch.float16:
+            logits = self.graph(x.to(dtype=self.dtype, memory_format=torch.channels_last))
+            return logits if self.dtype == torch.float64 else logits.float()
+        held: list[Tensor] = []
+        images = _Reduce.apply(x, held).to(dtype=self.dtype, memory_format=torch.channels_last)
+        return _Enlarge.apply(self.graph(images).float(), len(x), held)
+
+
+def search_twin(model: nn.Module, dtype: torch.dtype = torch.float32) -> SearchTwin:
+    """A fast stand-in for `model` in eval mode, for attacks to differentiate with respect to images.
+
+    BatchNorm is folded, GSeM is one convolution, the layout is channels-last; the mode of `model` and its
+    parameters are not changed, and the twin's do not require gradients. In float32 its logits agree with the
+    model's to rounding. In bf16 it gives gradient directions for PGD and APGD, nothing else: decisions belong to
+    the model. It shares the noise of the model's GSeMs (`gsem.noise` on either acts on both). After the model's
+    weights, statistics or `gradient` setting change, call `.refresh()`.
+
+    Any torch model works: one that torch.fx cannot trace runs as it is, with a warning.
+    """
+    return SearchTwin(model, dtype)

@@ -1,0 +1,111 @@
+"""A model from what a user names: a run directory, a checkpoint, a published state dict, or a function."""
+
+import importlib
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gsem._io import BEST, LAST, part, read_checkpoint, read_facts
+from gsem.nn.models import create_model, load_published
+
+
+def _checkpoint_of(path: Path) -> Path | None:
+    if not path.is_dir():
+        return path if path.suffix == ".safetensors" else None
+    if (path / BEST).is_file():
+        return path / BEST
+    if not (path / LAST).is_file():
+        raise FileNotFoundError(f"{path} holds no {BEST}: it is no finished run of gsem train")
+    warnings.warn(f"{path} holds no {BEST} (the best epoch's weights): {LAST} is taken", stacklevel=3)
+    return path / LAST
+
+
+def _of_this_run(path: Path, checkpoint: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's facts, with what the run directory knows of where the data lie.
+
+    Raises:
+        ValueError: the checkpoint is of another run than recipe.json.
+    """
+    if not (path / "recipe.json").is_file():
+        return meta
+    facts = read_facts(path)
+    then, now = meta["recipe"], facts["recipe"]
+    differ = [key for key in then if key in now and then[key] != now[key]]
+    differ += [f"model.{key}" for key in meta["model"] if meta["model"][key] != facts["model"].get(key)]
+    then, now = meta["data"], facts["data"]
+    differ += [
+        f"data.{k}" for k in ("classes", "shape", "images", "labels") if k in then and k in now and then[k] != now[k]
+    ]
+    if differ:
+        raise ValueError(
+            f"{checkpoint} is of another run than {path / 'recipe.json'} ({', '.join(differ)} differ): put the right "
+            f"file there, or name the checkpoint itself, {shlex.quote(str(checkpoint))}, to take it as it is"
+        )
+    return meta | {key: facts[key] for key in ("data", "places") if key in facts}
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    name: str | None = None,
+    num_classes: int = 10,
+    levels: int = 6,
+    noise: int = 4,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model in eval mode, and what its checkpoint says of model and data (empty without a checkpoint).
+
+    Args:
+        spec: a run directory (its best checkpoint; where there is none, its last, with a warning), a `.safetensors`
+            checkpoint, a published `.pt` state dict (then `name`, `num_classes`, `levels` and `noise` say what it
+            is), or `package.module:function`, a function without arguments that returns the model.
+
+    Raises:
+        FileNotFoundError, ValueError: naming what was not found, or not understood; a run directory with the
+            checkpoint of another run.
+    """
+    path = Path(spec)
+    if path.exists() or path.suffix in (".safetensors", ".pt", ".pth"):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {path}")
+        checkpoint = _checkpoint_of(path)
+        if checkpoint is None:
+            if path.suffix not in (".pt", ".pth"):
+                raise ValueError(f"{path} is no run directory, no .safetensors checkpoint and no published .pt")
+            if name is None:
+                raise ValueError(f"{path} does not say what model it is: give its name (see `gsem models`)")
+            published = load_published(path, name=name, num_classes=num_classes, levels=levels, noise=noise)
+            return published.eval(), {}
+        tensors, meta = read_checkpoint(checkpoint)
+        if path.is_dir():
+            meta = _of_this_run(path, checkpoint, meta)
+        model = create_model(**meta["model"])
+        # A `last` checkpoint carries averaged weights beside the raw ones; they are the model.
+        model.load_state_dict(part(tensors, "ema") or part(tensors, "model"))
+        return model.eval(), meta
+    if ":" in str(spec):
+        return _from_factory(str(spec)).eval(), {}
+    raise FileNotFoundError(
+        f"{str(spec)!r} is no run directory, checkpoint or published .pt that exists here, and no "
+        "package.module:function"
+    )
+
+
+def _from_factory(spec: str) -> nn.Module:
+    module, _, function = spec.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)  # the caller's own files, as `python -m` would find them
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot take a model from {spec!r}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    made = make if isinstance(make, nn.Module) else make()
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{spec!r} returned a {type(made).__name__}, not a torch.nn.Module")
+    return made

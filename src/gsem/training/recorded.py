@@ -1,0 +1,168 @@
+"""What a run records of its data, and how they are found again: from another directory, or after a move."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gsem._fingerprint import data_fingerprint
+from gsem.data import SOURCES, Source, Split, load
+from gsem.data.download import ROOT
+from gsem.training.recipes import Recipe
+
+# Of a field of the recipe: the absolute path, and the path from the run directory.
+Places = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a training, and what the run records of them."""
+
+    source: Source
+    recipe: Recipe
+    """As the run records it: data passed in Python are called by their own name."""
+    passed: bool
+    """Whether they were passed in Python, as `data=`: no name or path leads to them."""
+    places: Places
+    extra: str | None
+    """The file of the additional images."""
+    run: Path
+    then: Mapping[str, Any] | None = None
+    """What the run that is resumed recorded of its data."""
+
+    def read(self, seed: int) -> tuple[Split, Split, dict[str, Any]]:
+        """Training and validation images, and what the run records: name, classes, shape, hashes, whether passed.
+
+        Raises:
+            ValueError: the run that is resumed was trained on others.
+        """
+        s = self.source
+        found: dict[str, Any] = {"name": s.name, "classes": list(s.classes), "shape": list(s.shape), "eps": s.eps}
+        if s.read_train is not None:
+            # Of the whole part as it was read, so that the hash is that of the data, whatever is held out of them.
+            whole = s.read_train()
+            found |= data_fingerprint((whole.x, whole.y))
+            s = replace(s, read_train=lambda: whole)
+        if self.then is not None:
+            check_same(self.then, found, self.run)
+        return *s.training(seed), found | {"passed": self.passed}
+
+
+def training_data(recipe: Recipe, data: Source | None, former: Mapping[str, Any] | None, run: Path) -> TrainingData:
+    """Find the data of a new run, or those of the run that is resumed.
+
+    Args:
+        data: passed by the caller, instead of what the recipe names.
+        former: the run's recipe.json, where the run is resumed.
+        run: the run directory.
+
+    Raises:
+        ValueError, FileNotFoundError: they are not found; the message says where they were looked for.
+    """
+    if former is None:
+        source = data or load(recipe.data, recipe.data_path)
+        if data is not None:
+            recipe = replace(recipe, data=data.name, data_path=None)
+        places = places_of(None if data else recipe.data, recipe.data_path, run, recipe.extra_data)
+        return TrainingData(source, recipe, data is not None, places, recipe.extra_data, run)
+    then = former["recipe"]
+    places, passed = former.get("places", {}), former["data"].get("passed", False)
+    extra = recipe.extra_data and _located("extra_data", recipe.extra_data, places, run)
+    # Where data lie may change; what they are called in the run, and what it is compared by, does not.
+    as_then = replace(recipe, data=then["data"], data_path=then.get("data_path"))
+    if data is None and as_then != recipe:
+        source = load(recipe.data, recipe.data_path)
+        passed, places = False, places_of(recipe.data, recipe.data_path, run, extra)
+    else:
+        source = data or find(former, run)
+        found = {field: _located(field, was[0], places, run, needed=False) for field, was in places.items()}
+        places = {field: _place(path, run) for field, path in found.items()}
+    return TrainingData(source, as_then, passed, places, extra, run, former["data"])
+
+
+def find(facts: Mapping[str, Any], run: Path) -> Source:
+    """The data that a run was trained on.
+
+    Args:
+        facts: its recipe.json, or what its checkpoint holds.
+        run: its directory.
+
+    Raises:
+        ValueError, FileNotFoundError: they are not found, or are others; the message says where they were looked
+            for and that --data (data= in Python) helps.
+    """
+    recipe, data = facts["recipe"], facts["data"]
+    if data.get("passed"):
+        raise ValueError(
+            f"{run} was trained on data that were passed in Python ({described(data)}), which no name leads to: "
+            "give them by --data (in Python: data=)"
+        )
+    source = find_named(recipe["data"], recipe.get("data_path"), facts.get("places", {}), run)
+    check_same(data, {"classes": list(source.classes), "shape": list(source.shape)}, run)
+    return source
+
+
+def find_named(name: str, root: str | None, places: Places, folder: Path) -> Source:
+    """The data set of that name or path, where a path may have been recorded elsewhere.
+
+    Args:
+        name, root: as they were given then (see `gsem.data.load`).
+        places: recorded then by `places_of`, for files in `folder`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `find`.
+    """
+    if name not in SOURCES or "data" in places:
+        return load(_located("data", name, places, folder))
+    if root is None and "data_path" not in places:
+        return load(name)
+    # (Of a data set that can be downloaded the folder may be missing.)
+    return load(name, _located("data_path", root or str(ROOT), places, folder, needed=name in ("folder", "npz")))
+
+
+def described(data: Mapping[str, Any]) -> str:
+    """`mine: images [1, 8, 8], 2 classes`."""
+    name = f"{data['name']}: " if "name" in data else ""
+    return f"{name}images {list(data['shape'])}, {len(data['classes'])} classes"
+
+
+def check_same(then: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> None:
+    """Raise a ValueError if these are not the data of the run. What one of both does not record is not compared."""
+    words = {"shape": "their shape", "classes": "their classes", "images": "the images", "labels": "their labels"}
+    other = [word for key, word in words.items() if key in then and key in now and then[key] != now[key]]
+    if other:
+        raise ValueError(
+            f"{run} was trained on other data ({described(then)}): {', '.join(other)} "
+            f"differ{'s' if len(other) == 1 and other[0] == 'their shape' else ''}. "
+            "Give the data of the run by --data (in Python: data=)"
+        )
+
+
+def places_of(name: str | None, root: str | None, folder: Path, extra: str | None = None) -> Places:
+    """Where data lie now that were given by name or path: to be kept by files in `folder`."""
+    named = name in SOURCES
+    told = {"data": None if named else name, "data_path": (root or str(ROOT)) if named else None, "extra_data": extra}
+    there = {field: path for field, path in told.items() if path is not None and Path(path).expanduser().exists()}
+    return {field: _place(path, folder) for field, path in there.items()}
+
+
+def _place(path: str, folder: Path) -> list[str]:
+    absolute = Path(path).expanduser().absolute()
+    return [str(absolute), os.path.relpath(absolute, folder.absolute())]
+
+
+def _located(field: str, told: str, places: Places, folder: Path, *, needed: bool = True) -> str:
+    """The first that exists of: where it was, where it lies seen from the folder, and what was given."""
+    absolute, *beside = places.get(field, [told])
+    tried = list(dict.fromkeys(os.path.normpath(p) for p in (absolute, *(str(folder / b) for b in beside), told)))
+    for path in tried:
+        if Path(path).expanduser().exists():
+            return path
+    if not needed:
+        return told
+    what = "additional images" if field == "extra_data" else "data"
+    raise FileNotFoundError(
+        f"the {what} of {folder} are not found. Looked for: {', '.join(tried)} (from {Path.cwd()}). "
+        f"Say where they are by --{field.replace('_', '-')}"
+    )

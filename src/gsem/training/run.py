@@ -1,0 +1,171 @@
+"""What a training leaves behind, what it tells while it runs, and how it ends before its end."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gsem._fingerprint import model_fingerprint
+from gsem._io import BEST, LAST, read_checkpoint_facts, read_facts
+from gsem._text import percent
+from gsem.nn.load import load_model
+from gsem.training.recipes import Recipe
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer finite, or exploded; the last good checkpoint is kept."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the step was finished and saved; `gsem.train(recipe, resume=True)` goes on from there."""
+
+    kind: type[KeyboardInterrupt] = KeyboardInterrupt
+    """`gsem._interrupt.Terminated` for SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for whoever shows it."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    """Done and to do, over all rounds."""
+    loss: float
+    images_per_second: float
+    seconds_left: float
+    clean: float | None
+    robust: float | None
+    """Of the last validation, 0 to 1."""
+    best_robust: float | None
+    """Of the best validation so far: above `robust`, it shows robust overfitting."""
+    epoch_ended: bool
+    device: str
+    precision: dict[str, str]
+    """What the run computes in: `precision` of the training passes and `search`, each float32, bf16 or fp16."""
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run directory: `recipe.json`, `metrics.jsonl`, `checkpoints/{last,best}.safetensors`.
+
+    `print(run)` says what was trained, and how accurate its best epoch is.
+    """
+
+    path: Path
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+    """One per epoch: epoch (from 1, over all rounds), loss, clean and robust validation accuracy (0 to 1), …"""
+
+    def __repr__(self) -> str:
+        """The path, the recipe, and the validation accuracies of the best epoch."""
+        recipe, epochs = self.recipe, self.recipe.epochs * self.recipe.rounds
+        done = self.metrics[-1]["epoch"] if self.metrics else 0
+        lines = [f"run {self.path}: {recipe.name}, {recipe.model} on {recipe.data}, seed {recipe.seed}"]
+        if any("robust" in m for m in self.metrics):
+            best = self.best
+            accuracies = f"clean {percent(best['clean']).strip()}, robust {percent(best['robust']).strip()}"
+            lines.append(f"{done} of {epochs} epochs; best: epoch {best['epoch']}, validation {accuracies}")
+        else:
+            lines.append(f"{done} of {epochs} epochs; no epoch is validated yet")
+        return "\n".join(lines)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The metrics of the epoch whose weights are the run's model (see `rank`)."""
+        return max((m for m in self.metrics if "robust" in m), key=lambda m: rank(self.recipe, m))
+
+    def model(self) -> nn.Module:
+        """The model of the best epoch, in eval mode."""
+        return load_model(self.path)[0]
+
+
+def model_meta(recipe: Recipe, *, classes: tuple[str, ...], shape: tuple[int, int, int], eps: float) -> dict:
+    """What a checkpoint says of its model and data."""
+    return {
+        "recipe": recipe.to_dict(),
+        "model": {
+            "name": recipe.model,
+            "num_classes": len(classes),
+            "in_channels": shape[0],
+            "levels": recipe.levels,
+            "noise": recipe.noise,
+            "gradient": recipe.gradient,
+            "quantiser": recipe.quantiser,
+        },
+        "data": {"classes": list(classes), "shape": list(shape), "eps": eps},
+    }
+
+
+def rank(recipe: Recipe, metrics: dict[str, Any]) -> tuple[float, float]:
+    """By what epochs are compared: the most robust is best, of equals the cleanest.
+
+    Many tie on a small validation set. A training without attacks is judged by its clean accuracy: its robust one
+    is highest where nothing was learnt yet.
+    """
+    robust, clean = metrics["robust"], metrics["clean"]
+    return (robust, clean) if recipe.attacked > 0 else (clean, robust)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    file = path / "metrics.jsonl"
+    # A run killed while it wrote leaves half a line at the end, which counts as not written.
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def run_fingerprint(path: Path) -> dict[str, str] | None:
+    """Of the run's model (see `gsem._fingerprint`); None without a checkpoint.
+
+    Raises:
+        ValueError, RuntimeError: the checkpoint is damaged.
+    """
+    file = next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)
+    if file is None:
+        return None
+    known: dict[str, str] | None = read_checkpoint_facts(file).get("fingerprint")
+    return known or model_fingerprint(load_model(file)[0])
+
+
+def resume_recipe(path: Path) -> Recipe:
+    """The recipe of an existing run directory.
+
+    Raises:
+        FileNotFoundError, ValueError: no run there, or one that this version does not know.
+    """
+    return Recipe.from_dict(read_facts(path)["recipe"])
+
+
+def recorded_precision(path: Path, device: torch.device) -> dict[str, str]:
+    """The precision that the run in `path` was started in, by recipe field; empty where there is none recorded.
+
+    Raises:
+        ValueError: fp16 on a device that is not a GPU.
+    """
+    file = path / "recipe.json"
+    recorded = json.loads(file.read_text()).get("precision", {}) if file.is_file() else {}
+    used = {field: choice["used"] for field, choice in recorded.items()}
+    if "fp16" in used.values() and device.type != "cuda":
+        raise ValueError(
+            f"{path} was started in fp16, which only GPUs are fast in: resume it on a GPU, not on {device}"
+        )
+    return used
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    if not wanted:  # torch's switch imports its compiler, which takes a second
+        yield
+        return
+    former = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=former[1])
+        yield
+    finally:
+        torch.use_deterministic_algorithms(former[0], warn_only=former[1])

@@ -1,0 +1,244 @@
+"""One optimizer step of a recipe: augment, attack, perturb the weights, average the gradient over draws, update."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor, nn
+
+from gsem._env import DTYPES, choose_precision, require_float64, warn_if_emulated
+from gsem._io import part
+from gsem.attacks._core import project, random_start
+from gsem.attacks.pgd import climb
+from gsem.data import Source, auto_augment, crop_flip, cutout, to_float
+from gsem.losses import Loss, cross_entropy, divergence_from, mart, trades
+from gsem.nn.folded import SearchTwin, search_twin
+from gsem.rng import generator, reseed, split, stream
+from gsem.training.awp import awp
+from gsem.training.recipes import Recipe
+
+
+def attacked_rows(batch: int, share: float) -> slice | Tensor:
+    """Which rows of a batch are attacked: evenly spread, every second one for one half (as published)."""
+    if share == 1:
+        return slice(None)
+    row = torch.arange(batch, dtype=torch.float64)
+    return (torch.floor((row + 1) * share + 1e-9) > torch.floor(row * share + 1e-9)).nonzero()[:, 0]
+
+
+class Average:
+    """A model whose weights and statistics are an average of another's over its steps.
+
+    Exponential with a warm-up of the decay (EMA), or, from an epoch on, with equal weights (SWA, Izmailov et al.
+    2018; the statistics are averaged like the weights, not estimated anew).
+    """
+
+    def __init__(self, model: nn.Module, averaged: nn.Module, *, decay: float, equal: bool):
+        self.model, self.decay, self.equal = averaged, decay, equal
+        mine = [*averaged.parameters(), *averaged.buffers()]
+        theirs = [*model.parameters(), *model.buffers()]
+        pairs = [(m, t) for m, t in zip(mine, theirs, strict=True) if m.is_floating_point()]
+        self.mine, self.theirs = [m for m, _ in pairs], [t for _, t in pairs]
+
+    @torch.no_grad()
+    def update(self, count: int) -> None:
+        """`count`: averaged steps before this one."""
+        share = 1 / (count + 1) if self.equal else 1 - min(self.decay, (1 + count) / (10 + count))
+        torch._foreach_lerp_(self.mine, self.theirs, share)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class Stepper:
+    """The moving parts of a training: model, average, optimizer, and the twin that attacks search on.
+
+    With `compiled`, torch.compile runs the training passes and the twin. `used` is the precision that the training
+    passes and the search run in: what the recipe's `auto` means on the model's device.
+
+    Raises:
+        ValueError: a precision or an augmentation that the device cannot do.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        eps: float,
+        model: nn.Module,
+        average: Average | None,
+        *,
+        compiled: bool = False,
+    ):
+        self.recipe, self.source, self.eps = recipe, source, eps
+        self.model, self.average = model, average
+        self.device = next(model.parameters()).device
+        if recipe.augment == "autoaugment":
+            require_float64(self.device, "augment autoaugment")
+        self.used = {field: choose_precision(getattr(recipe, field), self.device) for field in ("precision", "search")}
+        warn_if_emulated(self.used.values(), self.device)
+        self.dtype, self.search_dtype = DTYPES[self.used["precision"]], DTYPES[self.used["search"]]
+        self.twin = search_twin(model, self.search_dtype)
+        self.training_pass: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        if compiled:
+            self.twin.compile_graph()
+        self.rows: dict[int, slice | Tensor] = {}
+        self.new_optimizer()
+        self.clear_sums()
+
+    def new_optimizer(self) -> None:
+        r = self.recipe
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=r.lr,
+            momentum=r.momentum,
+            nesterov=r.nesterov,
+            weight_decay=r.weight_decay,
+            fused=self.device.type == "cuda" or None,
+        )
+        # fp16's narrow range needs scaled gradients.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def clear_sums(self) -> None:
+        self.sums = torch.zeros(2, device=self.device)  # loss, steps
+        self.longest = torch.zeros((), device=self.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+    def __call__(
+        self,
+        pixels: UInt8[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        *,
+        step: int,
+        epoch: float,
+        averaged: int | None,
+    ) -> None:
+        """Train on a batch.
+
+        Args:
+            step: of the whole run: all chance of this step follows from it.
+            epoch: of the round, fractional: for the schedule.
+            averaged: steps averaged before this one; None while the average has not begun.
+        """
+        r = self.recipe
+        reseed(split(r.seed, "step", step), self.device)
+        x = self._augmented(pixels, step)
+        x_adv = x
+        if r.attacked > 0:
+            rows = self._rows(len(x))
+            x_adv = x if r.objective == "ce" else x.clone()  # the others need the clean images too
+            x_adv[rows] = self.attack(self.twin, x[rows], y[rows], steps=r.steps, eot=r.eot, number=step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = r.learning_rate(epoch)
+        self.model.train()
+        with ExitStack() as stack:
+            if r.awp > 0 and epoch >= r.awp_warmup:
+                with self._autocast():
+                    stack.enter_context(awp(self.model, x_adv, y, gamma=r.awp, draws=r.draws))
+            loss = torch.zeros((), device=self.device)
+            for _ in range(r.draws):
+                draw = self._loss(x, x_adv, y).mean() / r.draws
+                self.scaler.scale(draw).backward()
+                loss += draw.detach()
+            self._update(loss)
+        if self.average and averaged is not None:
+            self.average.update(averaged)
+
+    def _augmented(self, pixels: Tensor, step: int) -> Tensor:
+        chance = generator(self.recipe.seed, "augment", step, device=self.device)
+        flip = self.source.flip if self.recipe.flip is None else self.recipe.flip
+        how: dict[str, Any] = {"padding": self.source.padding, "fill": self.source.fill}
+        if self.recipe.augment != "none":
+            pixels = crop_flip(pixels, **how, flip=flip, generator=chance)
+        if self.recipe.augment == "autoaugment":
+            if pixels.shape[1] == 3:
+                # The policy's choices are made on the CPU: rows are grouped by operation, and a GPU would wait.
+                choices = generator(self.recipe.seed, "policy", step)
+                pixels = auto_augment(pixels, fill=self.source.fill, generator=choices)
+            pixels = cutout(pixels, size=pixels.shape[2] // 2, generator=chance)
+        return to_float(pixels).contiguous(memory_format=torch.channels_last)
+
+    def attack(
+        self, twin: SearchTwin, x: Tensor, y: Tensor, *, steps: int, eot: int, number: int, plain: bool = False
+    ) -> Tensor:
+        """PGD on a refreshed twin, from the recipe's start and by its inner loss; `plain`: uniform start, CE.
+
+        Nothing here waits for the device: an infinite loss shows in `finite`, which is looked at now and then.
+        """
+        r = self.recipe
+        twin.refresh()
+        seed = split(r.seed, "attack", number)
+        objective: Loss = cross_entropy
+        with stream(split(seed, "model"), self.device):
+            if r.start == "gaussian" and not plain:
+                chance = generator(r.seed, "start", number, device=self.device)
+                start = x + 0.001 * torch.randn(x.shape, generator=chance, device=self.device)
+                start = project(start, x, self.eps, "Linf")
+            else:
+                start = random_start(x, self.eps, "Linf", generator(seed, "start", 0, device=self.device))
+            if r.objective == "trades" and not plain:
+                with torch.no_grad():
+                    objective = divergence_from(twin(x))
+            step = r.step or self.eps / 4
+            x_adv, finite = climb(twin, x, y, start, eps=self.eps, step=step, steps=steps, eot=eot, objective=objective)
+        self.finite &= finite.all()
+        return x_adv
+
+    def _rows(self, batch: int) -> slice | Tensor:
+        """`attacked_rows`, on the device."""
+        if batch not in self.rows:
+            rows = attacked_rows(batch, self.recipe.attacked)
+            self.rows[batch] = rows if isinstance(rows, slice) else rows.to(self.device)
+        return self.rows[batch]
+
+    def _loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        r = self.recipe
+        with self._autocast():
+            logits_adv = _at_least_float32(self.training_pass(x_adv))
+            logits = None if r.objective == "ce" else _at_least_float32(self.training_pass(x))
+        if logits is None:
+            return cross_entropy(logits_adv, y, r.label_smoothing)
+        objective = mart if r.objective == "mart" else trades
+        return objective(logits_adv, logits, y, r.weight)
+
+    def _autocast(self) -> AbstractContextManager:
+        low = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if low else nullcontext()
+
+    def _update(self, loss: Tensor) -> None:
+        self.scaler.unscale_(self.optimizer)
+        length = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or float("inf"))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sums += torch.stack([loss, torch.ones_like(loss)])
+        self.finite &= loss.isfinite()
+        # Under fp16 an infinite gradient is no accident: the scaler skips that step and scales less.
+        length = length.nan_to_num(0.0, 0.0) if self.scaler.is_enabled() else length
+        self.longest = torch.maximum(self.longest, length)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able facts that `restore` takes."""
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        if self.average:
+            tensors |= {f"ema.{name}": t for name, t in self.average.model.state_dict().items()}
+        for name, p in self.model.named_parameters():
+            if (momentum := self.optimizer.state.get(p, {}).get("momentum_buffer")) is not None:
+                tensors[f"momentum.{name}"] = momentum
+        return tensors | {"loop.sums": self.sums, "loop.longest": self.longest}, self.scaler.state_dict()
+
+    def restore(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.model.load_state_dict(part(tensors, "model"))
+        if self.average:
+            self.average.model.load_state_dict(part(tensors, "ema"))
+        momentum = part(tensors, "momentum")
+        for name, p in self.model.named_parameters():
+            if name in momentum:
+                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
+        self.sums, self.longest = (tensors[f"loop.{name}"].to(self.device) for name in ("sums", "longest"))
+        if scaler:
+            self.scaler.load_state_dict(scaler)

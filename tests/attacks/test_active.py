@@ -1,0 +1,130 @@
+"""Work on what still stands: confirmation, cascades, and the schedule of draws."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gsem.attacks import Step, counting
+from gsem.attacks._active import CONFIRM, Settling, cascade, confirmation, draw_schedule, settled
+from gsem.attacks._core import NotFinite
+from gsem.rng import stream
+
+CPU = torch.device("cpu")
+
+
+class Brightness(nn.Module):
+    """Class 1 where the mean pixel is above 0.5; there it answers so in a share of the draws only."""
+
+    def __init__(self, share: float = 1.0):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = x.mean((1, 2, 3)) - 0.5
+        if self.share < 1:
+            value = torch.where((value > 0) & (torch.rand(len(x)) > self.share), -value, value)
+        return torch.stack([torch.zeros_like(value), value], dim=1)
+
+
+def flat(*values: float) -> Tensor:
+    return torch.tensor(values)[:, None, None, None].expand(-1, 1, 2, 2).clone()
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), dtype=torch.int64)
+
+
+def test_a_deterministic_model_needs_no_confirmation():
+    x = flat(0.2, 0.8)
+    assert confirmation(Brightness(), x) == 0
+    assert confirmation(Brightness(0.5), x) == CONFIRM
+    counted = counting(Brightness())
+    assert settled(counted, x, zeros(x), torch.tensor([0.0, 1.0]), 0).tolist() == [False, True]
+    assert counted.forwards == 0
+
+
+def test_only_what_is_wrong_in_every_draw_is_settled():
+    x = flat(*[0.8] * 200)
+    ones = torch.ones(200)
+    with stream(0, CPU):
+        sure = settled(Brightness(0.9999999), x, zeros(x), ones, CONFIRM)
+        rare = settled(Brightness(0.99), x, zeros(x), ones, CONFIRM)
+        never = settled(Brightness(0.9), x, zeros(x), ones, CONFIRM)
+    assert sure.all()
+    assert 0.2 < rare.double().mean() < 0.55  # 0.99^100 = 0.37
+    assert never.sum() <= 1
+
+
+def test_a_point_that_could_not_be_confirmed_is_tried_again_where_it_is_worse_and_ever_more_rarely():
+    model = counting(Brightness(0.5))
+    x = flat(0.8)
+    settling = Settling(model, x, zeros(x), CONFIRM)
+    tried = []
+    with stream(0, CPU):
+        for _ in range(16):
+            before = model.forwards
+            assert not settling(x, torch.tensor([0.3]), torch.ones(1), torch.tensor([0])).any()
+            tried.append(model.forwards > before)
+        assert tried == [number in (0, 2, 5, 10) for number in range(16)]
+        before = model.forwards
+        settling(x, torch.tensor([0.4]), torch.ones(1), torch.tensor([0]))
+        assert model.forwards > before  # a higher loss than where it failed
+
+
+def test_a_cascade_runs_each_attack_on_what_stands_and_keeps_the_worst():
+    x = flat(0.9, 0.45, 0.3, 0.1)  # the first is wrong already
+    asked: list[list[int]] = []
+
+    def adding(amount: float):
+        def run(rows, seed, observe):
+            asked.append(rows.tolist())
+            return x[rows] + amount
+
+        return run
+
+    told: list[tuple[int, int]] = []
+    x_adv = cascade(
+        Brightness(),
+        x,
+        zeros(x),
+        [adding(0.1), adding(0.15), adding(-0.05), adding(0.3)],
+        eot=1,
+        confirm=0,
+        seed=0,
+        told=lambda *news: told.append(news),
+    )
+    assert asked == [[1, 2, 3], [2, 3], [2, 3], [2, 3]]
+    assert told == [(0, 2), (1, 2), (2, 2), (3, 1)]
+    torch.testing.assert_close(x_adv, flat(0.9, 0.55, 0.6, 0.4))
+
+
+def test_a_cascade_regroups_what_stands_into_batches_and_numbers_the_images():
+    x = flat(0.9, 0.2, 0.9, 0.2, 0.2)
+    batches, seen = [], []
+
+    def run(rows, seed, observe):
+        batches.append(rows.tolist())
+        observe(Step(torch.tensor([0]), 0, x[:1], torch.zeros(1), torch.zeros(1)))
+        return x[rows]
+
+    cascade(Brightness(), x, zeros(x), [run], eot=1, confirm=0, seed=0, batch=2, observe=seen.append)
+    assert batches == [[1, 3], [4]]
+    assert [s.rows.tolist() for s in seen] == [[1], [4]]
+
+
+def test_a_nan_is_named_by_the_number_of_its_image():
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = Brightness()(x)
+            return torch.where(x.flatten(1)[:, :1] > 0.75, torch.nan, logits)
+
+    x = flat(0.6, 0.2, 0.3)
+    with pytest.raises(NotFinite, match="image 2 of the attacked batch"):
+        cascade(Broken(), x, zeros(x), [lambda r, s, o: flat(0.3, 0.8)], eot=1, confirm=0, seed=0)
+
+
+def test_more_draws_are_for_survivors_only():
+    assert draw_schedule(1) == [1]
+    assert draw_schedule(5) == [5]
+    assert draw_schedule(20) == [5, 20]
+    assert draw_schedule(100) == [5, 20, 100]

@@ -1,0 +1,213 @@
+"""Classes, confusion, gallery and loss surface, against closed forms."""
+
+import base64
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from PIL import Image
+
+import gsem
+from gsem._provenance import commit
+from gsem.reporting import html, read_runs
+from gsem.reporting.classes import class_figure, confusion_figure, per_class, wilson
+from gsem.reporting.gallery import choice, exhibits, png, surface_figures
+from gsem.reporting.report import report
+from gsem.reporting.visuals import GRID, REACH, confusion, first_of_each, pictures
+from planted import Flipper, Halves, halves
+from planted_run import ATTACKED, CLASSES, planted_result, planted_run
+
+EPS = 0.1
+
+
+@pytest.fixture
+def of_halves():
+    x, y = halves(12, contrast=0.15)
+    return pictures(Halves().eval(), x, y, eps=EPS)
+
+
+def test_the_accuracy_of_each_class_is_that_planted():
+    found = per_class(planted_result(), ATTACKED)
+    assert {label: (round(one.mean, 9), n) for label, (one, n) in found.items()} == {k: (k / 10, 4) for k in range(10)}
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 4), (3, 4), (4, 4), (37, 80)])
+def test_the_interval_is_wilsons(right, n):
+    theirs = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right / n, n) == pytest.approx((right / n, theirs.low, theirs.high), abs=1e-6)
+
+
+def test_the_figure_of_classes_holds_them(tmp_path):
+    figure = class_figure(read_runs([planted_run(tmp_path / "run")])[0], 0)
+    assert figure.header == ("class", "images", "worst", "low", "high", "clean")
+    assert [row[:3] for row in figure.rows] == [(name, 4, k / 10) for k, name in enumerate(CLASSES)]
+    assert {row[5] for row in figure.rows} == {0.95}
+    assert "lowest zero with 0.0%, highest nine with 90.0%" in str(figure.chart)
+
+
+def test_confusion_is_counted_in_shares_of_draws():
+    y = torch.tensor([0, 0, 1, 2])
+    found = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]])  # two draws
+    expected = [[0.5, 1.5, 0], [0, 1, 0], [1, 0, 0]]
+    assert np.array_equal(confusion(found, y, 3), np.array(expected))
+
+
+@pytest.mark.filterwarnings("ignore:search_twin")
+def test_confusion_of_a_flipper_is_its_share():
+    x, y = halves(600)
+    found = pictures(Flipper(0.3).eval(), x, y, eps=1e-4)
+    shares = found.confusion[:2, :2] / found.confusion[:2].sum(1, keepdims=True)
+    assert found.draws == 20
+    assert np.abs(shares - [[0.7, 0.3], [0.3, 0.7]]).max() < 0.03
+    assert found.confusion.sum() == pytest.approx(600)
+
+
+def test_of_many_classes_the_most_frequent_errors_are_shown(tmp_path, of_halves):
+    matrix = np.eye(30)
+    matrix[3, 7] = 2.0
+    entry = read_runs([planted_run(tmp_path / "run", classes=tuple(f"c{k}" for k in range(30)))])[0]
+    figure = confusion_figure(replace(entry, pictures=replace(of_halves, confusion=matrix)), 0)
+    assert "c3 → c7" in str(figure.chart)
+    assert ("c3", "c7", 2.0, 0.6667) in figure.rows
+    assert "c3 is answered as c7 in 66.7%" in str(figure.chart)
+
+
+def test_the_attack_of_the_pictures_breaks_what_can_be_broken(of_halves):
+    # A contrast of 0.15 is undone by two halves that move by 0.1 each.
+    assert np.array_equal(of_halves.confusion[:2, :2], [[0, 6], [6, 0]])
+    for s in of_halves.gallery:
+        assert np.abs(s.x_adv - s.x).max() <= EPS + 1e-6
+        assert (s.clean, s.clean_right, s.attacked, s.attacked_right) == (s.label, 1, 1 - s.label, 0)
+
+
+def test_the_surface_is_the_margin_on_the_plane(of_halves):
+    for s in of_halves.surfaces:
+        shown = of_halves.gallery[s.number]
+        assert len(s.along) == GRID
+        assert (s.along[0], s.along[-1]) == (-REACH, REACH)
+        middle, end = GRID // 2, int(np.abs(s.along - 1).argmin())
+        logits = Halves()(torch.from_numpy(np.stack([shown.x, shown.x_adv])))[:, :2].numpy()
+        margins = logits[:, 1 - shown.label] - logits[:, shown.label]
+        assert s.margin[middle, middle] == pytest.approx(margins[0], abs=1e-5)
+        one = s.margin[middle, middle] + s.along[end] * (margins[1] - margins[0])
+        assert s.margin[middle, end] == pytest.approx(one, abs=1e-5)
+        # The model is linear, and nothing reaches the ends of [0, 1]: so is the surface.
+        assert np.abs(np.diff(s.margin, n=2, axis=0)).max() < 1e-5
+        assert np.abs(np.diff(s.margin, n=2, axis=1)).max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:search_twin")
+def test_the_callers_random_state_is_left_alone():
+    x, y = halves(8)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = pictures(Flipper(0.3).eval(), x, y, eps=EPS)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert np.array_equal(pictures(Flipper(0.3).eval(), x, y, eps=EPS).confusion, first.confusion)
+    with pytest.raises(ValueError, match="no images"):
+        pictures(Halves().eval(), x[:0], y[:0], eps=EPS)
+
+
+def test_one_of_each_class_is_shown_those_that_are_right_first():
+    y = torch.tensor([1, 1, 0, 2, 2, 0])
+    right = torch.tensor([False, True, True, False, False, True])
+    assert first_of_each(y, 4, right) == [2, 1, 5, 0]
+    assert first_of_each(y, 9, right) == [2, 1, 5, 0, 3, 4]  # (the wrong ones in the same order)
+
+
+def test_the_caption_says_how_many_images_are_right_without_an_attack(tmp_path):
+    run = planted_run(tmp_path / "run")
+    (entry,) = read_runs([run])
+    x, y = halves(12, contrast=0.15)
+    all_right = pictures(Halves().eval(), x, y, eps=EPS)
+    assert choice(replace(entry, pictures=all_right)) == "Images that are right without an attack, class by class."
+    wrong = y.clone()
+    wrong[:8] = 1 - y[:8]
+    found = replace(entry, pictures=pictures(Halves().eval(), x, wrong, eps=EPS, rows=np.arange(12) + 400))
+    assert sum(shown.clean_right == 1 for shown in found.pictures.gallery) == 4
+    assert [shown.clean_right for shown in found.pictures.gallery[:4]] == [1] * 4
+    told = "only 4 of these 10 are right without an attack, which is all there are among 12"
+    assert told in choice(found) and told in " ".join(html([found]).split())
+
+
+def test_images_are_numbered_by_their_rows_in_the_data_set(tmp_path):
+    (entry,) = read_runs([planted_run(tmp_path / "run")])
+    x, y = halves(12, contrast=0.15)
+    found = replace(entry, pictures=pictures(Halves().eval(), x, y, eps=EPS, rows=np.arange(12) * 3 + 400))
+    assert [e.number for e in exhibits(found)[:4]] == ["Row 400", "Row 403", "Row 406", "Row 409"]
+    assert surface_figures(found, 0)[1].title == "Around row 403: one"
+    page = html([found])
+    assert "Row 403: <b>one</b>" in page and "Image 2" not in page
+    unknown = replace(entry, pictures=pictures(Halves().eval(), x, y, eps=EPS))
+    assert "Image 2: <b>one</b>" in html([unknown])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_png_of_the_same_pixels(channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (channels, 5, 4))
+    uri = png(pixels / 255)
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+    assert np.array_equal(image if channels == 1 else image.transpose(2, 0, 1), pixels[0] if channels == 1 else pixels)
+
+
+def test_the_gallery_shows_kept_points(tmp_path, of_halves):
+    entry = replace(read_runs([planted_run(tmp_path / "run")])[0], pictures=of_halves)
+    shown = exhibits(entry)
+    assert [e.label for e in shown[:2]] == ["zero", "one"]
+    assert (shown[0].before, shown[0].after, shown[0].broken) == ("right", "taken for one", True)
+    assert all(f.rows and "Around image" in f.title for f in surface_figures(entry, 0))
+    assert html([entry]).count("<img") == 3 * len(shown)
+
+
+def test_a_point_that_is_the_image_itself_is_told(tmp_path, of_halves):
+    first = of_halves.gallery[0]
+    stands = replace(first, x_adv=first.x, attacked=first.label, attacked_right=1.0)
+    wrong = replace(first, x_adv=first.x, clean=1, clean_right=0.0, attacked=1, attacked_right=0.0)
+    gallery = (stands, wrong, first)
+    entry = replace(read_runs([planted_run(tmp_path / "run")])[0], pictures=replace(of_halves, gallery=gallery))
+    assert [shown.after for shown in exhibits(entry)] == [
+        "right; no point that was found comes nearer to an error than the image itself",
+        "taken for one; wrong already, and not attacked",
+        "taken for one",
+    ]
+
+
+def test_a_report_computes_its_pictures_from_the_run(tmp_path):
+    run = planted_run(tmp_path / "run", weights=True)
+    assert report(run, tmp_path / "page.html", images=20) == [tmp_path / "page.html"]
+    page = (tmp_path / "page.html").read_text()
+    assert "points found for this report only, by apgd20-eot5" in page
+    assert page.count("Around row") >= 3
+    report(run, tmp_path / "none.html", images=0)
+    assert "come with --images above 0" in (tmp_path / "none.html").read_text()
+
+
+def test_a_report_takes_the_points_that_were_kept(tmp_path):
+    run = planted_run(tmp_path / "run", weights=True)
+    test = gsem.data.load("digits").test()
+    x = gsem.data.to_float(test.x[:40]).numpy()
+    x_adv = np.clip(x + 0.1, 0, 1).astype(np.float32)
+    planted_result(x, x_adv).save(run / "evaluation")
+    with np.load(run / "evaluation.npz") as file:  # the unbounded attack's points are not asked for
+        assert file[f"{ATTACKED}.x_adv"].shape == (40, 1, 8, 8)
+    report(run, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"the points of the evaluation's attacks ({ATTACKED}), of each image the worst" in page.replace("&#39;", "'")
+    assert png(x_adv[0]) in page or png(x_adv[10]) in page
+
+
+def test_without_the_images_it_says_so(tmp_path):
+    run = planted_run(tmp_path / "run", weights=True, data="gone.npz")
+    (run / "evaluation.npz").unlink()
+    report(run, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "The test images are not there" in page
+    assert "--keep-images" in page
+
+
+def test_a_commit_is_that_of_the_folders_own_repository(tmp_path):
+    assert commit(tmp_path) is None

@@ -1,0 +1,262 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gsem
+from gsem._io import read_checkpoint
+from gsem.data import Split
+from gsem.training.run import Run, TrainingDiverged, TrainingInterrupted
+from gsem.training.step import attacked_rows
+from gsem.training.trainer import train
+from killed_training import RECIPE
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+TINY = replace(RECIPE, rounds=1)
+
+
+def state(path: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return read_checkpoint(path / "checkpoints" / f"{name}.safetensors")[0]
+
+
+def timeless(metrics: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.5, [1, 3, 5, 7, 9]), (0.3, [3, 6, 9]), (0.0, [])])
+def test_attacked_rows_are_spread_evenly(share, rows):
+    assert attacked_rows(10, share).tolist() == rows
+
+
+def test_all_rows_attacked():
+    assert len(torch.arange(7)[attacked_rows(7, 1.0)]) == 7
+
+
+def test_a_run_learns_and_leaves_its_files(tmp_path):
+    recipe = replace(gsem.RECIPES["gcat"], epochs=4, batch=64)
+    run = train(recipe, out=tmp_path / "run", device="cpu")
+    assert [m["epoch"] for m in run.metrics] == [1, 2, 3, 4]
+    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
+    assert run.best["clean"] > 0.5  # ten classes: chance is 0.1
+    assert {p.name for p in run.path.rglob("*") if p.is_file()} == {
+        "recipe.json",
+        "metrics.jsonl",
+        "last.safetensors",
+        "best.safetensors",
+    }
+    facts = json.loads((run.path / "recipe.json").read_text())
+    assert gsem.Recipe.from_dict(facts["recipe"]) == recipe
+    x = gsem.data.to_float(gsem.data.load("digits").test().x[:8])
+    with gsem.noise(model := run.model(), "off"):
+        assert model(x).shape == (8, 10)
+
+
+def test_the_same_recipe_gives_the_same_numbers_and_leaves_chance_alone(tmp_path, few_digits):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    runs = [train(TINY, out=tmp_path / n, data=few_digits, device="cpu") for n in "ab"]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert timeless(runs[0].metrics) == timeless(runs[1].metrics)
+    assert same(state(runs[0].path), state(runs[1].path))
+    other = train(replace(TINY, seed=1), out=tmp_path / "c", data=few_digits, device="cpu")
+    assert other.metrics[0]["loss"] != runs[0].metrics[0]["loss"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_anywhere_it_comes_to_the_same_end(tmp_path, few_digits, seed):
+    script = HELPERS / "killed_training.py"
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # as the script does: sums over threads depend on their number
+        whole = train(RECIPE, out=tmp_path / "whole", data=few_digits, device="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    words = [sys.executable, str(script), str(tmp_path / "killed"), str(seed), "10"]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert int(ran.stdout.split()[1]) >= 5, "too few kills to prove anything"
+    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    assert timeless([json.loads(line) for line in lines]) == timeless(whole.metrics)
+    for name in ("last", "best"):
+        assert same(state(tmp_path / "killed", name), state(whole.path, name))
+
+
+def test_ctrl_c_saves_the_step_and_resume_ends_the_same(tmp_path, few_digits):
+    whole = train(TINY, out=tmp_path / "whole", data=few_digits, device="cpu")
+
+    def interrupt(progress):
+        if progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted):
+        train(TINY, out=tmp_path / "run", data=few_digits, device="cpu", report=interrupt)
+    assert signal.getsignal(signal.SIGINT) is former
+    assert not same(state(tmp_path / "run"), state(whole.path))
+    run = train(TINY, out=tmp_path / "run", data=few_digits, device="cpu", resume=True)
+    assert timeless(run.metrics) == timeless(whole.metrics)
+    assert same(state(run.path), state(whole.path))
+
+
+def test_training_works_outside_the_main_thread(tmp_path, few_digits):
+    runs = []
+    work = threading.Thread(
+        target=lambda: runs.append(train(TINY, out=tmp_path / "run", data=few_digits, device="cpu"))
+    )
+    work.start()
+    work.join()
+    assert len(runs[0].metrics) == TINY.epochs
+
+
+def test_a_run_is_not_overwritten_nor_mixed(tmp_path, few_digits):
+    train(TINY, out=tmp_path / "run", data=few_digits, device="cpu")
+    before = state(tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(TINY, out=tmp_path / "run", data=few_digits, device="cpu")
+    with pytest.raises(ValueError, match=r"another recipe .*lr"):
+        train(replace(TINY, lr=0.2), out=tmp_path / "run", data=few_digits, device="cpu", resume=True)
+    assert same(state(tmp_path / "run"), before)
+
+
+def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, few_digits):
+    wild = replace(TINY, lr=1e20, epochs=20, precision="float32", warmup=0.0)
+    with pytest.raises(TrainingDiverged, match=r"(NaN or infinite|exploded).* step .*last good checkpoint"):
+        train(wild, out=tmp_path / "run", data=few_digits, device="cpu")
+    assert all(t.isfinite().all() for t in state(tmp_path / "run").values())
+
+
+def test_clipping_bounds_the_update(tmp_path, few_digits):
+    short = replace(TINY, clip=1e-6, momentum=0.0, weight_decay=0.0, ema=0.0, epochs=1, lr=1.0)
+    run = train(short, out=tmp_path / "run", data=few_digits, device="cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(gsem.rng.split(short.seed, "weights"))
+        start = gsem.create_model(short.model, in_channels=1).state_dict()
+    end = run.model().state_dict()
+    moved = sum(((end[k] - start[k]) ** 2).sum() for k in start if "running" not in k and "num_b" not in k) ** 0.5
+    assert 0 < moved <= 3e-6 * (1 + 1e-3)  # three steps at most, each 1e-6 long; float32 weights round
+
+
+@pytest.mark.parametrize("recipe", gsem.RECIPES)
+@pytest.mark.parametrize("model", ["gsem-wideresnet10x2", "resnet10x16"])
+def test_every_recipe_trains_every_kind_of_model(tmp_path, few_digits, recipe, model):
+    short = replace(
+        gsem.RECIPES[recipe],
+        model=model,
+        epochs=1,
+        rounds=1,
+        milestones=(),
+        warmup=0.0,
+        awp_warmup=0.0,
+        steps=2,
+        eot=2,
+        draws=2,
+    )
+    run = train(short, out=tmp_path / "run", data=few_digits, device="cpu")
+    assert 0 <= run.best["robust"] <= run.best["clean"] + 0.2
+
+
+def test_the_test_split_is_never_opened(tmp_path, few_digits):
+    def opened() -> Split:
+        raise AssertionError("training opened the test split")
+
+    run = train(TINY, out=tmp_path / "run", data=replace(few_digits, read_test=opened), device="cpu")
+    assert len(run.metrics) == TINY.epochs
+
+
+def test_half_a_line_of_metrics_counts_as_not_written(tmp_path, few_digits):
+    run = train(TINY, out=tmp_path / "run", data=few_digits, device="cpu")
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "st')
+    again = train(TINY, out=tmp_path / "run", data=few_digits, device="cpu", resume=True)
+    assert again.metrics == run.metrics
+
+
+def test_training_starts_from_given_weights(tmp_path, few_digits):
+    first = train(TINY, out=tmp_path / "first", data=few_digits, device="cpu")
+    still = replace(TINY, start_from=str(first.path), lr=1e-12, epochs=1, weight_decay=0.0)
+    second = train(still, out=tmp_path / "second", data=few_digits, device="cpu")
+    torch.testing.assert_close(second.model().conv1.weight, first.model().conv1.weight)
+    other = replace(TINY, start_from=str(first.path), model="gsem-wideresnet10x2")
+    with pytest.raises(ValueError, match=r"start_from .*conv1"):
+        train(other, out=tmp_path / "third", data=few_digits, device="cpu")
+
+
+def test_early_stopping_stops_at_the_same_place_after_a_resume(tmp_path, few_digits):
+    # a rate this small never improves on the first validation
+    stuck = replace(TINY, lr=1e-12, patience=2, epochs=9, ema=0.0)
+    run = train(stuck, out=tmp_path / "run", data=few_digits, device="cpu")
+    assert len(run.metrics) == 3
+    assert train(stuck, out=tmp_path / "run", data=few_digits, device="cpu", resume=True).metrics == run.metrics
+
+
+def test_averaged_and_raw_weights_are_validated_beside_each_other(tmp_path, few_digits):
+    run = train(replace(TINY, ema=0.0, swa_from=1), out=tmp_path / "run", data=few_digits, device="cpu")
+    assert "raw_robust" not in run.metrics[0]  # the average has not begun
+    assert all("raw_robust" in line for line in run.metrics[1:])
+
+
+def test_equal_averaging_is_the_mean():
+    from gsem.training.step import Average
+
+    model, averaged = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    average = Average(model, averaged, decay=0.0, equal=True)
+    for count, value in enumerate([1.0, 4.0, 7.0]):
+        torch.nn.init.constant_(model.weight, value)
+        average.update(count)
+    assert averaged.weight.item() == pytest.approx(4.0)
+
+
+def test_deterministic_mode_is_put_back(tmp_path, few_digits):
+    train(replace(TINY, deterministic=True, epochs=1), out=tmp_path / "run", data=few_digits, device="cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_extra_images_are_mixed_in(tmp_path, few_digits):
+    # The extra images are all of class 3: a network that mostly sees them says 3 more often.
+    import numpy as np
+
+    chance = np.random.default_rng(0)
+    file = tmp_path / "extra.npz"
+    np.savez(file, image=chance.integers(0, 256, (64, 8, 8, 1), dtype=np.uint8), label=np.full(64, 3))
+    mixed = replace(TINY, extra_data=str(file), extra_share=0.75, epochs=4)
+    run = train(mixed, out=tmp_path / "mixed", data=few_digits, device="cpu")
+    # 110 real images, 8 a batch: an epoch is as long as the real images last
+    assert run.metrics[0]["step"] == 13
+    assert json.loads((run.path / "recipe.json").read_text())["training_images"] == 110
+    plain = train(replace(TINY, epochs=16), out=tmp_path / "plain", data=few_digits, device="cpu")
+    x = torch.from_numpy(chance.integers(0, 256, (64, 1, 8, 8))).float() / 255
+    said = [float((r.model()(x).argmax(1) == 3).float().mean()) for r in (run, plain)]
+    assert said[0] > 0.9 > said[1]
+    with pytest.raises(ValueError, match="extra_share"):
+        replace(TINY, extra_share=0.5)
+
+
+def test_the_best_epoch_is_the_most_robust_then_the_cleanest_and_without_attacks_the_cleanest():
+    metrics = [
+        {"epoch": 1, "robust": 0.3, "clean": 0.2},
+        {"epoch": 2, "robust": 0.5, "clean": 0.6},
+        {"epoch": 3, "robust": 0.5, "clean": 0.7},
+        {"epoch": 4, "robust": 0.4, "clean": 0.9},
+        {"epoch": 5, "loss": 1.0},
+    ]
+    for recipe, epoch in (("gcat", 3), ("standard", 4)):
+        assert Run(Path("x"), gsem.RECIPES[recipe], metrics).best["epoch"] == epoch
+
+
+def test_the_checkpoint_kept_is_that_of_the_best_epoch(tmp_path, few_digits):
+    for recipe in (TINY, replace(TINY, attacked=0.0)):
+        run = train(replace(recipe, epochs=4), out=tmp_path / str(recipe.attacked), data=few_digits)
+        _, meta = read_checkpoint(run.path / "checkpoints/best.safetensors")
+        assert meta["metrics"] == run.best
