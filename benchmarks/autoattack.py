@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import gsem
 from gsem.attacks import apgd, autoattack, counting, fab, square
-from gsem.nn.predict import answers
+from gsem.nn.predict import predict_draws
 
 logging.disable(logging.WARNING)
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -83,12 +83,12 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, name: str, eps: float, o: ar
         ]
         return torch.cat(found)
 
-    twin = gsem.search_twin(model)
-    sides = {"ours": timed(twin, attack_ours)}
+    folded = gsem.fold(model)
+    sides = {"ours": timed(folded, attack_ours)}
     if "reference" in o.sides:
         sides["reference"] = timed(model, lambda m: theirs(m, name, eps, o)(x, y))
     if "twin" in o.sides:
-        sides["on our twin"] = timed(Contiguous(twin), lambda m: theirs(m, name, eps, o)(x, y))
+        sides["on our twin"] = timed(Contiguous(folded), lambda m: theirs(m, name, eps, o)(x, y))
     row = {"attack": name, "images": len(x), "sides": {}}
     broken = {side: wrong(model, x_adv, y) for side, (x_adv, _) in sides.items()}
     for side, (_, cost) in sides.items():
@@ -117,18 +117,18 @@ class Contiguous(nn.Module):
 
 def stochastic(model: nn.Module, x: Tensor, y: Tensor, eps: float, o: argparse.Namespace) -> list[dict]:
     """Who finds more on a network with its noise on, at what cost: judged by the same 100 scoring draws."""
-    twin = gsem.search_twin(model)
+    folded = gsem.fold(model)
     sides = {
         "clean": (x, {"seconds": 0.0, "cpu_seconds": 0.0, "forwards": 0, "gradients": 0}),
         "ours, standard, eot 20": timed(
-            twin, lambda m: ours("standard", o)(m, x, y, eps=eps, norm=o.norm, eot=20, seed=o.seed)
+            folded, lambda m: ours("standard", o)(m, x, y, eps=eps, norm=o.norm, eot=20, seed=o.seed)
         ),
         "pyautoattack rand": timed(model, lambda m: theirs(m, "rand", eps, o)(x, y)),
         "pyautoattack standard": timed(model, lambda m: theirs(m, "standard", eps, o)(x, y)),
     }
     rows = []
     for side, (x_adv, cost) in sides.items():
-        found = answers(model, x_adv, draws=100, seed=1234)
+        found = predict_draws(model, x_adv, draws=100, seed=1234)
         rows.append({"side": side, "expected": float((found == y).double().mean()), "images": len(x)} | cost)
     return rows
 

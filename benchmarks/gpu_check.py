@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import gsem
 from gsem.attacks._core import random_start
 from gsem.data import Split
-from gsem.nn.folded import search_twin
-from gsem.rng import generator, split
+from gsem.nn.folded import fold
+from gsem.rng import derive_seed, generator
 from gsem.training.step import Stepper
 
 EPS = 8 / 255
@@ -58,13 +58,13 @@ def twins(device: str) -> None:
             zip(("logits", "gradients"), gradient(model, x.to(device)), strict=True), (logits, grad), strict=True
         ):
             check(f"float64 {name} on the device and on the CPU", differs(found, true), 1e-9)
-        twin = search_twin(model, torch.float64)
-        check("float64 twin's gradients and the model's", differs(gradient(twin, x.to(device))[1], grad), 1e-9)
-        check("… of three draws at once", differs(twin.logits_of_draws(x.to(device), 3)[64:128], logits), 1e-9)
+        folded = fold(model, torch.float64)
+        check("float64 twin's gradients and the model's", differs(gradient(folded, x.to(device))[1], grad), 1e-9)
+        check("… of three draws at once", differs(folded.logits_of_draws(x.to(device), 3)[64:128], logits), 1e-9)
     single = network(device, torch.float32)
     with gsem.noise(single, "off"):
         truth = gradient(single, x.float().to(device))
-        check("float32 twin's logits", differs(gradient(search_twin(single), x.float().to(device))[0], truth[0]), 2e-3)
+        check("float32 twin's logits", differs(gradient(fold(single), x.float().to(device))[0], truth[0]), 2e-3)
 
 
 def step(device: str) -> None:
@@ -76,11 +76,11 @@ def step(device: str) -> None:
     recipe = replace(gsem.RECIPES["gcat-published"], **told, precision="float32", search="float32")
     fast, slow = network(device, torch.float64), network(device, torch.float64)
     stepper = Stepper(recipe, source, EPS, fast, None)
-    stepper.twin = search_twin(fast, torch.float64)
+    stepper.folded = fold(fast, torch.float64)
     stepper._augmented = lambda x, number: x.double() / 255  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(slow.parameters(), recipe.learning_rate(0.0), momentum=0.9, weight_decay=3.5e-3)
     x = images.x.double() / 255
-    seed = split(recipe.seed, "attack", 0)
+    seed = derive_seed(recipe.seed, "attack", 0)
     start = random_start(x[1::2], EPS, "Linf", generator(seed, "start", 0, device=torch.device(device)))
     with gsem.noise(fast, "frozen"), gsem.noise(slow, "frozen"):
         stepper(images.x, images.y, step=0, epoch=0.0, averaged=None)

@@ -38,9 +38,9 @@ def work(case: str, count: int) -> None:
     if case == "scoring draws":
         gsem.evaluate(model, x, y, ["clean"], eps=8 / 255, draws=count, frozen=False)
     elif case == "draws of EOT":
-        gsem.attacks.pgd(gsem.search_twin(model), x, y, eps=8 / 255, step=2 / 255, steps=3, eot=count, keep="last")
+        gsem.attacks.pgd(gsem.fold(model), x, y, eps=8 / 255, step=2 / 255, steps=3, eot=count, keep="last")
     else:
-        gsem.attacks.apgd(gsem.search_twin(model), x, y, eps=8 / 255, steps=count, eot=2, settle=False)
+        gsem.attacks.apgd(gsem.fold(model), x, y, eps=8 / 255, steps=count, eot=2, settle=False)
 
 
 def peak(case: str, count: int) -> float:

@@ -49,7 +49,7 @@ def sides(name: str, shape: tuple[int, int, int], batch: int, precision: str, de
         model.train()
         stepper.scaler.scale(stepper._loss(x, x, y).mean()).backward()
 
-    return {"attack": lambda: expected_gradient(stepper.twin, x, y, cross_entropy, 1), "training": train}
+    return {"attack": lambda: expected_gradient(stepper.folded, x, y, cross_entropy, 1), "training": train}
 
 
 def measured(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:

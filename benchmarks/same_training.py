@@ -21,21 +21,21 @@ from torch import nn
 
 import gsem
 from gsem.attacks._core import random_start
-from gsem.data import Source, to_float
-from gsem.rng import generator, split
+from gsem.data import Dataset, to_float
+from gsem.rng import derive_seed, generator
 from gsem.training.recipes import Recipe
 from gsem.training.step import Stepper
 
 BLOCK = 50
 
 
-def network(recipe: Recipe, source: Source, layout: torch.memory_format) -> nn.Module:
+def network(recipe: Recipe, source: Dataset, layout: torch.memory_format) -> nn.Module:
     torch.manual_seed(recipe.seed)
     options = {"num_classes": len(source.classes), "in_channels": source.shape[0]}
     return gsem.create_model(recipe.model, **options).to(memory_format=layout)
 
 
-def trained(side: str, recipe: Recipe, source: Source, o: argparse.Namespace) -> tuple[nn.Module, list[float]]:
+def trained(side: str, recipe: Recipe, source: Dataset, o: argparse.Namespace) -> tuple[nn.Module, list[float]]:
     """The network after the steps, and the loss of every step."""
     layout = torch.channels_last if side == "ours" else torch.contiguous_format
     model, data = network(recipe, source, layout), source.training(recipe.seed)[0]
@@ -54,7 +54,7 @@ def trained(side: str, recipe: Recipe, source: Source, o: argparse.Namespace) ->
             stepper.clear_sums()
         else:
             x = stepper._augmented(pixels, number).contiguous()
-            seed = split(split(recipe.seed, "attack", number), "start", 0)
+            seed = derive_seed(derive_seed(recipe.seed, "attack", number), "start", 0)
             start = random_start(x[1::2], source.eps, "Linf", generator(seed))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(epoch)
@@ -63,7 +63,7 @@ def trained(side: str, recipe: Recipe, source: Source, o: argparse.Namespace) ->
     return model.eval().requires_grad_(False), losses
 
 
-def robust(model: nn.Module, source: Source, o: argparse.Namespace) -> float:
+def robust(model: nn.Module, source: Dataset, o: argparse.Namespace) -> float:
     test = source.test()
     x, y = to_float(test.x[: o.images]), test.y[: o.images]
     result = gsem.evaluate(model, x, y, ["pgd:steps=20:eot=5"], eps=source.eps, frozen=False, draws=40)

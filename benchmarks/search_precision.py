@@ -33,12 +33,12 @@ def main() -> None:
     model, meta = gsem.load_model(options.run)
     test = gsem.data.load(options.data).test()
     x, y = gsem.data.to_float(test.x[: options.images]), test.y[: options.images]
-    twins = [gsem.search_twin(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    twins = [gsem.fold(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
     print(f"{options.run}, {len(x)} images of {options.data}, torch {torch.__version__}")
     print("seed  float32    bf16")
     for seed in range(options.seeds):
         with gsem.noise(model, "frozen", seed=seed):
-            shares = [broken(model, twin, x, y, meta["data"]["eps"], seed) for twin in twins]
+            shares = [broken(model, folded, x, y, meta["data"]["eps"], seed) for folded in twins]
         print(f"{seed:4}   {shares[0]:6.1%}  {shares[1]:6.1%}", flush=True)
 
 

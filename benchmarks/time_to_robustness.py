@@ -28,7 +28,7 @@ import torch
 from scipy import stats
 
 import gsem
-from gsem.evaluation.result import Result
+from gsem.evaluation.result import EvaluationResult
 from gsem.study import Variant, _folder, study
 from gsem.training.recipes import GCAT, GCAT_PUBLISHED, Recipe
 
@@ -74,7 +74,9 @@ def differences(o: argparse.Namespace, name: str, base: str) -> tuple[float, flo
         return None
     found = []
     for seed in range(o.seeds):
-        here, there = (Result.load(o.out / _folder(Variant(row, GCAT), seed) / "test-fresh") for row in (name, base))
+        here, there = (
+            EvaluationResult.load(o.out / _folder(Variant(row, GCAT), seed) / "test-fresh") for row in (name, base)
+        )
         one, other = (r.expected([s.name for s in r.scores if s.noise == "fresh"][-1]).mean for r in (here, there))
         found.append(100 * (one - other))
     half = float(stats.t.ppf(0.95, o.seeds - 1)) * statistics.stdev(found) / math.sqrt(o.seeds)
@@ -116,7 +118,13 @@ def main() -> None:
             print(f"  {what}", flush=True)
 
     rows = study(
-        chosen, seeds=o.seeds, out=o.out, attacks=o.attacks.split(","), images=o.images, device=o.device, report=report
+        chosen,
+        seeds=o.seeds,
+        out=o.out,
+        attacks=o.attacks.split(","),
+        images=o.images,
+        device=o.device,
+        on_progress=report,
     )
     labels = list(rows[0]["accuracy"])
     print(f"\n{'row':<26} {'passes':>7} {'clean':>12} {labels[-1]:>12}  {'difference (90%)':<22} {'training':>9}")

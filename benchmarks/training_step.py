@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gsem
 from gsem._env import DTYPES, choose_precision
 from gsem.attacks._core import expected_gradient
-from gsem.data import Source, Split
+from gsem.data import Dataset, Split
 from gsem.losses import cross_entropy
 from gsem.training.step import Stepper
 
@@ -64,7 +64,7 @@ def in_turns(device: torch.device, sides: dict[str, Callable[[], object]], repea
     return times
 
 
-def random_source(images: int, side: int) -> Source:
+def random_source(images: int, side: int) -> Dataset:
     chance = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (images, 3, side, side), generator=chance, dtype=torch.uint8)
     split = Split(x, torch.randint(0, 10, (images,), generator=chance))
@@ -149,7 +149,7 @@ class Sides:
     def attack_pass(self, side: str) -> None:
         """A gradient of the whole batch (the twin with the step's draws folded in, per draw)."""
         if side == "ours":
-            expected_gradient(self.stepper.twin, self.images(side), self.y, cross_entropy, self.o.eot)
+            expected_gradient(self.stepper.folded, self.images(side), self.y, cross_entropy, self.o.eot)
         else:
             reference.attack_gradient(self.models[side].eval(), self.images(side), self.y, self.casts[side])
 
@@ -168,8 +168,11 @@ class Sides:
         s, o = self.stepper, self.o
         return {
             "data and augmentation": (lambda: s._augmented(self.pixels, 1), 1),
-            "twin's refresh": (s.twin.refresh, 1),
-            "attack gradients": (lambda: expected_gradient(s.twin, half, self.y[1::2], cross_entropy, o.eot), o.steps),
+            "twin's refresh": (s.folded.refresh, 1),
+            "attack gradients": (
+                lambda: expected_gradient(s.folded, half, self.y[1::2], cross_entropy, o.eot),
+                o.steps,
+            ),
             "training passes": (lambda: self.training_pass("ours"), o.draws),
             "clip, SGD, guards": (self.update, 1),
         }

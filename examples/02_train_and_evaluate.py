@@ -21,7 +21,7 @@ def show(p) -> None:
         print(f"epoch {p.epoch}/{p.epochs}: clean {100 * p.clean:.1f}%, robust {100 * p.robust:.1f}% (validation)")
 
 
-run = gsem.train(recipe, out="runs/example", device="cpu", resume=True, report=show)
+run = gsem.train(recipe, out="runs/example", device="cpu", resume=True, on_progress=show)
 print(run)
 model = run.model()
 

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from gsem.data import Source
+from gsem.data import Dataset
 from planted import small_digits
 
 torch.set_num_threads(1)
@@ -20,5 +20,5 @@ def _seeded():
 
 
 @pytest.fixture
-def few_digits() -> Source:
+def few_digits() -> Dataset:
     return small_digits()

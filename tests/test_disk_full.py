@@ -16,7 +16,7 @@ import gsem
 from gsem._io import append_line, write_atomically
 from gsem.cli.main import main
 from gsem.evaluation.evaluate import evaluate
-from gsem.evaluation.result import Result
+from gsem.evaluation.result import EvaluationResult
 from planted import Halves, halves
 
 resource = pytest.importorskip("resource")
@@ -65,7 +65,7 @@ def test_a_training_keeps_its_last_checkpoint_and_its_metrics(tmp_path, few_digi
 
     with full_after(resource.RLIM_INFINITY):
         with pytest.raises(OSError, match=r"/run/.* could not be written: File too large"):
-            gsem.train(RECIPE, out=out, data=few_digits, device="cpu", report=fill)
+            gsem.train(RECIPE, out=out, data=few_digits, device="cpu", on_progress=fill)
     assert {n for n in names(out) if "." in n} == {
         "checkpoints/best.safetensors",
         "checkpoints/last.safetensors",
@@ -88,9 +88,9 @@ def test_an_evaluation_keeps_what_is_finished(tmp_path):
     assert names(tmp_path)[0] == "r.unfinished" and not list(tmp_path.rglob("*writing*"))
 
     seen = []
-    result = evaluate(Halves(), x, y, **how, report=lambda p: seen.append(p.gradients_per_second))
+    result = evaluate(Halves(), x, y, **how, on_progress=lambda p: seen.append(p.gradients_per_second))
     assert not any(seen)  # nothing was attacked again
-    assert Result.load(tmp_path / "r")["clean"].correct.sum() == result["clean"].correct.sum() == 64
+    assert EvaluationResult.load(tmp_path / "r")["clean"].correct.sum() == result["clean"].correct.sum() == 64
 
 
 def test_a_piece_that_cannot_be_written_is_named(tmp_path):

@@ -112,13 +112,13 @@ def test_the_precision_that_a_run_chose_is_recorded_and_kept_on_the_other_kind(
 
     processor(amx=hardware)
     with pytest.raises(InterruptedError):
-        train(TINY, data=few_digits, out=tmp_path / "stopped", device="cpu", report=stop_after_one)
-    whole = train(TINY, data=few_digits, out=tmp_path / "whole", device="cpu", report=lambda p: None)
+        train(TINY, data=few_digits, out=tmp_path / "stopped", device="cpu", on_progress=stop_after_one)
+    whole = train(TINY, data=few_digits, out=tmp_path / "whole", device="cpu", on_progress=lambda p: None)
     processor(amx=not hardware)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         resumed = train(
-            TINY, data=few_digits, out=tmp_path / "stopped", device="cpu", resume=True, report=stop_after_one
+            TINY, data=few_digits, out=tmp_path / "stopped", device="cpu", resume=True, on_progress=stop_after_one
         )
     assert {tuple(p.items()) for p in seen} == {(("precision", used), ("search", used))}
     choice = {"asked": "auto", "used": used}

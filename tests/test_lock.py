@@ -51,7 +51,7 @@ def test_a_living_process_is_named_and_a_killed_one_holds_nothing(tmp_path):
     file = tmp_path / ".lock"
     # (The module alone: the package takes seconds to import.)
     program = (
-        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from lock import locked\n"
+        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from _lock import locked\n"
         "with locked(Path(sys.argv[2]), 'training in runs/x', 'wait for its end'):\n"
         "    print('held', flush=True); time.sleep(60)"
     )

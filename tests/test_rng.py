@@ -3,20 +3,20 @@ import itertools
 import pytest
 import torch
 
-from gsem.rng import generator, split, stream
+from gsem.rng import derive_seed, generator, seeded
 
 CPU = torch.device("cpu")
 
 
 def test_split_is_a_function_of_seed_and_names():
-    assert split(3, "search", 7) == split(3, "search", 7)
+    assert derive_seed(3, "search", 7) == derive_seed(3, "search", 7)
     # Runs are reproduced across machines and versions, so the numbers themselves are fixed.
-    assert split(0, "scoring") == 3391383871188124367
+    assert derive_seed(0, "scoring") == 3391383871188124367
 
 
 def test_streams_are_all_different_and_fit_torch():
     names = [(), ("search",), ("selection",), ("scoring",), ("search", 0), ("search", 1), ("search", "pgd", 10)]
-    seeds = [split(seed, *n) for seed, n in itertools.product([-1, 0, 1, 2, 10, 2**63], names)]
+    seeds = [derive_seed(seed, *n) for seed, n in itertools.product([-1, 0, 1, 2, 10, 2**63], names)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -34,23 +34,23 @@ def test_a_stream_starts_at_its_seed_and_gives_the_caller_his_own_back():
     torch.rand(3)
     expected = torch.rand(5, generator=torch.Generator().manual_seed(4))
     before = torch.get_rng_state()
-    with stream(4, CPU):
+    with seeded(4, CPU):
         assert torch.equal(torch.rand(5), expected)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_callers_state_returns_after_an_exception_too():
     before = torch.get_rng_state()
-    with pytest.raises(RuntimeError), stream(4, CPU):
+    with pytest.raises(RuntimeError), seeded(4, CPU):
         torch.rand(5) @ torch.rand(4)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_streams_nest():
-    with stream(1, CPU):
+    with seeded(1, CPU):
         whole = torch.rand(4)
-    with stream(1, CPU):
+    with seeded(1, CPU):
         first = torch.rand(2)
-        with stream(2, CPU):
+        with seeded(2, CPU):
             torch.rand(7)
         assert torch.equal(torch.cat([first, torch.rand(2)]), whole)

@@ -10,7 +10,7 @@ SCRIPT = """
 import jaxtyping
 jaxtyping.install_import_hook("gsem", "beartype.beartype")
 from dataclasses import replace
-import torch, gsem
+import torch, gsem, gsem.training.awp
 from gsem.attacks import pgd
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 import gsem
-from gsem.nn.folded import search_twin
+from gsem.nn.folded import fold
 from gsem.study import _over_seeds, ablation, recipes, study
 from planted import planted
 
@@ -62,9 +62,9 @@ def test_the_twin_follows_without_the_quantiser(gradient):
     net = net.double().eval()
     x = torch.rand(2, 1, 6, 6, dtype=torch.float64, requires_grad=True)
     with gsem.noise(net, "frozen"):
-        twin = search_twin(net, torch.float64)
-        torch.testing.assert_close(twin(x), net(x))
-        grads = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (net, twin)]
+        folded = fold(net, torch.float64)
+        torch.testing.assert_close(folded(x), net(x))
+        grads = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (net, folded)]
     torch.testing.assert_close(*grads)
 
 
@@ -120,7 +120,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
             raise Stopped
 
     with pytest.raises(Stopped):
-        study(variants, **how, report=stop)
+        study(variants, **how, on_progress=stop)
     before = (tmp_path / "s/full-gsem-seed0/checkpoints/best.safetensors").stat().st_mtime_ns
     rows = study(variants, **how)
     assert (tmp_path / "s/full-gsem-seed0/checkpoints/best.safetensors").stat().st_mtime_ns == before

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from gsem import data as data
     from gsem import losses as losses
     from gsem.attacks.suite import SUITES as SUITES
-    from gsem.attacks.suite import Attack as Attack
+    from gsem.attacks.suite import AttackSpec as AttackSpec
     from gsem.auditing.audit import audit as audit
     from gsem.evaluation.evaluate import evaluate as evaluate
-    from gsem.evaluation.result import Result as Result
+    from gsem.evaluation.result import EvaluationResult as EvaluationResult
     from gsem.evaluation.verify import verify as verify
-    from gsem.nn.folded import search_twin as search_twin
+    from gsem.nn.folded import fold as fold
     from gsem.nn.gsem import GSeM as GSeM
     from gsem.nn.gsem import noise as noise
     from gsem.nn.gsem import pass_through as pass_through
@@ -53,14 +53,14 @@ _DEFINED_IN = {
     "pass_through": "gsem.nn.gsem",
     "RECIPES": "gsem.training.recipes",
     "Recipe": "gsem.training.recipes",
-    "Result": "gsem.evaluation.result",
+    "EvaluationResult": "gsem.evaluation.result",
     "Run": "gsem.training.run",
     "TrainingDiverged": "gsem.training.run",
     "TrainingInterrupted": "gsem.training.run",
     "SUITES": "gsem.attacks.suite",
-    "Attack": "gsem.attacks.suite",
+    "AttackSpec": "gsem.attacks.suite",
     "train": "gsem.training.trainer",
-    "search_twin": "gsem.nn.folded",
+    "fold": "gsem.nn.folded",
     "verify": "gsem.evaluation.verify",
 }
 __all__ = ["attacks", "data", "losses", *_DEFINED_IN]

@@ -1,4 +1,4 @@
-"""Where tensors live, and the precision that a device is fast in."""
+"""Devices, and the precision that each device is fast in."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Hashes by which files say which network and which images they are about."""
+"""Hashes of a network's structure and weights, and of images and labels."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""SIGTERM, as clusters send it before they kill, is handled like Ctrl-C."""
+"""Handles SIGTERM, which clusters send before they kill, like Ctrl-C."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Weights and states on disk: safetensors, so that loading never executes code, written beside and renamed."""
+"""Files: atomic writes, and checkpoints as safetensors, so that loading never executes code."""
 
 import json
 import os

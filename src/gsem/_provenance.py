@@ -1,4 +1,4 @@
-"""Which code it was: the version, and the commit where the package runs from a git checkout."""
+"""The package's version, and the git commit where it runs from a checkout."""
 
 import subprocess
 from pathlib import Path

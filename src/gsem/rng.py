@@ -1,4 +1,4 @@
-"""Random streams: every use of chance has its own, named, and the caller's random state is left as it was."""
+"""Named random streams, derived from one seed. The caller's random state is not changed."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 
-def split(seed: int, *names: str | int) -> int:
+def derive_seed(seed: int, *names: str | int) -> int:
     """The seed of the stream that `names` name, in [0, 2^63): one stream cannot be guessed from another.
 
     `split(seed, "search")`, `"selection"` and `"scoring"` are the three disjoint streams of an evaluation.
@@ -18,7 +18,7 @@ def split(seed: int, *names: str | int) -> int:
 
 def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A private generator on `device` for the stream that `names` name."""
-    return torch.Generator(device).manual_seed(split(seed, *names))
+    return torch.Generator(device).manual_seed(derive_seed(seed, *names))
 
 
 def reseed(seed: int, device: torch.device) -> None:
@@ -32,7 +32,7 @@ def reseed(seed: int, device: torch.device) -> None:
 
 
 @contextmanager
-def stream(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's own stream, from which a stochastic model draws, starts at `seed` for this block only."""
     cuda = [device] if device.type == "cuda" else []
     mps = torch.mps.get_rng_state() if device.type == "mps" else None

@@ -17,7 +17,7 @@ from gsem._env import device_named
 from gsem._io import read_facts, write_atomically
 from gsem.data import load, to_float
 from gsem.evaluation.evaluate import evaluate
-from gsem.evaluation.result import Interval, Result
+from gsem.evaluation.result import EvaluationResult, Interval
 from gsem.nn.gsem import noise
 from gsem.training.recipes import RECIPES, Recipe
 from gsem.training.recorded import find
@@ -76,7 +76,7 @@ def recipes(base: Recipe, passes: float | None = None) -> list[Variant]:
     return variants
 
 
-def _over_seeds(results: list[Result], label: str) -> Interval:
+def _over_seeds(results: list[EvaluationResult], label: str) -> Interval:
     """The mean over seeds with its 95% t-interval; for one seed, the bootstrap interval over images."""
     if len(results) == 1:
         return results[0].expected(label)
@@ -97,16 +97,16 @@ def study(
     images: int | None = None,
     test_data: str | None = None,
     device: str | None = None,
-    report: Report | None = None,
+    on_progress: Report | None = None,
 ) -> list[dict[str, Any]]:
     """Train and evaluate every variant for seeds 0 … seeds − 1; one row per variant.
 
     Every finished piece is kept in `out` and not computed again, so that an interrupted study goes on.
 
     Args:
-        images: test images used, from the first; all unless told.
-        test_data: where they come from; the training data unless told.
-        report: called as (what, training progress or None).
+        images: test images used, from the first; default: all.
+        test_data: where they come from; default: the training data.
+        on_progress: called as (what, training progress or None).
 
     Returns:
         Rows with the variant's name, passes per image and epoch, seconds of training, and for every attack
@@ -116,9 +116,9 @@ def study(
     for variant in variants:
         results, seconds = [], []
         for seed in range(seeds):
-            run = _trained(variant, seed, out, device, report)
+            run = _trained(variant, seed, out, device, on_progress)
             seconds.append(run.metrics[-1]["seconds"])
-            results.append(_evaluated(variant, run, attacks, images, test_data, device, report))
+            results.append(_evaluated(variant, run, attacks, images, test_data, device, on_progress))
         labels = [s.name for s in results[0].scores if s.noise == "fresh"]
         attack, training = variant.recipe.passes
         rows.append(
@@ -152,12 +152,12 @@ def _trained(
     seed: int,
     out: Path,
     device: str | None,
-    report: Report | None,
+    on_progress: Report | None,
 ) -> Run:
     path = out / _folder(variant, seed)
     what = f"{variant.name}, seed {seed}"
-    show = None if report is None else lambda progress: report(what, progress)
-    return train(replace(variant.recipe, seed=seed), out=path, device=device, resume=True, report=show)
+    show = None if on_progress is None else lambda progress: on_progress(what, progress)
+    return train(replace(variant.recipe, seed=seed), out=path, device=device, resume=True, on_progress=show)
 
 
 def _evaluated(
@@ -167,8 +167,8 @@ def _evaluated(
     images: int | None,
     test_data: str | None,
     device: str | None,
-    report: Report | None,
-) -> Result:
+    on_progress: Report | None,
+) -> EvaluationResult:
     where = device_named(device)
     source = load(test_data) if test_data else find(read_facts(run.path), run.path)
     test = source.test()
@@ -177,9 +177,9 @@ def _evaluated(
     asked = {"attacks": attacks, "images": len(x), "eps": eps, "data": test_data or run.recipe.data}
     path, question = run.path / f"test-{variant.noise}", run.path / f"test-{variant.noise}.question.json"
     if question.exists() and json.loads(question.read_text()) == asked:
-        return Result.load(path)
-    if report is not None:
-        report(f"{variant.name}, seed {run.recipe.seed}: test", None)
+        return EvaluationResult.load(path)
+    if on_progress is not None:
+        on_progress(f"{variant.name}, seed {run.recipe.seed}: test", None)
     model = run.model().to(where)
     with noise(model, variant.noise):  # type: ignore[arg-type]
         result = evaluate(model, x, y, attacks, eps=eps, seed=run.recipe.seed, frozen=False)

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from gsem.attacks import Step, counting
-from gsem.attacks._active import CONFIRM, Settling, cascade, confirmation, draw_schedule, settled
+from gsem.attacks._active import CONFIRM, Confirmer, cascade, confirm_broken, confirmation, draw_schedule
 from gsem.attacks._core import NotFinite
-from gsem.rng import stream
+from gsem.rng import seeded
 
 CPU = torch.device("cpu")
 
@@ -39,17 +39,17 @@ def test_a_deterministic_model_needs_no_confirmation():
     assert confirmation(Brightness(), x) == 0
     assert confirmation(Brightness(0.5), x) == CONFIRM
     counted = counting(Brightness())
-    assert settled(counted, x, zeros(x), torch.tensor([0.0, 1.0]), 0).tolist() == [False, True]
+    assert confirm_broken(counted, x, zeros(x), torch.tensor([0.0, 1.0]), 0).tolist() == [False, True]
     assert counted.forwards == 0
 
 
 def test_only_what_is_wrong_in_every_draw_is_settled():
     x = flat(*[0.8] * 200)
     ones = torch.ones(200)
-    with stream(0, CPU):
-        sure = settled(Brightness(0.9999999), x, zeros(x), ones, CONFIRM)
-        rare = settled(Brightness(0.99), x, zeros(x), ones, CONFIRM)
-        never = settled(Brightness(0.9), x, zeros(x), ones, CONFIRM)
+    with seeded(0, CPU):
+        sure = confirm_broken(Brightness(0.9999999), x, zeros(x), ones, CONFIRM)
+        rare = confirm_broken(Brightness(0.99), x, zeros(x), ones, CONFIRM)
+        never = confirm_broken(Brightness(0.9), x, zeros(x), ones, CONFIRM)
     assert sure.all()
     assert 0.2 < rare.double().mean() < 0.55  # 0.99^100 = 0.37
     assert never.sum() <= 1
@@ -58,9 +58,9 @@ def test_only_what_is_wrong_in_every_draw_is_settled():
 def test_a_point_that_could_not_be_confirmed_is_tried_again_where_it_is_worse_and_ever_more_rarely():
     model = counting(Brightness(0.5))
     x = flat(0.8)
-    settling = Settling(model, x, zeros(x), CONFIRM)
+    settling = Confirmer(model, x, zeros(x), CONFIRM)
     tried = []
-    with stream(0, CPU):
+    with seeded(0, CPU):
         for _ in range(16):
             before = model.forwards
             assert not settling(x, torch.tensor([0.3]), torch.ones(1), torch.tensor([0])).any()
@@ -76,7 +76,7 @@ def test_a_cascade_runs_each_attack_on_what_stands_and_keeps_the_worst():
     asked: list[list[int]] = []
 
     def adding(amount: float):
-        def run(rows, seed, observe):
+        def run(rows, seed, on_step):
             asked.append(rows.tolist())
             return x[rows] + amount
 
@@ -91,7 +91,7 @@ def test_a_cascade_runs_each_attack_on_what_stands_and_keeps_the_worst():
         eot=1,
         confirm=0,
         seed=0,
-        told=lambda *news: told.append(news),
+        on_progress=lambda *news: told.append(news),
     )
     assert asked == [[1, 2, 3], [2, 3], [2, 3], [2, 3]]
     assert told == [(0, 2), (1, 2), (2, 2), (3, 1)]
@@ -102,12 +102,12 @@ def test_a_cascade_regroups_what_stands_into_batches_and_numbers_the_images():
     x = flat(0.9, 0.2, 0.9, 0.2, 0.2)
     batches, seen = [], []
 
-    def run(rows, seed, observe):
+    def run(rows, seed, on_step):
         batches.append(rows.tolist())
-        observe(Step(torch.tensor([0]), 0, x[:1], torch.zeros(1), torch.zeros(1)))
+        on_step(Step(torch.tensor([0]), 0, x[:1], torch.zeros(1), torch.zeros(1)))
         return x[rows]
 
-    cascade(Brightness(), x, zeros(x), [run], eot=1, confirm=0, seed=0, batch=2, observe=seen.append)
+    cascade(Brightness(), x, zeros(x), [run], eot=1, confirm=0, seed=0, batch=2, on_step=seen.append)
     assert batches == [[1, 3], [4]]
     assert [s.rows.tolist() for s in seen] == [[1], [4]]
 

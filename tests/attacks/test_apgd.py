@@ -83,7 +83,7 @@ def test_every_iterate_is_that_of_the_paper(attacked, norm, loss):
     start = (x + eps * (torch.rand(x.shape, dtype=x.dtype) * 2 - 1) / (1 if norm == "Linf" else 8)).clamp(0, 1)
     seen: list[Step] = []
     how = {"eps": eps, "norm": norm, "steps": 40, "loss": loss, "settle": False, "init": start}
-    x_adv = apgd(model, x, y, **how, observe=seen.append)
+    x_adv = apgd(model, x, y, **how, on_step=seen.append)
     assert [s.step for s in seen] == list(range(41))
     for image in range(8):
         label = y[image][None]
@@ -114,7 +114,7 @@ def test_targets_are_the_wrong_classes_with_the_highest_logits(attacked):
     with torch.no_grad():
         ranked = model(x).scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True)
     seen: list[Step] = []
-    apgd(model, x, y, eps=0.01, steps=1, targets=3, settle=False, observe=seen.append)
+    apgd(model, x, y, eps=0.01, steps=1, targets=3, settle=False, on_step=seen.append)
     starts = [s for s in seen if s.step == 0]
     assert len(starts) == 3
     for number, s in enumerate(starts):
@@ -179,7 +179,7 @@ def test_from_the_same_start_it_reaches_the_references_loss(attacked, loss):
 def test_a_broken_image_is_left_alone_and_later_restarts_work_on_the_rest(attacked):
     model, x, y = attacked
     seen: list[Step] = []
-    x_adv = apgd(model, x, y, eps=0.08, steps=10, restarts=3, observe=seen.append)
+    x_adv = apgd(model, x, y, eps=0.08, steps=10, restarts=3, on_step=seen.append)
     sizes = [len(s.rows) for s in seen]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 120
     broken = wrong(model, x_adv, y)

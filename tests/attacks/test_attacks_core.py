@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from gsem.attacks import NotFinite, counting
 from gsem.attacks._core import (
     FOLDED_PIXELS,
-    Worst,
+    WorstSoFar,
     ascend,
     check_result,
     distances,
-    folds,
+    draw_chunks,
     project,
     random_start,
     resolve_loss,
@@ -109,7 +109,7 @@ def test_distances():
 
 def test_the_worst_point_is_that_of_sorting_all_of_them():
     x = torch.zeros((200, 1, 1, 1))
-    worst = Worst(x)
+    worst = WorstSoFar(x)
     loss = torch.randint(-3, 4, (9, 200), generator=chance()).float()
     wrong = torch.tensor([0.0, 0.5, 0.9, 1.0])[torch.randint(0, 4, (9, 200), generator=chance(1))]
     for number in range(9):
@@ -122,7 +122,7 @@ def test_the_worst_point_is_that_of_sorting_all_of_them():
 
 def test_the_worst_of_nothing_is_the_image():
     x = interior()
-    assert torch.equal(Worst(x).x, x)
+    assert torch.equal(WorstSoFar(x).x, x)
 
 
 # --- draws and losses --------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_the_worst_of_nothing_is_the_image():
 @pytest.mark.parametrize("side", [8, 32, 224])
 @pytest.mark.parametrize("rows", [1, 7, 256])
 def test_folds_share_out_all_draws_without_overflowing_a_pass(draws, rows, side):
-    passes, pixels = folds(draws, torch.empty(1).expand(rows, 3, side, side)), rows * side * side
+    passes, pixels = draw_chunks(draws, torch.empty(1).expand(rows, 3, side, side)), rows * side * side
     assert sum(passes) == draws
     assert all(fold == 1 or fold * pixels <= FOLDED_PIXELS for fold in passes)
     assert len(passes) <= draws * pixels / FOLDED_PIXELS * 2 + 1  # and no pass is nearly empty without need

@@ -52,7 +52,7 @@ def test_it_ends_no_higher_than_the_reference(attacked, norm, eps):
     counted = counting(model)
     stages = []
     x_adv = autoattack(
-        counted, x, y, eps=eps, norm=norm, steps=20, queries=300, report=lambda *news: stages.append(news)
+        counted, x, y, eps=eps, norm=norm, steps=20, queries=300, on_progress=lambda *news: stages.append(news)
     )
     reference = counting(model)
     peer = AutoAttack(reference, norm=norm, eps=eps, seed=0, device="cpu")
@@ -73,7 +73,7 @@ def test_each_part_works_on_what_the_former_left(attacked):
     how = {"eps": 0.1}
     first = wrong(model, apgd(model, x, y, **how, steps=10), y)
     stages: list[tuple[str, int]] = []
-    autoattack(model, x, y, **how, steps=10, queries=50, report=lambda *news: stages.append(news))
+    autoattack(model, x, y, **how, steps=10, queries=50, on_progress=lambda *news: stages.append(news))
     assert [name for name, _ in stages] == ["apgd-ce10", "apgd-t10", "fab-t10", "square50"]
     assert abs(stages[0][1] - int((~first).sum())) <= 3  # (its random start is another)
     for attack in (fab, square):
@@ -97,7 +97,7 @@ def test_more_draws_come_after_few():
         y = torch.stack([model(x) for _ in range(20)]).mean(0).argmax(1)
     before = torch.get_rng_state()
     x_adv = autoattack(
-        model, x, y, eps=0.003, version="rand", steps=2, eot=6, report=lambda name, stand: stages.append(name)
+        model, x, y, eps=0.003, version="rand", steps=2, eot=6, on_progress=lambda name, stand: stages.append(name)
     )
     assert stages == ["apgd-ce2", "apgd-dlr2"] * 2
     assert torch.equal(torch.get_rng_state(), before)

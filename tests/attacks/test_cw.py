@@ -62,7 +62,7 @@ def test_one_search_is_the_papers_adam_in_tanh_space():
     """The first step of Adam moves every w by lr against the sign of the slope: a closed form."""
     model, x, y, _ = linear()
     seen: list[Step] = []
-    cw(model, x, y, steps=1, c=0.5, lr=0.02, observe=seen.append)
+    cw(model, x, y, steps=1, c=0.5, lr=0.02, on_step=seen.append)
     z = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(margin(model(z), y).sum(), z)
     w = torch.atanh((2 * x - 1) * (1 - 1e-6))

@@ -17,7 +17,7 @@ from gsem.attacks._core import distances
 from gsem.attacks._planes import gradients, onto_plane
 from gsem.attacks.fab import _look, _Path, _Task, fab
 from gsem.losses import margin
-from gsem.rng import stream
+from gsem.rng import seeded
 from landscapes import Landscape, Linear, chance, images, zeros
 
 NORMS = ["Linf", "L2"]
@@ -37,7 +37,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     """A small convolutional network, trained for a few seconds, and test digits that it classifies correctly."""
     digits = gsem.data.load("digits")
     train, test = digits.read_train(), digits.read_test()
-    with stream(1, torch.device("cpu")):
+    with seeded(1, torch.device("cpu")):
         model = nn.Sequential(
             *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()),
             *(nn.Flatten(), nn.Linear(288, 64), nn.ReLU(), nn.Linear(64, 10)),
@@ -216,7 +216,7 @@ def test_what_is_never_broken_keeps_its_worst_point(norm, targets):
     model, x, y = trained()
     x, y, seen = x[:40], y[:40], []
     eps = 0.03 if norm == "Linf" else 0.15
-    x_adv = fab(model, x, y, eps=eps, norm=norm, targets=targets, steps=10, observe=seen.append)
+    x_adv = fab(model, x, y, eps=eps, norm=norm, targets=targets, steps=10, on_step=seen.append)
     stands = predicted(model, x_adv) == y
     assert stands.double().mean() > 0.8
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_it_breaks_as_many_as_its_peer_at_no_higher_cost(norm, targets):
     theirs = counting(model)
     how = {"norm": norm, "n_restarts": 1, "n_iter": 15, "eps": eps, "seed": 0, "device": "cpu", "n_target_classes": 9}
     peer = FABAttack_PT(theirs, **how, targeted=targets is not None)
-    with stream(0, torch.device("cpu")):
+    with seeded(0, torch.device("cpu")):
         reference = peer.perturb(x, y)
     ours = counting(model)
     x_adv = fab(ours, x, y, eps=eps, norm=norm, targets=targets, steps=15)
@@ -286,7 +286,7 @@ def test_without_a_ball_it_comes_as_near_as_its_peer(norm):
 
     model, x, y = trained()
     peer = FABAttack_PT(model, norm=norm, n_restarts=1, n_iter=20, eps=100.0, seed=0, device="cpu")
-    with stream(0, torch.device("cpu")):
+    with seeded(0, torch.device("cpu")):
         reference = peer.perturb(x, y)
     x_adv = fab(model, x, y, eps=None, norm=norm, steps=20)
     assert (predicted(model, x_adv) != y).all() and (predicted(model, reference) != y).all()
@@ -315,10 +315,10 @@ def test_planes_are_the_mean_of_the_draws(b, eot, target):
     towards = None if target is None else torch.full((b,), target)
     path = _Path.begin(x, x, y, towards)
     task = _Task(model, x, y, None, "L2", 1, eot, 0)
-    with stream(4, torch.device("cpu")):
+    with seeded(4, torch.device("cpu")):
         seen = _look(task, path, differentiate=True)
     total, grads = 0, 0
-    with stream(4, torch.device("cpu")):
+    with seeded(4, torch.device("cpu")):
         for _ in range(eot):
             z = x.clone().requires_grad_()
             logits = model(z)
@@ -415,7 +415,7 @@ def test_later_restarts_start_at_random_points_of_the_ball():
     x, y = x[:30], y[:30]
     seen: dict[int, list[Step]] = {3: [], 4: []}
     for seed, steps in seen.items():
-        fab(model, x, y, eps=0.02, steps=1, restarts=3, seed=seed, observe=steps.append)
+        fab(model, x, y, eps=0.02, steps=1, restarts=3, seed=seed, on_step=steps.append)
     starts = [s for s in seen[3] if s.step == 0]
     assert len(starts) == 3
     assert torch.equal(starts[0].x, x[starts[0].rows])
@@ -448,7 +448,7 @@ def test_work_is_spent_on_standing_images_only():
     near = torch.tensor([True] * 6 + [False] * 2)
     x[~near] -= 0.4 * (w[1] - w[0]).sign().view(1, 8, 8)
     counted, seen = counting(model), []
-    fab(counted, x, zeros(x), eps=0.1, steps=10, restarts=2, observe=seen.append)
+    fab(counted, x, zeros(x), eps=0.1, steps=10, restarts=2, on_step=seen.append)
     # A linear model's images are broken by the pushed start; those far away take every step.
     assert [len(s.rows) for s in seen] == [8] + [2] * 10 + [2] * 11
     assert all(s.rows.tolist() == [6, 7] for s in seen[1:])
@@ -460,7 +460,7 @@ def test_work_is_spent_on_standing_images_only():
 def test_the_observer_sees_every_iterate_as_it_is():
     model, x, y = trained()
     x, y, seen = x[:6], y[:6], []
-    fab(model, x, y, eps=None, steps=4, targets=2, observe=seen.append)
+    fab(model, x, y, eps=None, steps=4, targets=2, on_step=seen.append)
     assert [s.step for s in seen] == [0, 1, 2, 3, 4] * 2
     with torch.no_grad():
         for s in seen:

@@ -13,7 +13,7 @@ import gsem
 from gsem.attacks import pgd
 from gsem.auditing.audit import audit
 from gsem.evaluation.evaluate import evaluate
-from gsem.evaluation.result import Result
+from gsem.evaluation.result import EvaluationResult
 from gsem.evaluation.verify import verify
 from planted import Halves, halves, small_net
 
@@ -44,9 +44,9 @@ def test_functions_and_pairs_are_named_scored_and_saved_like_the_others(tmp_path
     assert np.median(result["jitter"].linf) > 0.08
     again = evaluate(model, x, y, jitter, eps=0.1, batch=8, keep_images=True)
     assert (again["jitter"].x_adv == result["jitter"].x_adv).all()
-    assert result.facts["options"]["darker"] == {"function": "test_own_attack.darker", "eot": 1}
+    assert result.facts["options"]["darker"] == {"function": "test_own.darker", "eot": 1}
     assert (result["worst"].selection <= result["darker"].selection).all()
-    assert all(v.problems == [] for v in verify(Result.load(saved), model, x, y))
+    assert all(v.problems == [] for v in verify(EvaluationResult.load(saved), model, x, y))
 
 
 def test_it_gets_the_keywords_that_it_takes_and_a_model_to_differentiate():

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import gsem
 from gsem.attacks import NotFinite, Step, counting, pgd
 from gsem.attacks._core import expected, expected_gradient
-from gsem.attacks.suite import Attack
+from gsem.attacks.suite import AttackSpec
 from gsem.losses import LOSSES, margin
-from gsem.rng import stream
+from gsem.rng import seeded
 from landscapes import Landscape, Linear, chance, images, pixel, zeros
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_best_finds_the_iterate_that_the_last_has_left():
 def test_the_defaults_are_those_of_the_suite():
     model, x, y = small(), images(), torch.arange(16) % 10
     how = {"eps": 0.1, "norm": "Linf", "stochastic": False, "seed": 3, "sources": {}}
-    suites = Attack.parse("pgd:steps=7").run(model, x, y, **how)
+    suites = AttackSpec.parse("pgd:steps=7").run(model, x, y, **how)
     ours = pgd(model, x, y, eps=0.1, step=0.025, steps=7, seed=3)
     assert torch.equal(ours, suites)
     assert not torch.equal(ours, pgd(model, x, y, eps=0.1, step=0.025, steps=7, seed=3, keep="last"))
@@ -175,7 +175,7 @@ def test_wrong_in_every_draw_comes_before_a_higher_mean_loss():
     x = pixel(0.5, 0.5)
     how = {"eps": 0.4, "step": 0.1, "steps": 4, "loss": "margin", "eot": 16, "keep": "best", "init": x}
     seen: list[Step] = []
-    x_adv = pgd(Landscape(f), x, zeros(x), **how, observe=seen.append)
+    x_adv = pgd(Landscape(f), x, zeros(x), **how, on_step=seen.append)
     assert (seen[1].loss > 1).all() and (seen[1].wrong < 1).all()
     torch.testing.assert_close(seen[2].loss, torch.full((2,), 0.1))
     torch.testing.assert_close(x_adv, pixel(0.7, 0.7))
@@ -213,7 +213,7 @@ def test_the_search_model_gives_directions_only():
     assert (margin(model(away), y) < margin(model(x), y)).all()
     # The search model takes each of its points for better than the last; the model says that none beats the start.
     seen: list[Step] = []
-    assert torch.equal(pgd(model, x, y, **how, search=reverse, keep="best", observe=seen.append), x)
+    assert torch.equal(pgd(model, x, y, **how, search=reverse, keep="best", on_step=seen.append), x)
     for step in seen:
         torch.testing.assert_close(step.loss, margin(model(step.x), y))
 
@@ -224,11 +224,11 @@ def test_a_broken_image_is_left_alone_and_the_others_go_on_as_if_alone():
         y = model(x).argmax(1)
     how = {"eps": 0.05, "step": 0.01, "steps": 12, "init": x, "keep": "best", "loss": "margin"}
     paths: list[Step] = []
-    full = pgd(model, x, y, **how, settle=False, observe=paths.append)
+    full = pgd(model, x, y, **how, settle=False, on_step=paths.append)
     wrong = torch.stack([s.wrong for s in paths]) == 1
     assert wrong.any(0).any() and not wrong.any(0).all()
     seen: list[Step] = []
-    x_adv = pgd(model, x, y, **how, observe=seen.append)
+    x_adv = pgd(model, x, y, **how, on_step=seen.append)
     first = torch.where(wrong.any(0), wrong.int().argmax(0), 12)
     for s in seen:  # an image is seen until the step that breaks it
         assert s.rows.tolist() == (first >= s.step).nonzero()[:, 0].tolist()
@@ -272,7 +272,7 @@ def test_the_gradient_is_the_mean_of_the_draws(b, k):
     model, x = SignNoise(torch.randn(64, generator=chance())), images(b)
     y = torch.arange(b) % 2
     losses, wrongs, grads = [], [], []
-    with stream(4, CPU):
+    with seeded(4, CPU):
         for _ in range(k):
             z = x.clone().requires_grad_()
             logits = model(z)
@@ -280,9 +280,9 @@ def test_the_gradient_is_the_mean_of_the_draws(b, k):
             losses.append(loss.detach())
             wrongs.append((logits.argmax(1) != y).float())
             grads.append(torch.autograd.grad(loss.sum(), z)[0])
-    with stream(4, CPU):
+    with seeded(4, CPU):
         value, wrong, grad = expected_gradient(model, x, y, margin, k)
-    with stream(4, CPU):
+    with seeded(4, CPU):
         value_alone, wrong_alone = expected(model, x, y, margin, k)
     pairs = ((value, losses), (value_alone, losses), (wrong, wrongs), (wrong_alone, wrongs), (grad, grads))
     for ours, theirs in pairs:
@@ -332,7 +332,7 @@ def test_chance_follows_from_the_seed_alone():
 def test_a_start_outside_the_ball_is_brought_into_it_before_it_is_judged(norm):
     x, seen = 0.4 + 0.2 * images(), []
     how = {"eps": 0.05, "step": 0.01, "steps": 1, "norm": norm, "keep": "best"}
-    pgd(Linear(torch.ones(2, 64)), x, zeros(x), **how, init=x + 0.3, observe=seen.append)
+    pgd(Linear(torch.ones(2, 64)), x, zeros(x), **how, init=x + 0.3, on_step=seen.append)
     share = 1.0 if norm == "Linf" else 1 / 8  # of eps, on each of 64 pixels
     torch.testing.assert_close(seen[0].x, x + 0.05 * share)
 
@@ -355,7 +355,7 @@ def test_it_attacks_inside_no_grad_and_leaves_its_arguments():
         ({"keep": "last", "eot": 3}, 0, 21),
         ({"keep": "last", "restarts": 2}, 2, 14),
         ({"restarts": 2, "eot": 5}, 10, 70),
-        ({"keep": "last", "observe": lambda step: None}, 1, 7),
+        ({"keep": "last", "on_step": lambda step: None}, 1, 7),
     ],
 )
 def test_the_cost_is_exact(how, forwards, gradients):
@@ -378,7 +378,7 @@ def test_the_observer_sees_every_iterate_as_it_is():
     model, x, y = small(), images(5), torch.tensor([0, 3, 5, 1, 2])
     seen: list[Step] = []
     how = {"restarts": 2, "loss": "margin", "keep": "best", "settle": False}
-    x_adv = pgd(model, x, y, **HOW, **how, observe=seen.append)
+    x_adv = pgd(model, x, y, **HOW, **how, on_step=seen.append)
     assert [s.step for s in seen] == [*range(8), *range(8)]
     assert torch.equal(x_adv, pgd(model, x, y, **HOW, **how))
     with torch.no_grad():

@@ -62,7 +62,7 @@ def test_what_square_finds_with_margins_rays_finds_with_labels(digits):
 def test_blocks_are_halved_down_to_pixels_and_then_begin_anew_in_another_order():
     x = 0.5 * torch.ones(2, 1, 3, 4)
     seen: list[Step] = []
-    rays(Landscape(lambda x: -1 - x[:, 0]), x, zeros(x), eps=0.1, queries=51, observe=seen.append)
+    rays(Landscape(lambda x: -1 - x[:, 0]), x, zeros(x), eps=0.1, queries=51, on_step=seen.append)
     assert torch.equal(seen[0].x, x)
     blocks = []
     for width in (12, 6, 3, 2, 1):
@@ -84,7 +84,7 @@ def test_the_radius_is_found_by_halving():
     """Two pixels, wrong where the first exceeds 0.7: the radius is 0.2 where it goes up."""
     x = torch.full((1, 1, 1, 2), 0.5)
     seen: list[Step] = []
-    rays(Landscape(lambda x: x[:, 0] - 0.7), x, zeros(x), eps=0.15, queries=13, observe=seen.append)
+    rays(Landscape(lambda x: x[:, 0] - 0.7), x, zeros(x), eps=0.15, queries=13, on_step=seen.append)
     asked = [s.x.flatten().tolist() for s in seen]
     # The image; both flipped, the first, the second: that one is wrong at radius 1.
     assert asked[:4] == [[0.5, 0.5], [0, 0], [0, 1], [1, 0]]
@@ -102,7 +102,7 @@ def test_a_kept_flip_shortens_the_ray(digits):
     x, y = x[:20], y[:20]
     seen: list[Step] = []
     eps = 0.04
-    x_adv = rays(model, x, y, eps=eps, queries=300, observe=seen.append)
+    x_adv = rays(model, x, y, eps=eps, queries=300, on_step=seen.append)
     shortest, point = torch.full((20,), 9.0), x.clone()
     for s in seen[1:]:
         radius = (s.x - x[s.rows]).flatten(1).abs().amax(1)
@@ -132,7 +132,7 @@ def test_every_point_keeps_to_the_threat_model(eps, norm, shape, edge, noise, se
     w = torch.randn(x[0].numel(), generator=chance(seed))
     model = Landscape(lambda x: x @ w - 0.5 + noise * torch.rand(len(x)))
     seen: list[Step] = []
-    x_adv = rays(model, x, zeros(x), eps=eps, norm=norm, queries=90, seed=seed, observe=seen.append)
+    x_adv = rays(model, x, zeros(x), eps=eps, norm=norm, queries=90, seed=seed, on_step=seen.append)
     assert x_adv.shape == x.shape and x_adv.min() >= 0 and x_adv.max() <= 1
     offset = (x_adv - x).flatten(1).double()
     size = offset.abs().amax(1) if norm == "Linf" else offset.norm(dim=1)
@@ -148,7 +148,7 @@ def test_broken_images_leave_as_soon_as_they_are(digits):
     y = y.clone()
     y[::5] = (y[::5] + 1) % 10
     seen: list[Step] = []
-    x_adv = rays(model, x, y, eps=0.1, queries=200, observe=seen.append)
+    x_adv = rays(model, x, y, eps=0.1, queries=200, on_step=seen.append)
     assert torch.equal(x_adv[::5], x[::5])
     standing = torch.ones(len(x), dtype=torch.bool)
     for s in seen:
@@ -232,7 +232,7 @@ def test_a_flipper_of_labels_gains_nothing():
     model = Landscape(lambda x: torch.where(torch.rand(len(x)) < 0.3, 1.0, -1.0))
     x = images(40)
     seen: list[Step] = []
-    x_adv = rays(model, x, zeros(x), eps=0.1, queries=60, eot=3, observe=seen.append)
+    x_adv = rays(model, x, zeros(x), eps=0.1, queries=60, eot=3, on_step=seen.append)
     assert len(seen[-1].rows) == 40
     accuracy = correct_draws(model, x_adv, zeros(x), draws=200, seed=3).double().mean() / 200
     assert abs(accuracy - 0.7) < 0.02

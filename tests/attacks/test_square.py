@@ -66,7 +66,7 @@ def test_restarts_work_on_what_stands_and_are_never_worse(digits, norm):
     value = {}
     for restarts in (1, 3):
         how = {"eps": eps, "norm": norm, "queries": 60, "restarts": restarts}
-        x_adv = square(model, x, y, **how, observe=seen.append if restarts == 3 else None)
+        x_adv = square(model, x, y, **how, on_step=seen.append if restarts == 3 else None)
         logits = model(x_adv)
         value[restarts] = margin(logits, y) + 1000.0 * (logits.argmax(1) != y)
     assert (value[3] >= value[1]).all() and (value[3] > value[1]).any()
@@ -102,7 +102,7 @@ def test_bumps_are_the_peers(side):
 def test_it_starts_with_stripes_of_eps():
     x = 0.2 + 0.6 * images(200, 3)
     seen: list[Step] = []
-    square(Landscape(lambda x: -1 - x[:, 0]), x, zeros(x), eps=0.1, queries=1, observe=seen.append)
+    square(Landscape(lambda x: -1 - x[:, 0]), x, zeros(x), eps=0.1, queries=1, on_step=seen.append)
     offset = seen[0].x - x
     torch.testing.assert_close(offset.abs(), torch.full_like(x, 0.1))
     torch.testing.assert_close(offset, offset[:, :, :1].expand_as(x))
@@ -113,7 +113,7 @@ def test_it_starts_with_stripes_of_eps():
 def test_it_starts_with_tiles_of_length_eps():
     x = 0.3 + 0.4 * images(50, 3, 11)
     seen: list[Step] = []
-    square(Landscape(lambda x: -1 - x[:, 0]), x, zeros(x), eps=0.5, norm="L2", queries=1, observe=seen.append)
+    square(Landscape(lambda x: -1 - x[:, 0]), x, zeros(x), eps=0.5, norm="L2", queries=1, on_step=seen.append)
     offset = seen[0].x - x
     torch.testing.assert_close(offset.flatten(1).norm(dim=1), torch.full((50,), 0.5))
     tiles = offset[..., :10, :10].unflatten(3, (5, 2)).unflatten(2, (5, 2)).transpose(3, 4)  # [b, c, 5, 5, 2, 2]
@@ -127,7 +127,7 @@ def test_it_starts_with_tiles_of_length_eps():
 def test_a_proposal_repaints_one_square_of_one_colour_in_each_image():
     x = 0.3 + 0.4 * images(64, 2, 9)
     seen: list[Step] = []
-    how = {"eps": 0.1, "queries": 700, "observe": seen.append}
+    how = {"eps": 0.1, "queries": 700, "on_step": seen.append}
     square(Landscape(lambda x: -9 - x.sum(1)), x, zeros(x), **how)
     kept, value = seen[0].x, seen[0].loss
     corners, shrunk = set(), set()
@@ -153,7 +153,7 @@ def test_a_proposal_repaints_one_square_of_one_colour_in_each_image():
 def test_an_l2_proposal_has_length_eps_where_nothing_is_clipped():
     x = 0.4 + 0.2 * images(32, 3, 9)
     seen: list[Step] = []
-    how = {"eps": 0.3, "norm": "L2", "queries": 400, "observe": seen.append}
+    how = {"eps": 0.3, "norm": "L2", "queries": 400, "on_step": seen.append}
     square(Landscape(lambda x: -9 - x[:, :40].sum(1)), x, zeros(x), **how)
     for s in seen:
         torch.testing.assert_close(size(s.x, x, "L2"), torch.full((32,), 0.3).double(), rtol=1e-5, atol=0)
@@ -175,7 +175,7 @@ def test_every_iterate_keeps_to_the_threat_model(eps, norm, shape, edge, noise, 
     model = Landscape(lambda x: x @ w - 5 + noise * torch.rand(len(x)))
     seen: list[Step] = []
     how = {"eps": eps, "norm": norm, "queries": 80, "p_init": p_init, "seed": seed}
-    x_adv = square(model, x, zeros(x), **how, observe=seen.append)
+    x_adv = square(model, x, zeros(x), **how, on_step=seen.append)
     for rows, points in [(torch.arange(3), x_adv), *((s.rows, s.x) for s in seen)]:
         assert points.shape[1:] == x.shape[1:] and points.min() >= 0 and points.max() <= 1
         assert (size(points, x[rows], norm) <= eps * (1 + 1e-5) + 1e-6).all()
@@ -188,7 +188,7 @@ def test_every_iterate_keeps_to_the_threat_model(eps, norm, shape, edge, noise, 
 def test_the_kept_point_is_the_best_that_was_asked_for_and_broken_images_leave(digits, norm, eps):
     model, x, y = digits
     seen: list[Step] = []
-    x_adv = square(model, x, y, eps=eps, norm=norm, queries=200, observe=seen.append)
+    x_adv = square(model, x, y, eps=eps, norm=norm, queries=200, on_step=seen.append)
     best, point = margin(model(x), y), x.clone()
     standing = torch.ones(len(x), dtype=torch.bool)
     for s in seen:
@@ -207,7 +207,7 @@ def test_what_is_wrong_already_is_returned_unchanged_and_unasked(digits):
     y = y.clone()
     y[::3] = (y[::3] + 1) % 10
     seen: list[Step] = []
-    x_adv = square(model, x, y, eps=0.1, queries=3, observe=seen.append)
+    x_adv = square(model, x, y, eps=0.1, queries=3, on_step=seen.append)
     assert torch.equal(x_adv[::3], x[::3])
     assert not set(seen[0].rows.tolist()) & set(range(0, len(x), 3))
     counted = counting(model)
@@ -244,7 +244,7 @@ def test_the_noise_stays_for_25_queries():
     x = images(4)
     seen: list[Step] = []
     model = Landscape(lambda x: -2 + torch.rand(len(x)))
-    square(model, x, zeros(x), eps=0.1, queries=100, eot=3, observe=seen.append)
+    square(model, x, zeros(x), eps=0.1, queries=100, eot=3, on_step=seen.append)
     losses = torch.stack([s.loss for s in seen]).view(4, 25, 4)
     assert torch.equal(losses, losses[:, :1].expand_as(losses))
     assert len(losses[:, 0].unique()) == 16
@@ -296,7 +296,7 @@ def test_a_flipper_of_labels_gains_nothing():
     model = Landscape(lambda x: torch.where(torch.rand(len(x)) < 0.3, 1.0, -1.0))
     x = images(40)
     seen: list[Step] = []
-    x_adv = square(model, x, zeros(x), eps=0.1, queries=60, eot=2, observe=seen.append)
+    x_adv = square(model, x, zeros(x), eps=0.1, queries=60, eot=2, on_step=seen.append)
     assert len(seen[-1].rows) == 40
     accuracy = correct_draws(model, x_adv, zeros(x), draws=200, seed=3).double().mean() / 200
     assert abs(accuracy - 0.7) < 0.02

@@ -59,7 +59,7 @@ def test_the_ensemble_reaches_what_any_reference_reaches(kept):
     any_ = torch.stack(list(broken.values())).any(0)
     x, y = x[any_], y[any_]
     stages: list[tuple[str, int]] = []
-    how = {"eps": EPS, "steps": STEPS, "queries": QUERIES, "report": lambda *news: stages.append(news)}
+    how = {"eps": EPS, "steps": STEPS, "queries": QUERIES, "on_progress": lambda *news: stages.append(news)}
     reached = wrong(model, autoattack(model, x, y, **how), y)
     assert int((~reached).sum()) <= 1, any_.nonzero()[:, 0][~reached].tolist()
     # What gradient signs cannot reach is left to the later parts, and they reach it.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gsem.attacks.suite import SUITES, Attack, parse_attacks, suite
+from gsem.attacks.suite import SUITES, AttackSpec, parse_attacks, suite
 
 # --- attacks as text ---------------------------------------------------------------------------------------------
 
@@ -33,23 +33,23 @@ from gsem.attacks.suite import SUITES, Attack, parse_attacks, suite
     ],
 )
 def test_labels_are_made_of_the_arguments_that_run(text, stochastic, label):
-    assert Attack.parse(text).label(eps=0.1, stochastic=stochastic) == label
+    assert AttackSpec.parse(text).label(eps=0.1, stochastic=stochastic) == label
 
 
 def test_parse_attacks():
-    assert parse_attacks("clean, pgd:steps=5") == [Attack("clean"), Attack("pgd", {"steps": 5})]
+    assert parse_attacks("clean, pgd:steps=5") == [AttackSpec("clean"), AttackSpec("pgd", {"steps": 5})]
 
 
 @pytest.mark.parametrize(("name", "options"), [("deepfool", {}), ("pgd", {"stepz": 3}), ("clean", {"steps": 3})])
 def test_an_attack_that_cannot_be_is_refused_when_it_is_made(name, options):
     with pytest.raises(ValueError, match=r"unknown: it is one of|has no option"):
-        Attack(name, options)
+        AttackSpec(name, options)
 
 
 @pytest.mark.parametrize("name", SUITES)
 def test_every_suite_is_of_attacks_that_exist_and_begins_clean(name):
     attacks = suite(name)
-    assert attacks[0] == Attack("clean")
+    assert attacks[0] == AttackSpec("clean")
     labels = [a.label(eps=0.1, stochastic=True) for a in attacks]
     assert len(set(labels)) == len(labels)
 
@@ -70,4 +70,4 @@ def test_the_papers_five_at_their_true_strength():
 
 def test_a_form_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="form 'linf' is unknown: it is one of margin, l2, unbounded"):
-        Attack.parse("cw:form=linf")
+        AttackSpec.parse("cw:form=linf")

@@ -26,7 +26,7 @@ def test_pgd_is_equal_to_foolbox_bit_by_bit(name):
         x_adv = pgd(model, x, y, eps=0.1, **PGD, init=x, target=target, keep="last")
         assert torch.equal(x_adv, reference)
         assert not torch.equal(x_adv, pgd(model, x, y, eps=0.1, **PGD, init=x, keep="last"))
-        search = gsem.search_twin(model)
+        search = gsem.fold(model)
         torch.testing.assert_close(
             pgd(model, x, y, eps=0.1, step=0.03, steps=1, init=x, target=target, search=search),
             pgd(model, x, y, eps=0.1, step=0.03, steps=1, init=x, target=target),
@@ -125,7 +125,7 @@ def test_a_stochastic_model_is_broken_where_every_draw_is_the_target():
     model, x = Noisy(0.3), images()
     target = (model.linear(x).argmax(1) + 1) % 4
     seen: list[Step] = []
-    x_adv = apgd(model, x, zeros(x), eps=0.2, target=target, steps=10, eot=4, observe=seen.append)
+    x_adv = apgd(model, x, zeros(x), eps=0.2, target=target, steps=10, eot=4, on_step=seen.append)
     with torch.no_grad():
         share = torch.stack([model(x_adv).argmax(1) == target for _ in range(50)]).double().mean(0)
     assert share.min() > 0.9

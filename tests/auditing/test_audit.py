@@ -83,7 +83,7 @@ def test_a_healthy_network_is_trusted(robust: bool):
     x, y = digits()
     told = []
     before = torch.get_rng_state()
-    audit = gsem.audit(mlp(robust=robust), x, y, STRONG, eps=EPS, quick=True, report=told.append)
+    audit = gsem.audit(mlp(robust=robust), x, y, STRONG, eps=EPS, quick=True, on_progress=told.append)
     assert [(c.name, c.reason) for c in audit.checks if c.outcome == "flag"] == []
     assert audit.verdict == "TRUSTED", audit.reason
     assert [p.ended.name for p in told if p.ended] == list(CHECKS)

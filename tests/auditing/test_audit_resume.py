@@ -59,13 +59,13 @@ def same(one: Audit, other: Audit) -> bool:
 def test_an_interrupted_audit_ends_as_an_undisturbed_one(small, undisturbed, tmp_path, monkeypatch, after, message):
     out = tmp_path / "audit"
     with pytest.raises(KeyboardInterrupt):
-        gsem.audit(*small, ATTACKS, **HOW, save=out, report=interrupting(after, message))
+        gsem.audit(*small, ATTACKS, **HOW, save=out, on_progress=interrupting(after, message))
     assert not out.with_suffix(".json").exists() and out.with_suffix(".unfinished").is_dir()
     made = []
     for name, check in CHECKS.items():
         monkeypatch.setitem(CHECKS, name, lambda s, name=name, check=check: (made.append(name), check(s))[1])
     told: list[Progress] = []
-    found = gsem.audit(*small, ATTACKS, **HOW, save=out, report=told.append)
+    found = gsem.audit(*small, ATTACKS, **HOW, save=out, on_progress=told.append)
     assert made == list(CHECKS)[after:]
     assert same(found, undisturbed) and same(Audit.load(tmp_path / "audit.json"), undisturbed)
     assert [p.earlier for p in told if p.ended] == [True] * after + [False] * (12 - after)
@@ -75,11 +75,11 @@ def test_an_interrupted_audit_ends_as_an_undisturbed_one(small, undisturbed, tmp
 def test_what_checks_share_is_not_computed_again(small, tmp_path):
     """An interruption behind the evaluation itself: neither the path nor the other attacks run again."""
     with pytest.raises(KeyboardInterrupt):
-        gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "a", report=interrupting(9, "1/2 of the steps"))
+        gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "a", on_progress=interrupting(9, "1/2 of the steps"))
     kept = sorted(path.stem for path in (tmp_path / "a.unfinished").glob("*.npz"))
     assert kept == ["base", "clean", "path", "unbounded"]
     doing: list[str] = []
-    gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "a", report=lambda p: doing.append(p.doing))
+    gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "a", on_progress=lambda p: doing.append(p.doing))
     assert "the evaluation itself" not in doing
 
 
@@ -87,7 +87,7 @@ def test_an_unfinished_audit_of_something_else_is_not_touched(small, tmp_path):
     model, x, y = small
     out = tmp_path / "audit.json"
     with pytest.raises(KeyboardInterrupt):
-        gsem.audit(model, x, y, ATTACKS, **HOW, save=out, report=interrupting(1))
+        gsem.audit(model, x, y, ATTACKS, **HOW, save=out, on_progress=interrupting(1))
     other = Fronted(Quantise(noise=0.05), mlp(1)).eval()
     for change, message in (
         ({"model": other}, "the model's weights"),
@@ -114,13 +114,13 @@ def test_a_saved_audit_of_something_else_is_not_overwritten(small, tmp_path):
 
 def test_nothing_is_left_where_nothing_was_finished(small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "audit", report=interrupting(0))
+        gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "audit", on_progress=interrupting(0))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_piece_is_computed_again(small, undisturbed, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "audit", report=interrupting(6))
+        gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "audit", on_progress=interrupting(6))
     for file in (tmp_path / "audit.unfinished").iterdir():
         if file.name in ("path.npz", "check-gradient.json"):
             file.write_bytes(file.read_bytes()[:40])
@@ -161,7 +161,7 @@ def test_the_time_left_is_that_of_the_planned_work():
 
 def test_an_audit_tells_the_time_left_and_that_it_is_watched_changes_nothing(small, undisturbed):
     told: list[Progress] = []
-    found = gsem.audit(*small, ATTACKS, **HOW, report=told.append)
+    found = gsem.audit(*small, ATTACKS, **HOW, on_progress=told.append)
     assert same(found, undisturbed)
     left = [p.seconds_left for p in told if p.ended]
     assert left[-1] == 0 and all(s is None or s >= 0 for s in left) and sum(s is None for s in left) < 4

@@ -20,7 +20,7 @@ def test_forward_is_the_models_and_backward_the_identity():
     assert torch.equal(through(x), model(x))
     assert torch.equal(grad(through, x), grad(mlp(), Quantise(5, 0.0)(x)))
     assert grad(model, x).abs().max() == 0 and isinstance(model.front, Quantise)
-    assert torch.equal(grad(gsem.search_twin(through), x), grad(through, x))
+    assert torch.equal(grad(gsem.fold(through), x), grad(through, x))
 
 
 def test_noise_is_drawn_as_before():

@@ -94,7 +94,7 @@ def test_normalised_input_keeps_eps_in_pixels(capsys, here):
     """The network adds 0.5 again: with its normalisation it is the other one, point for point."""
     evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", "--out", "plain")
     evaluated(capsys, "halfnet:normal", "--attacks", "pgd:steps=4", "--normalize", "0.5/1", "--out", "normal")
-    plain, normal = (gsem.Result.load(name)["pgd4-eot1"] for name in ("plain", "normal"))
+    plain, normal = (gsem.EvaluationResult.load(name)["pgd4-eot1"] for name in ("plain", "normal"))
     assert (plain.correct == normal.correct).all() and 0 < plain.correct.sum() < 24
     assert "none of cifar10" in refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--normalize", "x")
 
@@ -102,10 +102,10 @@ def test_normalised_input_keeps_eps_in_pixels(capsys, here):
 def test_the_subset_is_balanced_or_the_first_and_says_so(capsys, here):
     out = evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6")
     assert "a fixed, class-balanced subset of 6 of 24 test images" in " ".join(out.split())
-    assert np.bincount(gsem.Result.load("evaluation").y).tolist() == [3, 3]
+    assert np.bincount(gsem.EvaluationResult.load("evaluation").y).tolist() == [3, 3]
     out = evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6", "--first")
     assert "the first 6 of 24 test images" in " ".join(out.split())
-    assert gsem.Result.load("evaluation-2").y.tolist() == [0] * 6
+    assert gsem.EvaluationResult.load("evaluation-2").y.tolist() == [0] * 6
     assert "--images must be at least 1" in refused(
         capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--images", "0"
     )
@@ -141,7 +141,7 @@ def test_saved_points_are_verified_and_a_changed_one_is_found(capsys, here):
     evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", "--images", "10", "--keep-images")
     code, out, _ = run(capsys, "verify", "evaluation.npz", "--model", "halfnet:net")
     assert code == 0 and "10 images: bounds, labels, distances and accuracies hold" in out
-    result = gsem.Result.load("evaluation")
+    result = gsem.EvaluationResult.load("evaluation")
     result.scores[1].x_adv[2] += 0.2
     result.save("changed")
     code, out, err = run(capsys, "verify", "changed.npz", "--model", "halfnet:net")
@@ -164,7 +164,7 @@ def test_a_finished_evaluation_is_shown_again_and_computed_anew_only_when_asked(
         raise AssertionError("it is computed again")
 
     with monkeypatch.context() as m:
-        m.setattr("gsem.attacks.suite.Attack.run", searched)
+        m.setattr("gsem.attacks.suite.AttackSpec.run", searched)
         for out in ((), ("--out", "evaluation")):
             again = evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", *out)
             told = "already finished: evaluation.json and evaluation.npz; --again computes it anew\n"
@@ -201,7 +201,7 @@ def test_without_a_terminal_every_finished_attack_prints_a_line(capsys, here):
 def test_the_rows_of_the_images_are_kept_and_named(capsys, here):
     evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6", "--keep-images", "--out", "few")
     evaluated(capsys, "halfnet:net", "--attacks", "clean", "--out", "all")
-    few, whole = gsem.Result.load("few"), gsem.Result.load("all")
+    few, whole = gsem.EvaluationResult.load("few"), gsem.EvaluationResult.load("all")
     with np.load("images.npz") as file:
         assert (few.y == file["y_test"][few.rows]).all() and len(set(few.rows.tolist())) == 6
     assert whole.rows.tolist() == list(range(24))

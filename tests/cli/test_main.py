@@ -57,7 +57,7 @@ def refused(capsys, *words) -> str:
 def test_listings(capsys, words):
     code, out, _ = run(capsys, *words)
     assert code == 0
-    named = {"recipes": gsem.RECIPES, "models": gsem.MODELS, "data": gsem.data.SOURCES}.get(words[0], [])
+    named = {"recipes": gsem.RECIPES, "models": gsem.MODELS, "data": gsem.data.DATASETS}.get(words[0], [])
     assert all(name in out for name in named) or words == ("data", "digits")
     assert all(len(line) <= 80 for line in out.splitlines())
 
@@ -79,7 +79,7 @@ def test_train_then_evaluate_then_resume(capsys, npz, in_tmp, tmp_path):
     assert re.search(r"pgd3-eot2 +\d+\.\d%", out)
     assert "eps = 8/255" in out
     assert "8 test images" in out
-    result = gsem.Result.load(tmp_path / "r/evaluation")
+    result = gsem.EvaluationResult.load(tmp_path / "r/evaluation")
     assert result.draws == 7
     assert len(result["pgd3-eot2"].correct) == 8
     assert result["pgd3-eot2"].linf.max() <= 8 / 255 + 1e-6
@@ -89,8 +89,8 @@ def test_train_then_evaluate_then_resume(capsys, npz, in_tmp, tmp_path):
     assert "saved in at-0.15.json and at-0.15.npz" in out
     assert (tmp_path / "at-0.15.npz").exists()
     assert run(capsys, "evaluate", "r", "--attacks", "clean")[0] == 0
-    assert gsem.Result.load(tmp_path / "r/evaluation").draws == 7  # not overwritten
-    assert gsem.Result.load(tmp_path / "r/evaluation-2").draws == 100
+    assert gsem.EvaluationResult.load(tmp_path / "r/evaluation").draws == 7  # not overwritten
+    assert gsem.EvaluationResult.load(tmp_path / "r/evaluation-2").draws == 100
     code, out, _ = run(capsys, "train", "--resume", "r")
     assert code == 0  # finished already: says so again, computes nothing
     assert "already holds a run" in refused(capsys, "train", "--data", npz, "--out", "r", *TINY)

@@ -52,7 +52,7 @@ def test_every_command_of_the_paper_trains_and_its_checkpoint_evaluates(tmp_path
     short = ["--images", 4, "--draws", 2, "--attacks", "clean,pgd:steps=1:eot=1", "--no-frozen"]
     short += ["--out", tmp_path / "result"]
     assert main([str(word) for word in ["evaluate", saved, *options, *short]]) == 0
-    assert len(gsem.Result.load(tmp_path / "result")["pgd1-eot1"].correct) == 4
+    assert len(gsem.EvaluationResult.load(tmp_path / "result")["pgd1-eot1"].correct) == 4
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_the_evaluation_script_reads_what_training_saved(trained):
     )
     fresh = [s.name for s in result.scores if s.noise == "fresh"]
     assert fresh == ["clean", "apgd20-eot1", "apgd20-t3-eot1", "square300-eot1"]
-    assert len(gsem.Result.load(str(path).removesuffix(".pt")).y) == 4
+    assert len(gsem.EvaluationResult.load(str(path).removesuffix(".pt")).y) == 4
 
 
 def test_the_same_command_again_goes_on_and_other_options_are_refused(trained, capsys):

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from gsem.data import Source, Split
+from gsem.data import Dataset, Split
 from gsem.data.dataset import crop_padding, held_out, validation_per_class
 
 
-def source_of(y: list[int], classes: int) -> Source:
+def source_of(y: list[int], classes: int) -> Dataset:
     labels = torch.tensor(y)
     x = torch.arange(len(y), dtype=torch.uint8).view(-1, 1, 1, 1)  # every image tells its place
-    return Source(
+    return Dataset(
         name="made",
         classes=tuple(f"class-{k}" for k in range(classes)),
         shape=(1, 1, 1),
@@ -79,7 +79,7 @@ def test_absent_parts_are_told():
     source = source_of([0, 0], 1)
     with pytest.raises(ValueError, match="made has no test part"):
         source.test()
-    empty = Source("made", ("a",), (1, 1, 1), 0.1, 1, 0, False, "")
+    empty = Dataset("made", ("a",), (1, 1, 1), 0.1, 1, 0, False, "")
     with pytest.raises(ValueError, match="made has no training part"):
         empty.training()
 

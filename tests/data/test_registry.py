@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from gsem.data import SOURCES, load
+from gsem.data import DATASETS, load
 
 
 def test_every_source_has_one_line():
-    assert {"digits", "folder", "npz"} <= set(SOURCES)
-    assert all(line and "\n" not in line for line in SOURCES.values())
+    assert {"digits", "folder", "npz"} <= set(DATASETS)
+    assert all(line and "\n" not in line for line in DATASETS.values())
 
 
 def test_an_unknown_name_is_told_with_near_ones():

@@ -335,9 +335,9 @@ def test_a_finished_result_is_returned_and_not_computed_again(tmp_path, monkeypa
     first = evaluate(Halves(), x, y, **how, rows=range(5, 15))
     assert first.rows.tolist() == list(range(5, 15)) and evaluate(Halves(), x, y, "clean", eps=0.1).rows[-1] == 9
     told: list[Progress] = []
-    again = evaluate(Halves(), x, y, **how, report=told.append)
+    again = evaluate(Halves(), x, y, **how, on_progress=told.append)
     assert told == [] and again.to_dict() == first.to_dict() and again.rows.tolist() == first.rows.tolist()
-    evaluate(Halves(), x, y, **how, rows=range(5, 15), report=told.append, again=True)
+    evaluate(Halves(), x, y, **how, rows=range(5, 15), on_progress=told.append, again=True)
     assert [p.name for p in told] == ["clean", "pgd2-eot1"]
     for change, different in (({"seed": 1}, "seed"), ({"rows": range(10)}, "the rows of the images")):
         with pytest.raises(AnotherQuestion, match=rf"r\.npz is there already.*{different}"):
@@ -356,7 +356,7 @@ def test_the_model_is_left_as_it_was_and_progress_is_reported():
     before, flags = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     x, y = halves(10)
     told: list[Progress] = []
-    result = evaluate(model, x, y, ["clean", "pgd:steps=1"], eps=0.1, batch=4, report=told.append)
+    result = evaluate(model, x, y, ["clean", "pgd:steps=1"], eps=0.1, batch=4, on_progress=told.append)
     ends = [p for p in told if p.standing == 0]
     assert [(p.name, p.done, p.images) for p in ends] == [
         (label, done, 10) for label in ("clean", "pgd1-eot1") for done in (4, 8, 10)

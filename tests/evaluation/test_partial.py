@@ -18,7 +18,7 @@ import gsem
 from gsem._fingerprint import data_fingerprint, model_fingerprint, same_model
 from gsem.evaluation.evaluate import _Evaluation, evaluate
 from gsem.evaluation.partial import Ledger
-from gsem.evaluation.result import Result
+from gsem.evaluation.result import EvaluationResult
 from gsem.evaluation.verify import verify
 from killed_evaluation import question
 from planted import Flipper, Halves, halves, small_net
@@ -30,7 +30,7 @@ def gsem_net(**how) -> torch.nn.Module:
     return gsem.create_model("gsem-resnet10x16", num_classes=3, in_channels=1, **how).eval()
 
 
-def table(result: Result) -> list:
+def table(result: EvaluationResult) -> list:
     """Everything but the time."""
     return [
         (
@@ -44,7 +44,7 @@ def table(result: Result) -> list:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Result:
+def uninterrupted(tmp_path_factory) -> EvaluationResult:
     return evaluate(**question(), save=tmp_path_factory.mktemp("whole") / "r", keep_images=True)
 
 
@@ -66,7 +66,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_table_of_the_uninterrupte
     assert table(result) == table(uninterrupted)
     for a, b in zip(result.scores, uninterrupted.scores, strict=True):
         assert np.array_equal(a.x_adv, b.x_adv)
-    assert table(Result.load(tmp_path / "r")) == table(uninterrupted)
+    assert table(EvaluationResult.load(tmp_path / "r")) == table(uninterrupted)
     assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
 
 
@@ -82,7 +82,7 @@ def test_stopped_between_and_inside_batches_it_goes_on(tmp_path, uninterrupted, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(**question(), save=tmp_path / "r", keep_images=True, report=stop)
+        evaluate(**question(), save=tmp_path / "r", keep_images=True, on_progress=stop)
     finished = list(tmp_path.glob("r.unfinished/*-*.npz"))
     assert finished
     before = {f: f.stat().st_mtime_ns for f in finished}
@@ -91,7 +91,7 @@ def test_stopped_between_and_inside_batches_it_goes_on(tmp_path, uninterrupted, 
         **question(),
         save=tmp_path / "r",
         keep_images=True,
-        report=lambda p: seen.append([f.stat() for f in before if f.exists()]),
+        on_progress=lambda p: seen.append([f.stat() for f in before if f.exists()]),
     )
     assert all(len(stats) == len(before) for stats in seen)
     assert all([s.st_mtime_ns for s in stats] == list(before.values()) for stats in seen)  # not computed again
@@ -108,7 +108,7 @@ def test_a_half_written_piece_counts_as_not_written(tmp_path, uninterrupted):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(**question(), save=tmp_path / "r", keep_images=True, report=stop)
+        evaluate(**question(), save=tmp_path / "r", keep_images=True, on_progress=stop)
     folder = tmp_path / "r.unfinished"
     piece = next(folder.glob("[0-9a-f]*.npz"))
     half = folder / f".{piece.stem}.writing.npz"
@@ -141,7 +141,7 @@ def test_another_question_does_not_touch_what_is_there_and_is_told_what_differs(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(**question(), save=tmp_path / "r", report=stop)
+        evaluate(**question(), save=tmp_path / "r", on_progress=stop)
     before = {p: p.read_bytes() for p in (tmp_path / "r.unfinished").iterdir()}
     with pytest.raises(ValueError, match=rf"Different are: {re.escape(told)}.*\. Repeat that command"):
         evaluate(**question() | change, save=tmp_path / "r")
@@ -193,8 +193,8 @@ def test_two_evaluations_into_one_place_do_not_run_at_once(tmp_path):
                 evaluate(**how)
             refused.append(error)
 
-    result = evaluate(**how, report=second)
-    assert refused and table(Result.load(tmp_path / "r")) == table(result)
+    result = evaluate(**how, on_progress=second)
+    assert refused and table(EvaluationResult.load(tmp_path / "r")) == table(result)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.npz"]
 
 
@@ -250,14 +250,14 @@ def test_what_was_found_is_found_again(uninterrupted):
     assert [v.problems for v in found] == [[]] * len(found)
 
 
-def changed(result: Result, number: int, **change) -> Result:
+def changed(result: EvaluationResult, number: int, **change) -> EvaluationResult:
     every = list(result.scores)
     every[number] = replace(every[number], **change)
     return replace(result, scores=every)
 
 
 @pytest.fixture
-def plain() -> tuple[Result, dict]:
+def plain() -> tuple[EvaluationResult, dict]:
     x, y = halves(40, contrast=0.15)
     how = {"model": Halves(), "x": x, "y": y}
     return evaluate(**how, attacks="clean,pgd:steps=9", eps=0.05, keep_images=True), how
@@ -308,4 +308,4 @@ def test_a_saved_result_is_verified_from_its_file(tmp_path, plain):
     result, how = plain
     result.save(tmp_path / "r")
     shutil.move(tmp_path / "r.npz", tmp_path / "moved.npz")
-    assert verify(Result.load(tmp_path / "moved.npz"), **how)[1].problems == []
+    assert verify(EvaluationResult.load(tmp_path / "moved.npz"), **how)[1].problems == []

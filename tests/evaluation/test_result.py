@@ -14,8 +14,8 @@ from rich.console import Console
 
 from gsem.cli.display import show_result
 from gsem.evaluation.evaluate import evaluate
-from gsem.evaluation.result import ARRAYS, Interval, Result, attack_name
-from gsem.nn.predict import votes_won
+from gsem.evaluation.result import ARRAYS, EvaluationResult, Interval, attack_name
+from gsem.nn.predict import vote_accuracy
 from planted import chance, halves, planted, scores, small_net
 
 module = importlib.import_module("gsem.evaluation.result")
@@ -56,7 +56,7 @@ def test_a_result_is_read_back_as_it_was(tmp_path, keep_images, name):
     x, y = halves(10)
     result = evaluate(small_net(), x, y, ["clean", "pgd:steps=2"], eps=0.1, keep_images=keep_images)
     result.save(tmp_path / name)
-    again = Result.load(tmp_path / name)
+    again = EvaluationResult.load(tmp_path / name)
     assert again.to_dict() == result.to_dict()
     assert (again.y == result.y).all() and again.y.dtype == np.int64
     for a, b in zip(again.scores, result.scores, strict=True):
@@ -72,11 +72,11 @@ def test_a_result_is_read_back_as_it_was(tmp_path, keep_images, name):
 def test_results_whose_names_differ_behind_a_dot_do_not_overwrite_each_other(tmp_path):
     for share in (10, 90):
         planted(np.full(5, share), 100).save(tmp_path / f"accuracy-0.{share}")
-    assert Result.load(tmp_path / "accuracy-0.10").expected("clean").mean == pytest.approx(0.1)
-    assert Result.load(tmp_path / "accuracy-0.90").expected("clean").mean == pytest.approx(0.9)
+    assert EvaluationResult.load(tmp_path / "accuracy-0.10").expected("clean").mean == pytest.approx(0.1)
+    assert EvaluationResult.load(tmp_path / "accuracy-0.90").expected("clean").mean == pytest.approx(0.9)
 
 
-def with_noises(draws: int = 20) -> Result:
+def with_noises(draws: int = 20) -> EvaluationResult:
     """Two attacks on 30 images, with the noise fresh, frozen and off."""
     rng, each = np.random.default_rng(0), []
     for noise in ("fresh", "frozen", "off"):
@@ -84,7 +84,9 @@ def with_noises(draws: int = 20) -> Result:
             m = draws if noise == "fresh" else 1
             each.append(scores(rng.binomial(m, share, 30), attack_name(label, noise), noise=noise))
     each.append(scores(np.zeros(30, dtype=int), "cw9-unbounded", bounded=False))
-    return Result(each, np.arange(30) % 3, {"draws": draws, "seed": 0, "eps": 8 / 255, "norm": "Linf"}, np.arange(30))
+    return EvaluationResult(
+        each, np.arange(30) % 3, {"draws": draws, "seed": 0, "eps": 8 / 255, "norm": "Linf"}, np.arange(30)
+    )
 
 
 NAMES = ["clean", "pgd5-eot2", "clean@frozen", "pgd5-eot1@frozen", "clean@off", "pgd5-eot1@off", "cw9-unbounded"]
@@ -117,7 +119,7 @@ def test_one_name_is_the_key_in_the_api_in_the_files_and_in_the_table(tmp_path):
     ]
 
 
-def as_before(result: Result, file, about: dict) -> None:
+def as_before(result: EvaluationResult, file, about: dict) -> None:
     """The npz of an earlier version: no name of the noise in an attack's, arrays by number, no rows."""
     meta = result.to_dict() | {"facts": result.facts | about}
     meta["attacks"] = [row | {"attack": row["attack"].split("@")[0]} for row in meta["attacks"]]
@@ -137,7 +139,7 @@ def as_before(result: Result, file, about: dict) -> None:
 def test_files_of_earlier_versions_are_read(tmp_path, about, rows):
     result = with_noises()
     as_before(result, tmp_path / "r.npz", about)
-    again = Result.load(tmp_path / "r")
+    again = EvaluationResult.load(tmp_path / "r")
     assert again.names == result.names
     assert again.to_dict() == result.to_dict() | {"facts": result.facts | about}
     assert (None if again.rows is None else again.rows.tolist()) == rows
@@ -153,7 +155,11 @@ def test_a_loaded_result_draws_no_resamples_again(tmp_path, monkeypatch):
         raise AssertionError("the interval is in the file")
 
     monkeypatch.setattr(module, "_resamples", drawn)
-    assert Result.load(tmp_path / "new").to_dict() == Result.load(tmp_path / "old").to_dict() == summary
+    assert (
+        EvaluationResult.load(tmp_path / "new").to_dict()
+        == EvaluationResult.load(tmp_path / "old").to_dict()
+        == summary
+    )
 
 
 # --- as text -----------------------------------------------------------------------------------------------------
@@ -223,23 +229,23 @@ def test_the_vote_is_that_of_eleven_fresh_draws(p):
     """Two classes: the vote is right where at least six of eleven draws are."""
     y = torch.zeros(5000, dtype=torch.int64)
     found = (torch.rand((100, 5000), generator=chance()) > p).long()
-    share = votes_won(found, y, 11)
+    share = vote_accuracy(found, y, 11)
     assert share.mean() == pytest.approx(scipy.stats.binom(11, p).sf(5), abs=0.01)
     assert set((share * 9).round().int().tolist()) <= set(range(10))
 
 
 def test_a_plurality_wins_a_vote_and_a_tie_loses_it():
     votes = torch.tensor([[0] * 4 + [1] * 4 + [2] * 3, [0] * 5 + [1] * 3 + [2] * 3, [1] * 11]).T
-    assert votes_won(votes, torch.zeros(3, dtype=torch.int64), 11).tolist() == [0.0, 1.0, 0.0]
-    assert votes_won(votes[:10], torch.zeros(3, dtype=torch.int64), 11).isnan().all()
-    assert votes_won(votes[:1], torch.tensor([0, 1, 1]), 11).tolist() == [1.0, 0.0, 1.0]
+    assert vote_accuracy(votes, torch.zeros(3, dtype=torch.int64), 11).tolist() == [0.0, 1.0, 0.0]
+    assert vote_accuracy(votes[:10], torch.zeros(3, dtype=torch.int64), 11).isnan().all()
+    assert vote_accuracy(votes[:1], torch.tensor([0, 1, 1]), 11).tolist() == [1.0, 0.0, 1.0]
 
 
 def test_the_worst_is_chosen_by_the_selection_and_scored_by_the_score(monkeypatch):
     monkeypatch.setattr(module, "BOOTSTRAP", 500)  # the interval is not asked for
     rng = np.random.default_rng(0)
     each = [scores(rng.binomial(100, 0.5, 4000), f"a{i}", selection=rng.binomial(100, 0.5, 4000)) for i in range(6)]
-    result = Result(each, np.zeros(4000, dtype=int), {"draws": 100, "seed": 0})
+    result = EvaluationResult(each, np.zeros(4000, dtype=int), {"draws": 100, "seed": 0})
     # Chosen on the draws that score it, the worst of six would flip in 0.56 instead of 0.5.
     assert np.min([s.correct for s in each], axis=0).mean() / 100 < 0.45
     assert result.expected("worst").mean == pytest.approx(0.5, abs=0.003)
@@ -249,7 +255,7 @@ def test_the_worst_is_chosen_by_the_selection_and_scored_by_the_score(monkeypatc
 
 def test_unbounded_points_are_never_the_worst_and_carry_their_distance():
     far = scores(np.zeros(4, dtype=int), "cw", bounded=False, l2=np.array([3.0, 1.0, 2.0, 9.0]))
-    result = Result([scores(np.full(4, 1)), far], np.zeros(4, dtype=int), {"draws": 1, "seed": 0})
+    result = EvaluationResult([scores(np.full(4, 1)), far], np.zeros(4, dtype=int), {"draws": 1, "seed": 0})
     assert result.expected("worst").mean == 1.0
     assert result.summary("cw")["median_l2_of_broken"] == 2.5
     assert result.summary("cw")["broken"] == 1.0
@@ -259,7 +265,7 @@ def test_the_published_judgement_is_one_draw_for_success_and_one_for_the_score()
     # Success was seen in the first two images; of the others the clean image is scored.
     clean = scores(np.full(4, 1), single=np.array([[1, 1], [1, 0], [1, 1], [1, 0]], dtype=bool))
     attacked = scores(np.full(4, 1), "a", single=np.array([[0, 0], [0, 1], [1, 0], [1, 0]], dtype=bool))
-    result = Result([clean, attacked], np.zeros(4, dtype=int), {"draws": 100, "seed": 0})
+    result = EvaluationResult([clean, attacked], np.zeros(4, dtype=int), {"draws": 100, "seed": 0})
     assert result.as_published("a").mean == np.mean([0, 1, 1, 0])
 
 

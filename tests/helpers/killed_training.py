@@ -18,7 +18,7 @@ import torch
 import gsem._io
 from gsem.training.recipes import Recipe
 from gsem.training.step import Stepper
-from gsem.training.trainer import _Loop, train
+from gsem.training.trainer import Trainer, train
 from planted import small_digits
 
 RECIPE = Recipe(model="gsem-resnet10x16", attacked=0.5, steps=2, epochs=3, rounds=2, batch=32, ema=0.9, lr=0.05)
@@ -54,9 +54,9 @@ def plant(place: str, after: int) -> None:
     elif place == "rename":
         gsem._io.os.replace = counted(os.replace)
     elif place == "save":
-        _Loop.save = counted(_Loop.save)
+        Trainer.save = counted(Trainer.save)
     elif place == "round":
-        _Loop._begin_round = counted(_Loop._begin_round)
+        Trainer._begin_round = counted(Trainer._begin_round)
 
 
 def life(path: Path, place: str | None, after: int) -> bool:

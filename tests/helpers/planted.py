@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import gsem
-from gsem.data import Source, Split
-from gsem.evaluation.result import Result, Scores
+from gsem.data import Dataset, Split
+from gsem.evaluation.result import AttackScores, EvaluationResult
 
 
-def small_digits() -> Source:
+def small_digits() -> Dataset:
     """120 training digits, twelve of each class, and 40 test digits."""
     source = gsem.data.load("digits")
     train, test = source.read_train(), source.read_test()
@@ -72,15 +72,15 @@ def small_net() -> nn.Module:
     return gsem.create_model("resnet10x16", num_classes=3, in_channels=1).eval()
 
 
-def scores(correct: np.ndarray, label: str = "clean", **change) -> Scores:
+def scores(correct: np.ndarray, label: str = "clean", **change) -> AttackScores:
     """Scores of images whose points were never moved."""
     n = len(correct)
     none = np.zeros(n)
     how = {"votes": none, "selection": correct, "single": np.zeros((n, 2), dtype=bool), "linf": none, "l2": none}
     cost = {"forwards": 0, "gradients": 0, "seconds": 0.0}
-    return Scores(**{"name": label, "correct": correct} | how | cost | change)
+    return AttackScores(**{"name": label, "correct": correct} | how | cost | change)
 
 
-def planted(correct: np.ndarray, draws: int, label: str = "clean", seed: int = 0) -> Result:
+def planted(correct: np.ndarray, draws: int, label: str = "clean", seed: int = 0) -> EvaluationResult:
     """A result of one attack."""
-    return Result([scores(correct, label)], np.zeros(len(correct), dtype=int), {"draws": draws, "seed": seed})
+    return EvaluationResult([scores(correct, label)], np.zeros(len(correct), dtype=int), {"draws": draws, "seed": seed})

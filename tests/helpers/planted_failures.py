@@ -14,7 +14,7 @@ SHORT = "apgd:steps=20"
 HEALTHY = "apgd:steps=100,apgd:steps=100:loss=margin"
 
 
-def drawn(seed: int, low: float, high: float) -> float:
+def forward_draws(seed: int, low: float, high: float) -> float:
     """Uniform, by the seed."""
     return low + (high - low) * float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
 
@@ -22,32 +22,32 @@ def drawn(seed: int, low: float, high: float) -> float:
 def _unavailable(seed: int) -> dict[str, Any]:
     # Half of them: cross-entropy whose gradient underflows; the others: no gradient at all.
     network = mlp(seed % 3)
-    return {"model": Scaled(network, drawn(seed, 300, 3000)) if seed % 2 else Killed(network), "attacks": SHORT}
+    return {"model": Scaled(network, forward_draws(seed, 300, 3000)) if seed % 2 else Killed(network), "attacks": SHORT}
 
 
 def _unstable(seed: int) -> dict[str, Any]:
-    return {"model": Rippled(mlp(seed % 3), drawn(seed, 3, 6), drawn(seed + 100, 60, 200), seed)}
+    return {"model": Rippled(mlp(seed % 3), forward_draws(seed, 3, 6), forward_draws(seed + 100, 60, 200), seed)}
 
 
 def _silent(seed: int) -> dict[str, Any]:
     # Steps so long on waves so short that the path's end is as good or bad as any other point of it.
-    model = Rippled(mlp(seed % 3), drawn(seed, 2, 4), drawn(seed + 100, 10, 40), seed)
-    step = drawn(seed, 1, 2) * EPS
+    model = Rippled(mlp(seed % 3), forward_draws(seed, 2, 4), forward_draws(seed + 100, 10, 40), seed)
+    step = forward_draws(seed, 1, 2) * EPS
     return {"model": model, "attacks": f"pgd:steps={6 + seed}:step={step}:keep=last", "eps": EPS / 2}
 
 
 def _unfinished(seed: int) -> dict[str, Any]:
-    step = EPS / drawn(seed, 40, 80)
+    step = EPS / forward_draws(seed, 40, 80)
     return {"model": mlp(seed % 3, robust=True), "attacks": f"pgd:steps={12 + seed}:step={step}"}
 
 
 def _transfer(seed: int) -> dict[str, Any]:
     model, other = mlp(seed % 3, robust=True), mlp(seed % 2, hidden=32 + seed)
-    return {"model": model, "surrogate": other, "eps": drawn(seed, 0.5, 1) * EPS, "attacks": SHORT}
+    return {"model": model, "surrogate": other, "eps": forward_draws(seed, 0.5, 1) * EPS, "attacks": SHORT}
 
 
 def _unconstrained(seed: int) -> dict[str, Any]:
-    return {"model": Fronted(Threshold(drawn(seed, 0.3, 0.7)), mlp(seed % 3)), "attacks": SHORT}
+    return {"model": Fronted(Threshold(forward_draws(seed, 0.3, 0.7)), mlp(seed % 3)), "attacks": SHORT}
 
 
 FAILURES: dict[str, Callable[[int], dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from gsem._fingerprint import model_fingerprint
 from gsem._io import save_checkpoint
 from gsem.attacks.suite import EOT
 from gsem.auditing import Audit, Check
-from gsem.evaluation.result import Result, Scores
+from gsem.evaluation.result import AttackScores, EvaluationResult
 from gsem.training.recipes import RECIPES
 from gsem.training.run import model_meta
 
@@ -24,11 +24,11 @@ CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 ATTACKED = f"apgd100-eot{EOT}-margin"
 
 
-def planted_scores(name: str, correct: np.ndarray, draws: int, **change: Any) -> Scores:
+def planted_scores(name: str, correct: np.ndarray, draws: int, **change: Any) -> AttackScores:
     n = len(correct)
     cost = {"forwards": 50 * n, "gradients": 2000 * n, "seconds": 61.0} if not name.startswith("clean") else {}
     free = {"forwards": 0, "gradients": 0, "seconds": 0.0}
-    return Scores(
+    return AttackScores(
         **{
             "name": name,
             "correct": correct,
@@ -55,7 +55,7 @@ def planted_fingerprint() -> dict[str, str]:
     return model_fingerprint(planted_model())
 
 
-def planted_result(x: np.ndarray | None = None, x_adv: np.ndarray | None = None) -> Result:
+def planted_result(x: np.ndarray | None = None, x_adv: np.ndarray | None = None) -> EvaluationResult:
     """Four images of each of ten classes. Under attack the images of class k stay right in 10 · k of 100 draws."""
     y = np.arange(IMAGES) % 10
     kept: dict[str, Any] = {"x_adv": x}
@@ -84,7 +84,7 @@ def planted_result(x: np.ndarray | None = None, x_adv: np.ndarray | None = None)
         "device": "cpu",
         "about": {"model": "run", "data": "digits", "data_path": None, "subset": {"kind": "first", "images": IMAGES}},
     }
-    return Result(scores, y, facts)
+    return EvaluationResult(scores, y, facts)
 
 
 @cache

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import gsem
 from gsem.attacks import pgd
-from gsem.attacks._core import drawn
-from gsem.nn.folded import SearchTwin, search_twin
+from gsem.attacks._core import forward_draws
+from gsem.nn.folded import FoldedModel, fold
 from gsem.nn.gsem import GSeM, IntegerNoise
 
 FAMILIES = ["gsem-resnet10x16", "gsem-wideresnet10x2", "resnet10x16", "wideresnet10x2"]
@@ -44,7 +44,7 @@ def images(b: int = 4, side: int = 8, channels: int = 3) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def answers(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def predict_draws(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of a fixed random combination of them with respect to the images."""
     x = x.detach().clone().requires_grad_()
     logits = model(x)
@@ -54,17 +54,17 @@ def answers(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tenso
     return logits.detach(), grad
 
 
-def difference(twin: nn.Module, model: nn.Module, x: Tensor) -> float:
+def difference(folded: nn.Module, model: nn.Module, x: Tensor) -> float:
     """The largest difference of logits or gradients, relative to the model's largest."""
-    pairs = zip(answers(twin, x), answers(model, x), strict=True)
+    pairs = zip(predict_draws(folded, x), predict_draws(model, x), strict=True)
     return max(float((ours.double() - theirs.double()).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
 
 
-def silent_twin(model: nn.Module, dtype: torch.dtype = torch.float64) -> SearchTwin:
+def fold_silently(model: nn.Module, dtype: torch.dtype = torch.float64) -> FoldedModel:
     """A twin that must be traced: the warning of the fall-back is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return search_twin(model, dtype)
+        return fold(model, dtype)
 
 
 # --- the families ------------------------------------------------------------------------------------------------
@@ -75,10 +75,10 @@ def silent_twin(model: nn.Module, dtype: torch.dtype = torch.float64) -> SearchT
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_gradients_are_the_models(name, mode, dtype):
     model, x = network(name, dtype), images().to(dtype)
-    twin = silent_twin(model, dtype)
+    folded = fold_silently(model, dtype)
     with gsem.noise(model, mode, seed=2):
-        assert difference(twin, model, x) < TOLERANCE[dtype]
-        assert twin(x).dtype == dtype
+        assert difference(folded, model, x) < TOLERANCE[dtype]
+        assert folded(x).dtype == dtype
 
 
 @pytest.mark.parametrize("options", [{"gradient": "semi-masked"}, {"quantiser": False}, {"levels": 3, "noise": 0}])
@@ -86,44 +86,44 @@ def test_logits_and_gradients_are_the_models(name, mode, dtype):
 def test_every_setting_of_gsem(name, options):
     model, x = network(name, **options), images()
     with gsem.noise(model, "frozen", seed=2):
-        assert difference(silent_twin(model), model, x) < 1e-12
+        assert difference(fold_silently(model), model, x) < 1e-12
 
 
 @pytest.mark.parametrize("name", FAMILIES[:2])
 def test_a_flipped_gradient_setting_shows_after_refresh(name):
     model, x = network(name, gradient="semi-masked"), images()
-    twin = silent_twin(model)
+    folded = fold_silently(model)
     with gsem.noise(model, "frozen", seed=2):
-        semi_masked = answers(model, x)[1]
+        semi_masked = predict_draws(model, x)[1]
         model.gsem_module.gradient = "corrected"
-        assert difference(twin, model, x) > 0.01  # the two gradients are not the same
-        torch.testing.assert_close(answers(twin, x)[1], semi_masked)
-        twin.refresh()
-        assert difference(twin, model, x) < 1e-12
+        assert difference(folded, model, x) > 0.01  # the two gradients are not the same
+        torch.testing.assert_close(predict_draws(folded, x)[1], semi_masked)
+        folded.refresh()
+        assert difference(folded, model, x) < 1e-12
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_refresh_reads_changed_weights_in_place(name):
     model, x = network(name), images()
-    twin = silent_twin(model)
-    places = [b.data_ptr() for b in twin.buffers()]
+    folded = fold_silently(model)
+    places = [b.data_ptr() for b in folded.buffers()]
     randomised(model)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1)
     with gsem.noise(model, "frozen", seed=2):
-        assert difference(twin, model, x) > 0.01
-        twin.refresh()
-        assert difference(twin, model, x) < 1e-12
-    assert [b.data_ptr() for b in twin.buffers()] == places
+        assert difference(folded, model, x) > 0.01
+        folded.refresh()
+        assert difference(folded, model, x) < 1e-12
+    assert [b.data_ptr() for b in folded.buffers()] == places
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_follows_the_direction_and_answers_in_float32(name):
     model, x = network(name, torch.float32, quantiser=False), images(16).float()
-    twin = silent_twin(model, torch.bfloat16)
+    folded = fold_silently(model, torch.bfloat16)
     with gsem.noise(model, "off"):
-        (logits, ours), (expected, theirs) = answers(twin, x), answers(model, x)
+        (logits, ours), (expected, theirs) = predict_draws(folded, x), predict_draws(model, x)
     assert logits.dtype == torch.float32
     assert 0 < (logits - expected).abs().max() < 0.05 * expected.abs().max()
     assert F.cosine_similarity(ours.flatten(1), theirs.flatten(1)).mean() > 0.98
@@ -160,14 +160,14 @@ def test_a_model_in_training_is_not_changed_and_its_twin_is_of_eval_time(build):
     model = randomised(build()).double().train()
     model.get_submodule("gsem_module" if isinstance(model, gsem.nn.models.ResNet) else "body.gsem_module").bn.eval()
     before, chance = state(model), torch.get_rng_state()
-    twin = search_twin(model, torch.float64)
+    folded = fold(model, torch.float64)
     assert torch.equal(torch.get_rng_state(), chance)
-    assert twin.train() is twin
-    assert not any(m.training for m in twin.modules() if not isinstance(m, IntegerNoise))
-    twin.eval()
+    assert folded.train() is folded
+    assert not any(m.training for m in folded.modules() if not isinstance(m, IntegerNoise))
+    folded.eval()
     with gsem.noise(model, "frozen", seed=2):
-        assert difference(twin, copy.deepcopy(model).eval(), images()) < 1e-12
-    twin.refresh()
+        assert difference(folded, copy.deepcopy(model).eval(), images()) < 1e-12
+    folded.refresh()
     assert_same_state(state(model), before)
 
 
@@ -175,36 +175,36 @@ def test_a_model_in_training_is_not_changed_and_its_twin_is_of_eval_time(build):
 @pytest.mark.parametrize("build", [lambda: gsem.create_model(FAMILIES[1], 5), Branching], ids=["traced", "not"])
 def test_no_parameter_of_a_twin_requires_a_gradient_and_the_models_get_none(build):
     model = build().eval()
-    twin = search_twin(model)
-    assert not any(t.requires_grad for t in [*twin.parameters(), *twin.buffers()])
+    folded = fold(model)
+    assert not any(t.requires_grad for t in [*folded.parameters(), *folded.buffers()])
     x = images().float().requires_grad_()
-    twin(x).sum().backward()
+    folded(x).sum().backward()
     assert x.grad is not None
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
 def test_noise_is_shared_in_both_directions():
     model, x = network(FAMILIES[0]), images()
-    twin = silent_twin(model)
+    folded = fold_silently(model)
     with gsem.noise(model, "frozen", seed=1):
-        first = twin(x)
-        assert torch.equal(twin(x), first)
+        first = folded(x)
+        assert torch.equal(folded(x), first)
     with gsem.noise(model, "frozen", seed=2):
-        assert not torch.equal(twin(x), first)
-    with gsem.noise(twin, "frozen", seed=1):
-        assert difference(twin, model, x) < 1e-12
+        assert not torch.equal(folded(x), first)
+    with gsem.noise(folded, "frozen", seed=1):
+        assert difference(folded, model, x) < 1e-12
         torch.testing.assert_close(model(x), first)
-    with gsem.noise(twin, "off"):
+    with gsem.noise(folded, "off"):
         assert torch.equal(model(x), model(x))
     assert not torch.equal(model(x), model(x))
-    assert not torch.equal(twin(x), twin(x))
+    assert not torch.equal(folded(x), folded(x))
 
 
 def test_the_draws_of_model_and_twin_have_one_distribution():
     model, x = network(FAMILIES[0]), images(2)
-    twin = silent_twin(model)
+    folded = fold_silently(model)
     with torch.no_grad():
-        ours, theirs = (torch.stack([m(x) for _ in range(400)]) for m in (twin, model))
+        ours, theirs = (torch.stack([m(x) for _ in range(400)]) for m in (folded, model))
     error = (theirs.var(0) * 2 / 400).sqrt()
     assert (((ours.mean(0) - theirs.mean(0)) / error).abs() < 4).all()
     assert (theirs.std(0) > 0).all()
@@ -213,15 +213,15 @@ def test_the_draws_of_model_and_twin_have_one_distribution():
 
 def test_a_deepcopy_works_and_stands_alone():
     model, x = network(FAMILIES[0]), images()
-    twin = copy.deepcopy(silent_twin(model))
-    with gsem.noise(model, "frozen", seed=1), gsem.noise(twin, "frozen", seed=1):
-        assert difference(twin, model, x) < 1e-12
-        former = twin(x)
+    folded = copy.deepcopy(fold_silently(model))
+    with gsem.noise(model, "frozen", seed=1), gsem.noise(folded, "frozen", seed=1):
+        assert difference(folded, model, x) < 1e-12
+        former = folded(x)
         randomised(model)
-        twin.refresh()  # its source is the copied model
-        assert torch.equal(twin(x), former)
+        folded.refresh()  # its source is the copied model
+        assert torch.equal(folded(x), former)
     with gsem.noise(model, "off"):
-        assert not torch.equal(twin(x), twin(x))
+        assert not torch.equal(folded(x), folded(x))
 
 
 @pytest.mark.parametrize(
@@ -236,9 +236,9 @@ def test_a_deepcopy_works_and_stands_alone():
 )
 def test_any_layout_of_the_images(layout):
     model, x = network(FAMILIES[0]), layout(images())
-    twin = silent_twin(model)
+    folded = fold_silently(model)
     with gsem.noise(model, "frozen"):
-        torch.testing.assert_close(twin(x), model(x.contiguous()), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(folded(x), model(x.contiguous()), rtol=1e-10, atol=1e-10)
 
 
 # --- networks of others ------------------------------------------------------------------------------------------
@@ -282,17 +282,17 @@ def test_a_strangers_network(after, dtype):
     if after is not None:
         model = randomised(gsem.insert(model, after=after))
     model = model.to(dtype).eval()
-    twin, x = silent_twin(model, dtype), images().to(dtype)
-    folded = sum(isinstance(m, nn.BatchNorm2d) for m in twin.modules())
-    assert folded == 1, "only the BatchNorm of batch statistics is left"
+    folded, x = fold_silently(model, dtype), images().to(dtype)
+    left = sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert left == 1, "only the BatchNorm of batch statistics is left"
     with gsem.noise(model, "frozen", seed=4):
-        assert difference(twin, model, x) < TOLERANCE[dtype]
+        assert difference(folded, model, x) < TOLERANCE[dtype]
         with torch.no_grad():
             for t in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
                 t.mul_(1.1)
-        assert difference(twin, model, x) > 1e-3
-        twin.refresh()
-        assert difference(twin, model, x) < TOLERANCE[dtype]
+        assert difference(folded, model, x) > 1e-3
+        folded.refresh()
+        assert difference(folded, model, x) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("mode", ["fresh", "frozen", "off"])
@@ -300,16 +300,16 @@ def test_a_strangers_network(after, dtype):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_draws_that_share_their_beginning_are_the_draws_of_repeated_images(name, quantiser, mode):
     model = network(name, **({"quantiser": quantiser} if name.startswith("gsem") else {}))
-    twin, x = silent_twin(model), images()
-    assert (twin.gate is not None) == name.startswith("gsem")
+    folded, x = fold_silently(model), images()
+    assert (folded.gate is not None) == name.startswith("gsem")
     found = []
-    for draws in (lambda z: twin.logits_of_draws(z, 3), lambda z: twin(z.repeat(3, 1, 1, 1))):
+    for draws in (lambda z: folded.logits_of_draws(z, 3), lambda z: folded(z.repeat(3, 1, 1, 1))):
         with gsem.noise(model, mode, seed=7):
-            found.append(answers(draws, x))
+            found.append(predict_draws(draws, x))
     for one, other in zip(*found, strict=True):
         assert one.shape == other.shape
         assert (one - other).abs().max() < 1e-12 * other.abs().max()
-    assert twin(x).shape == (4, 5)
+    assert folded(x).shape == (4, 5)
 
 
 class Around(nn.Module):
@@ -326,19 +326,19 @@ class Around(nn.Module):
 
 def test_what_passes_by_the_noise_is_repeated():
     model, x = Around().double().eval(), images()
-    twin = silent_twin(model)
-    assert twin.gate is None
+    folded = fold_silently(model)
+    assert folded.gate is None
     with gsem.noise(model, "fresh", seed=1):
-        found = twin.logits_of_draws(x, 3)
+        found = folded.logits_of_draws(x, 3)
     with gsem.noise(model, "fresh", seed=1):
-        assert torch.equal(found, twin(x.repeat(3, 1, 1, 1)))
+        assert torch.equal(found, folded(x.repeat(3, 1, 1, 1)))
 
 
 def test_an_attribute_of_a_strangers_model_is_not_taken_for_draws():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).double()
     model.draws = 7
     x = images()
-    assert torch.equal(drawn(model, x, 2), model(x.repeat(2, 1, 1, 1)))
+    assert torch.equal(forward_draws(model, x, 2), model(x.repeat(2, 1, 1, 1)))
 
 
 class Reused(nn.Module):
@@ -365,18 +365,18 @@ class Reused(nn.Module):
 def test_memory_is_reused_only_where_nobody_reads_it_again():
     model, x = Reused().double().eval(), images()
     before = x.clone()
-    assert difference(silent_twin(model), model, x) < 1e-12
+    assert difference(fold_silently(model), model, x) < 1e-12
     assert torch.equal(x, before)
 
 
 def test_two_gsems_in_one_network():
     model = gsem.insert(gsem.insert(Odd(), after="bn3"), after="bn1")
     model = randomised(model).double().eval()
-    twin = silent_twin(model)
+    folded = fold_silently(model)
     assert sum(isinstance(m, GSeM) for m in model.modules()) == 2
-    for owner in (model, twin):
+    for owner in (model, folded):
         with gsem.noise(owner, "frozen", seed=4):
-            assert difference(twin, model, images()) < 1e-12
+            assert difference(folded, model, images()) < 1e-12
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.5)])
@@ -384,13 +384,13 @@ def test_two_gsems_in_one_network():
 def test_a_network_that_cannot_be_traced_runs_as_it_is(dtype, bound, of_model):
     model, x = Branching().to(of_model).eval(), images().to(of_model)
     with pytest.warns(UserWarning, match="runs Branching as it is.*cannot be traced"):
-        twin = search_twin(model, dtype)
+        folded = fold(model, dtype)
     bound = max(bound, TOLERANCE[of_model])
     reference, exact = copy.deepcopy(model).double(), x.double()
     reference.body.gsem_module.offsets = model.body.gsem_module.offsets
-    with gsem.noise(twin, "frozen", seed=4):
+    with gsem.noise(folded, "frozen", seed=4):
         for sign in (1, -1):
-            logits = twin(sign * x)
+            logits = folded(sign * x)
             expected = reference(sign * exact)
             assert (logits - expected).abs().max() < bound * expected.abs().max()
         model.body.gsem_module.gradient = "semi-masked"
@@ -398,8 +398,8 @@ def test_a_network_that_cannot_be_traced_runs_as_it_is(dtype, bound, of_model):
         with torch.no_grad():
             model.body.linear.bias.add_(10.0)
             reference.body.linear.bias.add_(10.0)
-        twin.refresh()
-        ours, theirs = answers(twin, x), answers(reference, exact)
+        folded.refresh()
+        ours, theirs = predict_draws(folded, x), predict_draws(reference, exact)
     assert (ours[0] - theirs[0]).abs().max() < bound * theirs[0].abs().max()
     assert (ours[1] - theirs[1]).abs().max() < bound * theirs[1].abs().max()
 
@@ -419,13 +419,13 @@ def test_noise_drawn_in_forward_is_not_frozen_by_tracing():
     model, x = Sprinkler().eval(), images().float()
     before = torch.get_rng_state()
     with pytest.warns(UserWarning, match="random"):
-        twin = search_twin(model)
+        folded = fold(model)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(twin(x), twin(x))
+    assert not torch.equal(folded(x), folded(x))
     torch.manual_seed(3)
     expected = model(x)
     torch.manual_seed(3)
-    torch.testing.assert_close(twin(x), expected)
+    torch.testing.assert_close(folded(x), expected)
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
@@ -433,16 +433,16 @@ def test_noise_of_python_and_numpy_is_noticed_too(draw):
     random.seed(0)
     np.random.seed(0)
     with pytest.warns(UserWarning, match="random"):
-        twin = search_twin(Sprinkler(draw).eval())
+        folded = fold(Sprinkler(draw).eval())
     x = images().float()
-    assert not torch.equal(twin(x), twin(x))
+    assert not torch.equal(folded(x), folded(x))
     random.seed(0)
     np.random.seed(0)
     expected = draw()
     random.seed(0)
     np.random.seed(0)
     with pytest.warns(UserWarning, match="random"):
-        search_twin(Sprinkler(draw).eval())
+        fold(Sprinkler(draw).eval())
     assert draw() == expected  # tracing took nothing from the caller's stream
 
 
@@ -459,9 +459,9 @@ class Constants(nn.Module):
 def test_constants_made_in_forward_are_kept_and_the_model_gets_no_attribute():
     model = Constants().double().eval()
     before = state(model)
-    twin = search_twin(model, torch.float64)
-    twin.refresh()
-    assert difference(twin, model, images()) < 1e-12
+    folded = fold(model, torch.float64)
+    folded.refresh()
+    assert difference(folded, model, images()) < 1e-12
     assert_same_state(state(model), before)
 
 
@@ -472,7 +472,7 @@ def test_hooks_that_change_an_answer_are_obeyed(layer):
     plain = copy.deepcopy(model)
     model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: 2 * output + 1)
     assert difference(plain, model, images()) > 0.01
-    assert difference(search_twin(model, torch.float64), model, images()) < 1e-12
+    assert difference(fold(model, torch.float64), model, images()) < 1e-12
 
 
 # --- strength ----------------------------------------------------------------------------------------------------
@@ -493,11 +493,11 @@ def test_bf16_directions_break_as_many_images_as_float32(name, tmp_path):
     x, y = gsem.data.to_float(test.x[:500]), test.y[:500].long()
     shares = {}
     for dtype in (torch.float32, torch.bfloat16):
-        twin, broken = search_twin(model, dtype), 0
+        folded, broken = fold(model, dtype), 0
         for seed in range(3):
             with gsem.noise(model, "frozen", seed=seed), torch.no_grad():
                 how = {"eps": 0.15, "step": 0.0375, "steps": 20, "keep": "last"}
-                x_adv = pgd(model, x, y, **how, seed=seed, search=twin)
+                x_adv = pgd(model, x, y, **how, seed=seed, search=folded)
                 broken += int((model(x_adv).argmax(1) != y).sum())
         shares[dtype] = 100 * broken / (3 * len(x))
     print(name, shares)
@@ -520,10 +520,10 @@ def test_a_confident_image_keeps_its_gradient_in_fp16(draws):
     x, y = torch.rand(4, 1, 8, 6), torch.zeros(4, dtype=torch.int64)
     grads = []
     for dtype in (torch.float32, torch.float16):
-        twin = search_twin(model, dtype)
+        folded = fold(model, dtype)
         pixels = x.clone().requires_grad_()
         with gsem.noise(model, "fresh", seed=1):
-            loss = nn.functional.cross_entropy(twin.logits_of_draws(pixels, draws), y.repeat(draws), reduction="sum")
+            loss = nn.functional.cross_entropy(folded.logits_of_draws(pixels, draws), y.repeat(draws), reduction="sum")
         grads.append(torch.autograd.grad(loss, pixels)[0])
     exact, low = grads
     assert 0 < exact.abs().max() < 6e-8

@@ -332,15 +332,15 @@ def test_a_model_without_gsem_has_no_noise_to_set():
 def test_copies_are_independent():
     module, x = make(), features(1, 4, 8, 8)
     twins = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
-    for twin in twins:
+    for folded in twins:
         with noise(module, "off"):
-            assert state_of(twin)[0] == "fresh"
+            assert state_of(folded)[0] == "fresh"
             assert torch.equal(module(x), module(x))
-            assert not torch.equal(twin(x), twin(x))
-        twin.gradient = "semi-masked"
+            assert not torch.equal(folded(x), folded(x))
+        folded.gradient = "semi-masked"
         assert module.gradient == "corrected"
-        with noise(module, "frozen", seed=2), noise(twin, "frozen", seed=2):
-            assert torch.equal(module(x), twin(x))
+        with noise(module, "frozen", seed=2), noise(folded, "frozen", seed=2):
+            assert torch.equal(module(x), folded(x))
 
 
 def test_control_works_in_inference_mode():

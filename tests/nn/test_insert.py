@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gsem.nn.folded import search_twin
+from gsem.nn.folded import fold
 from gsem.nn.gsem import GSeM, noise
 from gsem.nn.insert import insert, normalized
 from gsem.nn.models import create_model
@@ -236,8 +236,8 @@ def test_the_result_is_an_ordinary_module(model):
     insert(model, "stem")
     with noise(model.eval(), "frozen", seed=2):
         expected = model(x)
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(twin(x), expected)
+        for folded in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(folded(x), expected)
         fresh = insert(Net(), "stem").eval()
         fresh.load_state_dict(model.state_dict())
         with noise(fresh, "frozen", seed=2):
@@ -295,13 +295,13 @@ def test_behind_a_channels_last_layer_the_channels_are_the_channels(side, exampl
     with noise(model, "frozen", seed=1):
         expected, found = old(x), model(x)
         assert torch.equal(found, expected)
-        twin = search_twin(model)
-        torch.testing.assert_close(twin(x), expected)
-        grads = [torch.autograd.grad(z.square().sum(), x)[0] for z in (expected, found, twin(x))]
+        folded = fold(model)
+        torch.testing.assert_close(folded(x), expected)
+        grads = [torch.autograd.grad(z.square().sum(), x)[0] for z in (expected, found, folded(x))]
     assert torch.equal(grads[0], grads[1]) and grads[0].abs().max() > 0
     torch.testing.assert_close(grads[2], grads[0])
     with noise(model, "fresh", seed=2):
-        several = twin.logits_of_draws(x, 3)
+        several = folded.logits_of_draws(x, 3)
     with noise(model, "fresh", seed=2):
         torch.testing.assert_close(several, model(x.repeat(3, 1, 1, 1)))
     fresh = insert(Patches(side), "norm", example=example).eval()
@@ -373,7 +373,7 @@ def test_a_layer_of_two_inputs_keeps_both():
     with noise(model, "off"):
         expected = model.sum[1](model.one(x) + 2 * model.other(x)).mean((2, 3))
         assert torch.equal(model(x), expected)
-        torch.testing.assert_close(search_twin(model)(x), expected)
+        torch.testing.assert_close(fold(model)(x), expected)
     assert isinstance(model.sum, nn.Sequential) and "sum.1.conv1.weight" in model.state_dict()
 
 
@@ -434,8 +434,8 @@ def test_normalized_is_an_ordinary_module_and_leaves_the_network_as_it_is():
     assert not normalized(net.eval(), MEAN, STD).training
     assert set(model.state_dict()) == {f"model.{key}" for key in net.state_dict()}
     x = torch.rand(2, 3, 5, 5)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.fx.symbolic_trace(model)):
-        assert torch.equal(twin(x), model(x))
+    for folded in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.fx.symbolic_trace(model)):
+        assert torch.equal(folded(x), model(x))
     assert model.double()(x.double()).dtype == torch.float64
     insert(model, "model.0")
     assert model(x.double()).shape == (2, 36)

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 
 from gsem.cli.main import read
-from gsem.training.recipes import ABOUT, RECIPES, Recipe
+from gsem.training.recipes import DESCRIPTIONS, RECIPES, Recipe
 
 
 def test_every_recipe_has_its_name_and_a_line():
-    assert set(ABOUT) == set(RECIPES)
+    assert set(DESCRIPTIONS) == set(RECIPES)
     assert all(recipe.name == name for name, recipe in RECIPES.items())
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import gsem
 from gsem.cli.main import main
-from gsem.data import Source, load
+from gsem.data import Dataset, load
 from gsem.training.run import Run
 
 RECIPE = gsem.Recipe(model="resnet10x16", attacked=0.0, epochs=1, batch=64, precision="float32", search="float32")
@@ -49,7 +49,7 @@ def project(home, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch) -> Source:
+def mine(tmp_path, monkeypatch) -> Dataset:
     monkeypatch.chdir(tmp_path)
     return replace(load(write_images(tmp_path / "mine.npz")), name="mine", classes=("cat", "dog"))
 
@@ -69,7 +69,7 @@ def facts_of(path: Path) -> dict:
     return json.loads((path / "recipe.json").read_text())
 
 
-def trained(mine: Source, out: str = "r", **change) -> Run:
+def trained(mine: Dataset, out: str = "r", **change) -> Run:
     return gsem.train(replace(RECIPE, **change), out=out, data=mine, device="cpu")
 
 
@@ -217,7 +217,7 @@ def test_one_training_at_a_time(mine):
             gsem.train(RECIPE, out="r", data=mine, resume=True, device="cpu")
         refusals.append(error)
 
-    gsem.train(RECIPE, out="r", data=mine, device="cpu", report=second)
+    gsem.train(RECIPE, out="r", data=mine, device="cpu", on_progress=second)
     assert refusals and not Path("r/.lock").exists()
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 import gsem
 from gsem.attacks._core import random_start
-from gsem.data import Source, Split
-from gsem.nn.folded import search_twin
-from gsem.rng import generator, split
+from gsem.data import Dataset, Split
+from gsem.nn.folded import fold
+from gsem.rng import derive_seed, generator
 from gsem.training.step import Stepper
 
 spec = importlib.util.spec_from_file_location("reference", Path(__file__).parents[2] / "benchmarks" / "reference.py")
@@ -36,7 +36,7 @@ RECIPE = replace(
 
 
 @pytest.fixture
-def coloured() -> Source:
+def coloured() -> Dataset:
     x = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     images = Split(x, torch.arange(8))
     return replace(gsem.data.load("digits"), shape=(3, 8, 8), read_train=lambda: images, read_test=lambda: images)
@@ -51,15 +51,15 @@ def test_the_step_is_the_slow_references(coloured, noise, compiled, monkeypatch)
     slow.load_state_dict(fast.state_dict())
     stepper = Stepper(RECIPE, coloured, EPS, fast, None, compiled=compiled)
     # In float64 throughout, the twin's folded gradients too.
-    stepper.twin = search_twin(fast, torch.float64)
+    stepper.folded = fold(fast, torch.float64)
     if compiled:
-        stepper.twin.compile_graph()
+        stepper.folded.compile_graph()
     stepper._augmented = lambda pixels, step: pixels.double() / 255
     optimizer = torch.optim.SGD(
         slow.parameters(), RECIPE.learning_rate(0.0), momentum=RECIPE.momentum, weight_decay=RECIPE.weight_decay
     )
     for number in range(2):
-        x, seed = images.x.double() / 255, split(RECIPE.seed, "attack", number)
+        x, seed = images.x.double() / 255, derive_seed(RECIPE.seed, "attack", number)
         start = random_start(x[1::2], EPS, "Linf", generator(seed, "start", 0))
         with gsem.noise(fast, noise, seed=5):
             stepper(images.x, images.y, step=number, epoch=0.0, averaged=None)

@@ -102,7 +102,7 @@ def test_ctrl_c_saves_the_step_and_resume_ends_the_same(tmp_path, few_digits):
 
     former = signal.getsignal(signal.SIGINT)
     with pytest.raises(TrainingInterrupted):
-        train(TINY, out=tmp_path / "run", data=few_digits, device="cpu", report=interrupt)
+        train(TINY, out=tmp_path / "run", data=few_digits, device="cpu", on_progress=interrupt)
     assert signal.getsignal(signal.SIGINT) is former
     assert not same(state(tmp_path / "run"), state(whole.path))
     run = train(TINY, out=tmp_path / "run", data=few_digits, device="cpu", resume=True)
@@ -141,7 +141,7 @@ def test_clipping_bounds_the_update(tmp_path, few_digits):
     short = replace(TINY, clip=1e-6, momentum=0.0, weight_decay=0.0, ema=0.0, epochs=1, lr=1.0)
     run = train(short, out=tmp_path / "run", data=few_digits, device="cpu")
     with torch.random.fork_rng():
-        torch.manual_seed(gsem.rng.split(short.seed, "weights"))
+        torch.manual_seed(gsem.rng.derive_seed(short.seed, "weights"))
         start = gsem.create_model(short.model, in_channels=1).state_dict()
     end = run.model().state_dict()
     moved = sum(((end[k] - start[k]) ** 2).sum() for k in start if "running" not in k and "num_b" not in k) ** 0.5

@@ -1,4 +1,4 @@
-"""Work only on what still stands: when an image is broken for good, and attacks one after the other on the rest."""
+"""Work on the images that remain: when an image is broken for good, and attacks run one after the other."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks._core import NOT_FINITE, Images, Labels, NotFinite, Observer, Worst, expected
+from gsem.attacks._core import NOT_FINITE, Images, Labels, NotFinite, OnStep, WorstSoFar, expected
 from gsem.losses import margin
 from gsem.nn.predict import is_stochastic
-from gsem.rng import split, stream
+from gsem.rng import derive_seed, seeded
 
 # One lucky draw breaks nothing: a point of a stochastic model is given up only when it was wrong in all draws of
 # the search and in so many more.
@@ -18,8 +18,8 @@ CONFIRM = 100
 # Images on which an attack finds out whether the model is stochastic.
 PROBED = 32
 
-Run = Callable[[Int[Tensor, " r"], int, Observer | None], Images]
-"""One run of an attack: (rows, seed, observe) → x_adv [r, c, h, w] of the images with these numbers, which stand."""
+Run = Callable[[Int[Tensor, " r"], int, OnStep | None], Images]
+"""One run of an attack: (rows, seed, on_step) → x_adv [r, c, h, w] of the images with these numbers, which stand."""
 
 
 def confirmation(model: nn.Module, x: Images) -> int:
@@ -27,7 +27,9 @@ def confirmation(model: nn.Module, x: Images) -> int:
     return CONFIRM if len(x) and is_stochastic(model, x[:PROBED]) else 0
 
 
-def settled(model: nn.Module, x: Images, y: Labels, wrong: Float[Tensor, " b"], confirm: int) -> Bool[Tensor, " b"]:
+def confirm_broken(
+    model: nn.Module, x: Images, y: Labels, wrong: Float[Tensor, " b"], confirm: int
+) -> Bool[Tensor, " b"]:
     """Which points are broken for good: wrong in every draw so far (`wrong` is 1) and in `confirm` more."""
     broken = wrong == 1
     done, draws = 0, 5
@@ -40,8 +42,8 @@ def settled(model: nn.Module, x: Images, y: Labels, wrong: Float[Tensor, " b"], 
     return broken
 
 
-class Settling:
-    """`settled` along a path, for many points of each image: after a failure the next is tried where the loss is
+class Confirmer:
+    """`confirm_broken` along a path, for many points of each image: after a failure the next is tried where the loss is
     higher than it was there, and in any case after 1, 2, 4, … more points. Else an image that flips in 95 draws of
     100 would cost more than all the others."""
 
@@ -63,7 +65,7 @@ class Settling:
         broken = torch.zeros_like(tried)
         at = tried.nonzero()[:, 0]
         if len(at):
-            broken[at] = settled(self.model, x[at], self.y[rows[at]], wrong[at], self.confirm)
+            broken[at] = confirm_broken(self.model, x[at], self.y[rows[at]], wrong[at], self.confirm)
             self.failed[rows[at]] = value[at]
             self.wait[rows[at]] = self.pause[rows[at]]
             self.pause[rows[at]] *= 2
@@ -75,11 +77,11 @@ def draw_schedule(eot: int) -> list[int]:
     return [draws for draws in (5, 20) if draws < eot] + [eot]
 
 
-def shifted(observe: Observer | None, rows: Int[Tensor, " r"]) -> Observer | None:
+def shifted(on_step: OnStep | None, rows: Int[Tensor, " r"]) -> OnStep | None:
     """An observer of some rows of a batch, told the numbers that they have in the whole."""
-    if observe is None:
+    if on_step is None:
         return None
-    return lambda step: observe(replace(step, rows=rows[step.rows]))
+    return lambda step: on_step(replace(step, rows=rows[step.rows]))
 
 
 def cascade(
@@ -93,30 +95,30 @@ def cascade(
     seed: int,
     batch: int | None = None,
     settle: bool = True,
-    observe: Observer | None = None,
-    told: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Images:
     """Run attacks one after the other, each on the images that still stand; keep the worst point of each image.
 
     Restarts, target classes, a suite, and the same attack with more draws are all this. An image is worked on until
-    a point of it is broken for good (`settled`); an image that the model already gets wrong is not attacked. Among
-    points that are not, the one with the highest margin, averaged over `eot` draws, is kept.
+    a point of it is broken for good (`confirm_broken`). An image that the model already gets wrong is not attacked. Of
+    points that are not broken, the one with the highest margin, averaged over `eot` draws, is kept.
 
     Args:
         settle: False attacks every image in every run.
-        batch: images attacked at once, of those standing; all unless told.
-        told: called after each run with its number and how many images stand.
+        batch: images attacked at once, of those that remain; default: all.
+        on_progress: called after each run with its number and how many images stand.
     """
-    worst = Worst(x)
+    worst = WorstSoFar(x)
     everything = torch.arange(len(x), device=x.device)
 
     def judge(found: Images, rows: Tensor, *names: int) -> None:
-        with stream(split(seed, "judge", *names), x.device):
+        with seeded(derive_seed(seed, "judge", *names), x.device):
             values, wrong = expected(model, found, y[rows], margin, eot)
             bad = (~values.isfinite()).nonzero()
             if len(bad):
                 raise NotFinite(f"image {int(rows[bad[0, 0]])} of the attacked batch: {NOT_FINITE}")
-            worst.update(found, values, settled(model, found, y[rows], wrong, confirm), rows)
+            worst.update(found, values, confirm_broken(model, found, y[rows], wrong, confirm), rows)
 
     for part, rows in enumerate(everything.split(batch or max(1, len(x)))):
         judge(x[rows], rows, part)
@@ -125,8 +127,8 @@ def cascade(
         if not len(standing):
             break
         for part, rows in enumerate(standing.split(batch or len(standing))):
-            found = run(rows, split(seed, "run", number, part), shifted(observe, rows))
+            found = run(rows, derive_seed(seed, "run", number, part), shifted(on_step, rows))
             judge(found, rows, number, part)
-        if told is not None:
-            told(number, int((~worst.broken).sum()))
+        if on_progress is not None:
+            on_progress(number, int((~worst.broken).sum()))
     return worst.x

@@ -39,10 +39,10 @@ class Step:
     wrong: Tensor
 
 
-Observer = Callable[[Step], None]
+OnStep = Callable[[Step], None]
 
 
-class Worst:
+class WorstSoFar:
     """The worst point of each image among those seen: one that is broken for good, then the highest loss.
 
     Broken (every draw misclassifies it) comes first because such a point may have the lower loss; among the others
@@ -57,7 +57,7 @@ class Worst:
     def update(
         self, x: Images, value: Float[Tensor, " r"], broken: Bool[Tensor, " r"], rows: Int[Tensor, " r"] | None = None
     ) -> None:
-        """Compare points of the images numbered `rows`, all unless told, with the worst so far."""
+        """Compare points of the images numbered `rows` (default: all) with the worst so far."""
         at = slice(None) if rows is None else rows
         better = torch.where(broken == self.broken[at], value > self.value[at], broken)
         self.x[at] = torch.where(better[:, None, None, None], x, self.x[at])
@@ -83,7 +83,7 @@ class Counting(nn.Module):
             self.gradients += count * len(x)
         else:
             self.forwards += count * len(x)
-        return drawn(self.model, x, count)
+        return forward_draws(self.model, x, count)
 
 
 def counting(model: nn.Module) -> Counting:
@@ -107,7 +107,7 @@ class Targeted(nn.Module):
         return self.model(x)
 
     def logits_of_draws(self, x: Tensor, count: int) -> Tensor:
-        return drawn(self.model, x, count)
+        return forward_draws(self.model, x, count)
 
 
 def aimed(
@@ -137,7 +137,7 @@ def resolve_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
-def folds(draws: int, x: Images) -> list[int]:
+def draw_chunks(draws: int, x: Images) -> list[int]:
     """How many draws go into each pass over this batch."""
     pixels = FOLDED_PIXELS if x.device.type == "cpu" else FOLDED_PIXELS_GPU
     per_pass = max(1, min(draws, pixels // max(1, x[:, :1].numel())))
@@ -145,8 +145,8 @@ def folds(draws: int, x: Images) -> list[int]:
     return [per_pass] * full + ([rest] if rest else [])
 
 
-def drawn(model: nn.Module, x: Images, draws: int) -> Float[Tensor, "n k"]:
-    """Logits [draws · b, k]: all of the first draw, then all of the second, … A search twin shares their beginning."""
+def forward_draws(model: nn.Module, x: Images, draws: int) -> Float[Tensor, "n k"]:
+    """Logits [draws · b, k]: all of the first draw, then all of the second, … A folded model shares their beginning."""
     if draws == 1:
         return model(x)
     several = getattr(model, "logits_of_draws", None)
@@ -167,9 +167,9 @@ def _averaged(
     values, wrong = x.new_zeros(len(x)), x.new_zeros(len(x))
     grad: Tensor | None = None
     x = x.detach().requires_grad_(differentiate)
-    for fold in folds(eot, x):
+    for fold in draw_chunks(eot, x):
         with torch.set_grad_enabled(differentiate):
-            logits = drawn(model, x, fold)
+            logits = forward_draws(model, x, fold)
             labels = y.repeat(fold)
             each, reached = outcome(model, logits, labels, loss)
             if differentiate:
@@ -202,8 +202,8 @@ def expected_gradient(
 def expected_logits(model: nn.Module, x: Images, eot: int) -> Float[Tensor, "b k"]:
     """Logits averaged over `eot` forward passes."""
     total: Tensor | float = 0.0
-    for fold in folds(eot, x):
-        logits = drawn(model, x, fold)
+    for fold in draw_chunks(eot, x):
+        logits = forward_draws(model, x, fold)
         total = total + logits.view(fold, len(x), -1).sum(0)
     assert isinstance(total, Tensor)
     return total / eot

@@ -1,4 +1,4 @@
-"""The classifier taken for linear: gradients of differences of logits, and the way onto the plane they describe."""
+"""The linearised classifier: gradients of logit differences, and the projection onto the plane that they define."""
 
 import torch
 import torch.nn.functional as F

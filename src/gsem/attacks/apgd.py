@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._active import Run, Settling, cascade, confirmation
+from gsem.attacks._active import Confirmer, Run, cascade, confirmation
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -17,7 +17,7 @@ from gsem.attacks._core import (
     LabelsLike,
     Norm,
     NotFinite,
-    Observer,
+    OnStep,
     Step,
     aimed,
     ascend,
@@ -30,7 +30,7 @@ from gsem.attacks._core import (
     resolve_loss,
 )
 from gsem.losses import Loss, dlr_towards, margin_towards
-from gsem.rng import generator, split, stream
+from gsem.rng import derive_seed, generator, seeded
 
 # The paper's constants: share of rising steps below which the step is halved, momentum, first and last checkpoint.
 RHO = 0.75
@@ -54,7 +54,7 @@ def apgd(
     settle: bool = True,
     seed: int = 0,
     init: ImagesLike | None = None,
-    observe: Observer | None = None,
+    on_step: OnStep | None = None,
 ) -> Images:
     """Auto-PGD: no step size to tune. Gradients, the losses that steer the step, and decisions average over draws.
 
@@ -73,7 +73,7 @@ def apgd(
         settle: whether an image is left alone once it is broken; False follows every path to its end.
         seed: of the random starts and of the model's noise. The caller's random state is not changed.
         init: starting points [b, c, h, w] instead of random ones.
-        observe: called with a `Step` at every iterate.
+        on_step: called with a `Step` at every iterate.
 
     Returns:
         x_adv [b, c, h, w], within eps of x and within [0, 1]: a broken point of each image where one was found,
@@ -96,24 +96,24 @@ def apgd(
     if not len(x):
         return x.clone()
     how: dict[str, Any] = {"eps": eps, "norm": norm, "steps": steps, "eot": eot}
-    with stream(split(seed, "model"), x.device):
+    with seeded(derive_seed(seed, "model"), x.device):
         confirm = confirmation(model, x) if settle else None
         classes = [None] if targets is None else _targets(model, x, y, targets, eot)
 
         def run(target: Tensor | None) -> Run:
-            def climb(rows: Tensor, seed: int, observe: Observer | None) -> Images:
+            def pgd_loop(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
                 if init is None:
                     start = random_start(x[rows], eps, norm, generator(seed, "start", device=x.device))
                 else:
                     start = project(init[rows], x[rows], eps, norm)
                 path = _Path.begin(start, x[rows], y[rows], None if target is None else target[rows], eps)
-                with stream(split(seed, "model"), x.device):
-                    return _climb(model, path, objective, confirm=confirm, observe=observe, **how)
+                with seeded(derive_seed(seed, "model"), x.device):
+                    return _climb(model, path, objective, confirm=confirm, on_step=on_step, **how)
 
-            return climb
+            return pgd_loop
 
         runs = [run(target) for _ in range(restarts) for target in classes]
-        x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm or 0, settle=settle, seed=seed, observe=observe)
+        x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm or 0, settle=settle, seed=seed, on_step=on_step)
     return check_result(x_adv, x, eps=eps, norm=norm)
 
 
@@ -227,11 +227,11 @@ def _climb(
     steps: int,
     eot: int,
     confirm: int | None,
-    observe: Observer | None,
+    on_step: OnStep | None,
 ) -> Images:
     """One restart. `confirm` None follows every path to its end."""
     result = path.x_adv.clone()
-    settling = None if confirm is None else Settling(model, path.x, path.y, confirm)
+    settling = None if confirm is None else Confirmer(model, path.x, path.y, confirm)
     marks, last = checkpoints(steps), 0
     mark = next(marks, None)
     for number in range(steps + 1):
@@ -245,8 +245,8 @@ def _climb(
             raise NotFinite(
                 f"image {int(path.rows[(~value.isfinite()).nonzero()[0, 0]])} of the attacked batch: {NOT_FINITE}"
             )
-        if observe is not None:
-            observe(Step(path.rows, number, path.x_adv, value, wrong))
+        if on_step is not None:
+            on_step(Step(path.rows, number, path.x_adv, value, wrong))
         path.judged(value, grad)
         if settling is not None:
             broken = settling(path.x_adv, value, wrong, path.rows)

@@ -1,4 +1,4 @@
-"""AutoAttack (Croce & Hein, ICML 2020): a fixed ensemble that asks for no tuning, each part on what still stands."""
+"""AutoAttack (Croce & Hein, ICML 2020): four attacks without tuning, each on the images that remain."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from gsem.attacks._active import Run, cascade, confirmation, draw_schedule
-from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, Observer, check_result
+from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, OnStep, check_result
 from gsem.attacks.apgd import apgd
 from gsem.attacks.fab import fab
 from gsem.attacks.square import square
 from gsem.nn.contract import checked
-from gsem.rng import split, stream
+from gsem.rng import derive_seed, seeded
 
 Version = Literal["standard", "plus", "rand"]
 Part = tuple[str, Callable[..., Images]]
@@ -60,8 +60,8 @@ def autoattack(
     eot: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
-    observe: Observer | None = None,
-    report: Callable[[str, int], None] | None = None,
+    on_step: OnStep | None = None,
+    on_progress: Callable[[str, int], None] | None = None,
 ) -> Images:
     """The standard ensemble of parameter-free attacks, also for stochastic models.
 
@@ -77,9 +77,9 @@ def autoattack(
         steps: of APGD and FAB, per target and restart: 100 is the standard. queries: of Square: 5000 is.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
         seed: of all chance. The caller's random state is not changed.
-        batch_size: images attacked at once, regrouped from those that stand; all unless told.
-        observe: called with a `Step` at every iterate.
-        report: called with each attack's name when it ends, and how many images stand.
+        batch_size: images attacked at once, regrouped from those that remain; default: all.
+        on_step: called with a `Step` at every iterate.
+        on_progress: called with each attack's name when it ends, and how many images stand.
 
     Returns:
         x_adv [b, c, h, w], within eps of x and within [0, 1]; an image that the model gets wrong already is itself.
@@ -95,12 +95,12 @@ def autoattack(
         return x.clone()
 
     def run(attack: Callable[..., Images], draws: int) -> Run:
-        def on(rows: Tensor, seed: int, observe: Observer | None) -> Images:
-            return attack(model, x[rows], y[rows], eps=eps, norm=norm, eot=draws, seed=seed, observe=observe)
+        def on(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
+            return attack(model, x[rows], y[rows], eps=eps, norm=norm, eot=draws, seed=seed, on_step=on_step)
 
         return on
 
-    with stream(split(seed, "model"), x.device):
+    with seeded(derive_seed(seed, "model"), x.device):
         with torch.no_grad():
             classes = model(x[:1]).shape[1]
         schedule = [
@@ -117,7 +117,7 @@ def autoattack(
             confirm=confirmation(model, x),
             seed=seed,
             batch=batch_size,
-            observe=observe,
-            told=None if report is None else lambda number, stand: report(schedule[number][0], stand),
+            on_step=on_step,
+            on_progress=None if on_progress is None else lambda number, stand: on_progress(schedule[number][0], stand),
         )
     return check_result(x_adv, x, eps=eps, norm=norm)

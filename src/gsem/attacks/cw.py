@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._active import confirmation, settled
+from gsem.attacks._active import confirm_broken, confirmation
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -13,9 +13,9 @@ from gsem.attacks._core import (
     Labels,
     LabelsLike,
     NotFinite,
-    Observer,
+    OnStep,
     Step,
-    Worst,
+    WorstSoFar,
     aimed,
     check_result,
     expected,
@@ -24,7 +24,7 @@ from gsem.attacks._core import (
 )
 from gsem.attacks.pgd import pgd
 from gsem.losses import margin
-from gsem.rng import split, stream
+from gsem.rng import derive_seed, seeded
 
 TOP = 1 - 1e-6  # of tanh, so that black and white pixels keep a gradient and a finite inverse
 
@@ -44,7 +44,7 @@ def cw(
     kappa: float = 0.0,
     eot: int = 1,
     seed: int = 0,
-    observe: Observer | None = None,
+    on_step: OnStep | None = None,
 ) -> Images:
     """Carlini & Wagner's attack.
 
@@ -66,7 +66,7 @@ def cw(
         lr: Adam's, in w. kappa: the margin, in logits, up to which a broken point is pushed on.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
         seed: of the model's noise. The caller's random state is not changed.
-        observe: called with a `Step` at every iterate; its loss is the margin.
+        on_step: called with a `Step` at every iterate; its loss is the margin.
 
     Returns:
         x_adv [b, c, h, w] in [0, 1]. Bounded: within eps, a broken point of each image where one was found (points
@@ -84,7 +84,7 @@ def cw(
         if eps is None:
             raise ValueError("the L∞ form of C&W is bounded: give eps (8/255 is the field's standard)")
         how = {"eps": radius, "step": radius / 4, "steps": steps, "loss": "margin", "keep": "best"}
-        return pgd(model, x, y, **how, eot=eot, seed=seed, observe=observe)  # type: ignore[arg-type]
+        return pgd(model, x, y, **how, eot=eot, seed=seed, on_step=on_step)  # type: ignore[arg-type]
     for name, value in (("c", c), ("lr", lr)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, not {value}")
@@ -92,8 +92,8 @@ def cw(
         raise ValueError(f"kappa must be at least 0, in logits, not {kappa}")
     if not len(x):
         return x.clone()
-    with stream(split(seed, "model"), x.device):
-        search = _Search(model, x, y, radius, eot, kappa, observe)
+    with seeded(derive_seed(seed, "model"), x.device):
+        search = _Search(model, x, y, radius, eot, kappa, on_step)
         weight, low = x.new_full((len(x),), c), x.new_zeros(len(x))
         high = x.new_full((len(x),), math.inf)
         for _ in range(searches):
@@ -112,15 +112,15 @@ class _Search:
     """The points found so far for each image, over all searches of c."""
 
     def __init__(
-        self, model: nn.Module, x: Images, y: Labels, radius: float, eot: int, kappa: float, observe: Observer | None
+        self, model: nn.Module, x: Images, y: Labels, radius: float, eot: int, kappa: float, on_step: OnStep | None
     ):
         self.model, self.x, self.y = model, x, y
-        self.radius, self.eot, self.kappa, self.observe = radius, eot, kappa, observe
+        self.radius, self.eot, self.kappa, self.on_step = radius, eot, kappa, on_step
         self.confirm = confirmation(model, x)
-        self.worst = Worst(x)
+        self.worst = WorstSoFar(x)
         self.nearest, self.distance = x.clone(), x.new_full((len(x),), math.inf)
         values, wrong = expected(model, x, y, margin, eot)
-        clean = settled(model, x, y, wrong, self.confirm)
+        clean = confirm_broken(model, x, y, wrong, self.confirm)
         self.worst.update(x, values, clean)
         self.distance[clean] = 0.0
         self.number = 0
@@ -163,8 +163,8 @@ class _Search:
         if not bool(margins.isfinite().all()):
             image = int(rows[(~margins.isfinite()).nonzero()[0, 0]])
             raise NotFinite(f"image {image} of the attacked batch: {NOT_FINITE}")
-        if self.observe is not None:
-            self.observe(Step(rows, self.number, x_adv, margins, wrong))
+        if self.on_step is not None:
+            self.on_step(Step(rows, self.number, x_adv, margins, wrong))
             self.number += 1
         # Only a point nearer than the nearest so far (or, bounded, any) is worth the draws that confirm it.
         length = (x_adv - self.x[rows]).flatten(1).norm(dim=1)
@@ -172,7 +172,7 @@ class _Search:
         broken = torch.zeros_like(closer)
         if bool(closer.any()):
             at = closer.nonzero()[:, 0]
-            broken[at] = settled(self.model, x_adv[at], self.y[rows[at]], wrong[at], self.confirm)
+            broken[at] = confirm_broken(self.model, x_adv[at], self.y[rows[at]], wrong[at], self.confirm)
         self.nearest[rows[broken]] = x_adv[broken]
         self.distance[rows[broken]] = length[broken]
         reached[rows] |= broken | (wrong == 1)
@@ -189,4 +189,4 @@ class _Search:
             at = rows[far]
             point = project(x_adv[far], self.x[at], self.radius, "L2")
             values, wrong = expected(self.model, point, self.y[at], margin, self.eot)
-            self.worst.update(point, values, settled(self.model, point, self.y[at], wrong, self.confirm), at)
+            self.worst.update(point, values, confirm_broken(self.model, point, self.y[at], wrong, self.confirm), at)

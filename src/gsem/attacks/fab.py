@@ -1,4 +1,4 @@
-"""FAB (Croce & Hein, ICML 2020): to the decision boundary, along it towards the image, and past it by a little."""
+"""FAB (Croce & Hein, ICML 2020): minimum-norm points by projections onto the linearised decision boundary."""
 
 from dataclasses import dataclass, replace
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks._active import Run, cascade, confirmation, settled, shifted
+from gsem.attacks._active import Run, cascade, confirm_broken, confirmation, shifted
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -15,25 +15,25 @@ from gsem.attacks._core import (
     LabelsLike,
     Norm,
     NotFinite,
-    Observer,
+    OnStep,
     Step,
     Targeted,
-    Worst,
+    WorstSoFar,
     aimed,
     ascend,
     check_result,
     distances,
-    drawn,
+    draw_chunks,
     expected,
     expected_logits,
-    folds,
+    forward_draws,
     outcome,
     project,
     random_start,
 )
 from gsem.attacks._planes import gradients, onto_plane
 from gsem.losses import margin
-from gsem.rng import generator, split, stream
+from gsem.rng import derive_seed, generator, seeded
 
 # The paper's constants: largest weight of the image in a step, overshoot past the plane, and how much of the way
 # remains once the boundary is crossed.
@@ -57,7 +57,7 @@ def fab(
     targets: int | None = None,
     eot: int = 1,
     seed: int = 0,
-    observe: Observer | None = None,
+    on_step: OnStep | None = None,
 ) -> Images:
     """Fast adaptive boundary attack: looks for the nearest misclassified point, with no step size to tune.
 
@@ -82,7 +82,7 @@ def fab(
             with one gradient a step (FAB-T).
         eot: draws of the model's noise that logits, gradients and decisions are averaged over.
         seed: of the random starts and of the model's noise. The caller's random state is not changed.
-        observe: called with a `Step` at every iterate, whose loss is the margin; iterates may lie outside the ball.
+        on_step: called with a `Step` at every iterate, whose loss is the margin; iterates may lie outside the ball.
 
     Returns:
         x_adv [b, c, h, w] in [0, 1]. With eps, within eps of x: a broken point of each image where one was found,
@@ -104,16 +104,16 @@ def fab(
     x = x.detach()
     if not len(x):
         return x.clone()
-    with stream(split(seed, "model"), x.device):
+    with seeded(derive_seed(seed, "model"), x.device):
         classes = [None] if targets is None else _targets(model, x, y, targets, eot)
         every = [(restart, target) for restart in range(restarts) for target in classes]
         if eps is None:
             task = _Task(model, x, y, None, norm, steps, eot, 0)
-            x_adv = _nearest(task, every, seed, observe)
+            x_adv = _nearest(task, every, seed, on_step)
         else:
             task = _Task(model, x, y, bound, norm, steps, eot, confirmation(model, x))
             runs = [_run(task, *what) for what in every]
-            x_adv = cascade(model, x, y, runs, eot=eot, confirm=task.confirm, seed=seed, observe=observe)
+            x_adv = cascade(model, x, y, runs, eot=eot, confirm=task.confirm, seed=seed, on_step=on_step)
     return check_result(x_adv, x, eps=float("inf") if eps is None else bound, norm=norm)
 
 
@@ -181,27 +181,27 @@ def _targets(model: nn.Module, x: Images, y: Labels, targets: int, eot: int) -> 
 def _run(task: _Task, restart: int, target: Tensor | None) -> Run:
     """One run within the ball, for `cascade`."""
 
-    def attack(rows: Tensor, seed: int, observe: Observer | None) -> Images:
+    def attack(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
         assert task.eps is not None
         x, start = task.x[rows], task.x[rows]
         if restart:
             start = random_start(x, task.eps, task.norm, generator(seed, "start", device=x.device))
         path = _Path.begin(start, x, task.y[rows], None if target is None else target[rows])
-        worst = Worst(x)
-        with stream(split(seed, "model"), x.device):
-            path = _walk(task, path, rows, worst, observe)
+        worst = WorstSoFar(x)
+        with seeded(derive_seed(seed, "model"), x.device):
+            path = _walk(task, path, rows, worst, on_step)
             if len(path.place):
                 # What lies outside is worth its projection.
                 outside = torch.where(path.distance.isfinite()[:, None, None, None], path.found, path.x_adv)
                 last = project(outside, path.x, task.eps, task.norm)
                 value, wrong = expected(task.model, last, path.y, margin, task.eot)
-                worst.update(last, value, settled(task.model, last, path.y, wrong, task.confirm), path.place)
+                worst.update(last, value, confirm_broken(task.model, last, path.y, wrong, task.confirm), path.place)
         return worst.x
 
     return attack
 
 
-def _nearest(task: _Task, every: list[tuple[int, Tensor | None]], seed: int, observe: Observer | None) -> Images:
+def _nearest(task: _Task, every: list[tuple[int, Tensor | None]], seed: int, on_step: OnStep | None) -> Images:
     """All runs one after the other, with no ball: the nearest misclassified point of each image."""
     x_adv = task.x.clone()
     value, _ = outcome(task.model, expected_logits(task.model, task.x, task.eot), task.y, margin)
@@ -220,16 +220,16 @@ def _nearest(task: _Task, every: list[tuple[int, Tensor | None]], seed: int, obs
             chance = generator(seed, "start", number, device=x.device)
             unit = 2 * random_start(torch.full_like(x, 0.5), 0.5, task.norm, chance) - 1
             start = (x + radius * unit).clamp(0, 1)
-        with stream(split(seed, "model", number), x.device):
+        with seeded(derive_seed(seed, "model", number), x.device):
             path = _Path.begin(start, x, y, None if target is None else target[rows])
-            path = _walk(task, path, rows, None, shifted(observe, rows))
+            path = _walk(task, path, rows, None, shifted(on_step, rows))
             found = _final_search(task, path, value[rows])
         _closer(best, found, torch.where(path.distance.isfinite(), task.length(found, x), float("inf")))
     x_adv[rows] = best.found
     return x_adv
 
 
-def _walk(task: _Task, path: _Path, rows: Int[Tensor, " r"], worst: Worst | None, observe: Observer | None) -> _Path:
+def _walk(task: _Task, path: _Path, rows: Int[Tensor, " r"], worst: WorstSoFar | None, on_step: OnStep | None) -> _Path:
     """One run; `rows` are the images' numbers in the call. With `worst`, points in the ball are judged and what is
     broken leaves. Returns what stays."""
     for number in range(task.steps + 1):
@@ -237,8 +237,8 @@ def _walk(task: _Task, path: _Path, rows: Int[Tensor, " r"], worst: Worst | None
         # One pass forward tells where the iterate lies; the gradient is taken where the next step begins.
         seen = _look(task, path, differentiate=number == 0 and not ends)
         _check_finite(seen.margin, rows[path.place])
-        if observe is not None:
-            observe(Step(path.place, number, path.x_adv, seen.margin, seen.wrong))
+        if on_step is not None:
+            on_step(Step(path.place, number, path.x_adv, seen.margin, seen.wrong))
         length = task.length(path.x_adv, path.x)
         nearer = _closer(path, path.x_adv, torch.where(seen.crossed, length, float("inf")))
         if worst is not None:
@@ -273,7 +273,9 @@ def _closer(path: _Path, x_adv: Images, distance: Float[Tensor, " b"]) -> Bool[T
     return nearer
 
 
-def _judge(task: _Task, path: _Path, seen: _Seen, length: Tensor, chosen: Tensor, worst: Worst) -> Bool[Tensor, " b"]:
+def _judge(
+    task: _Task, path: _Path, seen: _Seen, length: Tensor, chosen: Tensor, worst: WorstSoFar
+) -> Bool[Tensor, " b"]:
     """Take iterates in the ball into `worst`; the chosen are first pushed along the normal, past the boundary, with
     what is left of eps. Returns which are broken."""
     assert task.eps is not None
@@ -288,7 +290,7 @@ def _judge(task: _Task, path: _Path, seen: _Seen, length: Tensor, chosen: Tensor
         pushed, push = pushed[better], push[better]
         point, value, wrong = point.clone(), value.clone(), wrong.clone()
         point[push], value[push], wrong[push] = pushed, higher[better], share[better]
-    broken = settled(task.model, point, path.y, torch.where(inside, wrong, 0.0), task.confirm)
+    broken = confirm_broken(task.model, point, path.y, torch.where(inside, wrong, 0.0), task.confirm)
     worst.update(point, torch.where(inside, value, float("-inf")), broken, path.place)
     return broken
 
@@ -301,9 +303,9 @@ def _look(task: _Task, path: _Path, *, differentiate: bool) -> _Seen:
     total: Tensor | float = 0.0
     grads: Tensor | float = 0.0
     sides: tuple[Tensor, Tensor] | None = None
-    for fold in folds(task.eot, x):
+    for fold in draw_chunks(task.eot, x):
         with torch.set_grad_enabled(differentiate):
-            each = drawn(task.model, x, fold)
+            each = forward_draws(task.model, x, fold)
             logits = each.view(fold, b, -1).sum(0)
         sides = sides or _sides(task, path, logits.detach())
         if differentiate:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, Observer
+from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, OnStep
 from gsem.attacks.pgd import pgd
 from gsem.losses import Loss
 
@@ -18,7 +18,7 @@ def fgsm(
     loss: str | Loss = "ce",
     eot: int = 1,
     seed: int = 0,
-    observe: Observer | None = None,
+    on_step: OnStep | None = None,
 ) -> Images:
     """x + eps · sign of the loss's gradient (L2: eps along the gradient), clipped to [0, 1].
 
@@ -27,4 +27,4 @@ def fgsm(
     Args, returns and errors: as in `pgd`, with one step from the image itself.
     """
     how = {"eps": eps, "step": eps, "steps": 1, "init": x, "target": target, "norm": norm, "loss": loss, "keep": "last"}
-    return pgd(model, x, y, **how, eot=eot, seed=seed, observe=observe)  # type: ignore[arg-type]
+    return pgd(model, x, y, **how, eot=eot, seed=seed, on_step=on_step)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Attacks of the caller's own, functions with a name, beside those that are given as text."""
+"""Attack functions of the caller's own, for `evaluate`."""
 
 import functools
 import inspect
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._core import Norm, Observer
-from gsem.attacks.suite import ATTACKS, EOT, Attack
-from gsem.rng import split, stream
+from gsem.attacks._core import Norm, OnStep
+from gsem.attacks.suite import ATTACKS, EOT, AttackSpec
+from gsem.rng import derive_seed, seeded
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class OwnAttack:
         stochastic: bool,
         seed: int,
         sources: dict[str, nn.Module],
-        observe: Observer | None = None,
-        observe_always: bool = False,
+        on_step: OnStep | None = None,
+        on_step_always: bool = False,
     ) -> Tensor:
         """x_adv; torch's random stream starts at `seed` for the function, and is the caller's again afterwards.
 
@@ -84,7 +84,7 @@ class OwnAttack:
             ValueError: the function returned no images of the shape of x.
         """
         how = self._keywords(eps=eps, norm=norm, seed=seed, eot=EOT if stochastic else 1)
-        with stream(split(seed, "own"), x.device):
+        with seeded(derive_seed(seed, "own"), x.device):
             # Copies: a function that works in place would move the images that its points are compared with.
             found = self.function(model, x.clone(), y.clone(), **how)
         found = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
@@ -102,25 +102,25 @@ def _qualified(function: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-AnyAttack = Attack | OwnAttack
+AnyAttack = AttackSpec | OwnAttack
 AttackLike = AnyAttack | str | Callable[..., Tensor] | tuple[str, Callable[..., Tensor]]
 
 
 def listed(attacks: AttackLike | Sequence[AttackLike]) -> list[AnyAttack]:
-    """Attacks from texts, from `Attack`s, and from functions or pairs (name, function); or from one of them.
+    """Attacks from texts, from `AttackSpec`s, and from functions or pairs (name, function); or from one of them.
 
     Raises:
         ValueError: something else, or an attack that is unknown or cannot be called.
     """
     if isinstance(attacks, str):
-        return [Attack.parse(one) for one in attacks.split(",")]
+        return [AttackSpec.parse(one) for one in attacks.split(",")]
     return [_listed(one) for one in (attacks if isinstance(attacks, Sequence) else [attacks])]
 
 
 def _listed(one: AttackLike) -> AnyAttack:
     if isinstance(one, str):
-        return Attack.parse(one)
-    if isinstance(one, Attack | OwnAttack):
+        return AttackSpec.parse(one)
+    if isinstance(one, AttackSpec | OwnAttack):
         return one
     name, function = one if isinstance(one, tuple) and len(one) == 2 else (getattr(one, "__name__", ""), one)
     if not callable(function):

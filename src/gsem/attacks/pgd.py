@@ -7,17 +7,17 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from gsem.attacks._active import Settling, confirmation
+from gsem.attacks._active import Confirmer, confirmation
 from gsem.attacks._core import (
     Images,
     ImagesLike,
     Labels,
     LabelsLike,
     Norm,
-    Observer,
+    OnStep,
     Step,
     Targeted,
-    Worst,
+    WorstSoFar,
     aimed,
     ascend,
     check_result,
@@ -29,7 +29,7 @@ from gsem.attacks._core import (
 )
 from gsem.losses import Loss
 from gsem.nn.contract import plain_logits, to_number
-from gsem.rng import generator, split, stream
+from gsem.rng import derive_seed, generator, seeded
 
 
 def pgd(
@@ -50,7 +50,7 @@ def pgd(
     settle: bool = True,
     init: ImagesLike | None = None,
     search: nn.Module | None = None,
-    observe: Observer | None = None,
+    on_step: OnStep | None = None,
 ) -> Images:
     """Perturb images so that their loss rises: `steps` steepest-ascent steps, each projected into the ball.
 
@@ -72,9 +72,9 @@ def pgd(
             every path to its end.
         seed: of the random starts and of the model's noise. The caller's random state is not changed.
         init: starting points [b, c, h, w] instead of random ones; projected into the ball first.
-        search: a model whose gradient is followed instead of `model`'s (its low-precision twin); losses and
+        search: a model whose gradient is followed instead of `model`'s (its low-precision folded model); losses and
             decisions stay with `model`.
-        observe: called with a `Step` at every iterate that is judged.
+        on_step: called with a `Step` at every iterate that is judged.
 
     Returns:
         x_adv [b, c, h, w], within eps of x and within [0, 1].
@@ -97,18 +97,18 @@ def pgd(
     objective = resolve_loss(loss)
     how: dict[str, Any] = {"eps": eps, "norm": norm, "step": step, "steps": steps, "eot": eot, "objective": objective}
     finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    with stream(split(seed, "model"), x.device):
-        if keep == "last" and restarts == 1 and observe is None:
+    with seeded(derive_seed(seed, "model"), x.device):
+        if keep == "last" and restarts == 1 and on_step is None:
             start = _start(x, init, 0, eps=eps, norm=norm, seed=seed)
-            x_adv, finite = climb(search or model, x, y, start, **how)
+            x_adv, finite = pgd_loop(search or model, x, y, start, **how)
         else:
-            judge = _Judge(model, search, x, y, keep == "best", restarts > 1, settle, finite, observe)
+            judge = _Judge(model, search, x, y, keep == "best", restarts > 1, settle, finite, on_step)
             for restart in range(restarts):
-                x_adv = judge.climb(_start(x, init, restart, eps=eps, norm=norm, seed=seed), **how)
+                x_adv = judge.pgd_loop(_start(x, init, restart, eps=eps, norm=norm, seed=seed), **how)
     return check_result(x_adv, x, eps=eps, norm=norm, finite=finite)
 
 
-def climb(
+def pgd_loop(
     model: nn.Module,
     x: Images,
     y: Labels,
@@ -147,14 +147,14 @@ class _Judge:
     several: bool
     settle: bool
     finite: Bool[Tensor, " b"]
-    observe: Observer | None
+    on_step: OnStep | None
 
     def __post_init__(self) -> None:
-        self.worst = Worst(self.x)
+        self.worst = WorstSoFar(self.x)
         confirm = confirmation(self.model, self.x) if (self.best or self.several) and self.settle else 0
-        self.settling = Settling(self.model, self.x, self.y, confirm)
+        self.settling = Confirmer(self.model, self.x, self.y, confirm)
 
-    def climb(
+    def pgd_loop(
         self, start: Images, *, eps: float, norm: Norm, step: float, steps: int, eot: int, objective: Loss
     ) -> Images:
         """One restart, on what still stands. Returns the worst point of each image so far, or the last iterates."""
@@ -163,17 +163,17 @@ class _Judge:
         for number in range(steps + 1):
             ends = number == steps
             competes = self.best or (ends and self.several)
-            if not len(rows) or (ends and not competes and self.observe is None):
+            if not len(rows) or (ends and not competes and self.on_step is None):
                 break
             if not ends:
                 values, wrong, grad = expected_gradient(self.search or self.model, x_adv, y[rows], objective, eot)
                 self.finite[rows] &= values.isfinite()
-            if (competes or self.observe is not None) and (ends or self.search is not None):
-                # The twin gives directions only: what a point is worth, the model itself says.
+            if (competes or self.on_step is not None) and (ends or self.search is not None):
+                # The folded model gives directions only: what a point is worth, the model itself says.
                 values, wrong = expected(self.model, x_adv, y[rows], objective, eot)
                 self.finite[rows] &= values.isfinite()
-            if self.observe is not None:
-                self.observe(Step(rows, number, x_adv, values, wrong))
+            if self.on_step is not None:
+                self.on_step(Step(rows, number, x_adv, values, wrong))
             if competes:
                 broken = self.settling(x_adv, values, wrong, rows)
                 self.worst.update(x_adv, values, broken, rows)

@@ -1,4 +1,4 @@
-"""RayS (Chen & Gu, KDD 2020): a search over rays that asks the model for labels only."""
+"""RayS (Chen & Gu, KDD 2020): a search over directions that uses the model's labels only."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks._active import confirmation, settled
+from gsem.attacks._active import confirm_broken, confirmation
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -15,14 +15,14 @@ from gsem.attacks._core import (
     LabelsLike,
     Norm,
     NotFinite,
-    Observer,
+    OnStep,
     Step,
     check_result,
     expected,
 )
 from gsem.losses import margin
 from gsem.nn.contract import checked
-from gsem.rng import generator, split, stream
+from gsem.rng import derive_seed, generator, seeded
 
 # Two radii are told apart if the perturbations differ by this L2 length, in the unit of the images (the paper's).
 TOLERANCE = 1e-3
@@ -42,7 +42,7 @@ def rays(
     queries: int = 10000,
     eot: int = 1,
     seed: int = 0,
-    observe: Observer | None = None,
+    on_step: OnStep | None = None,
 ) -> Images:
     """Hard-label attack: the shortest ray x + r·d, d ∈ {−1, 1}^pixels, along which the label changes.
 
@@ -65,7 +65,7 @@ def rays(
             its radius to eps or less, if the point is broken for good. For a stochastic model that is the point at
             radius eps, and a hundred draws of it must be wrong (they come on top).
         seed: of the orders of pixels and of the model's noise. The caller's random state is not changed.
-        observe: called with a `Step` at every query; its loss is the share of wrong draws.
+        on_step: called with a `Step` at every query; its loss is the share of wrong draws.
 
     Returns:
         x_adv [b, c, h, w], within eps of x and within [0, 1]; the point at radius eps along the best ray where none
@@ -89,16 +89,16 @@ def rays(
         bad = ~values.isfinite()
         if bool(bad.any()):
             raise NotFinite(f"image {int(rows[bad][0])} of the attacked batch: {NOT_FINITE}")
-        if observe is not None:
-            observe(Step(rows, number, images, wrong, wrong))
+        if on_step is not None:
+            on_step(Step(rows, number, images, wrong, wrong))
         return wrong
 
     def stands(points: Flat, rows: Int[Tensor, " r"], wrong: Float[Tensor, " r"]) -> Bool[Tensor, " r"]:
-        return ~settled(model, points.view(-1, *x.shape[1:]), y[rows], wrong, confirm)
+        return ~confirm_broken(model, points.view(-1, *x.shape[1:]), y[rows], wrong, confirm)
 
     flat = x.flatten(1)
     found = flat.clone()
-    with stream(split(seed, "model"), x.device):
+    with seeded(derive_seed(seed, "model"), x.device):
         left = stands(flat, rows, ask(flat, rows, 0))
         search = _Search.begin(rows[left], flat[left], tolerance=min(TOLERANCE / size**0.5, limit / 16))
         for number in range(1, queries):

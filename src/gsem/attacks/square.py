@@ -1,4 +1,4 @@
-"""Square Attack (Andriushchenko et al., ECCV 2020): a random search that asks the model for margins only."""
+"""Square Attack (Andriushchenko et al., ECCV 2020): a random search that uses the model's margins only."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks._active import cascade, confirmation, settled
+from gsem.attacks._active import cascade, confirm_broken, confirmation
 from gsem.attacks._core import (
     NOT_FINITE,
     Images,
@@ -17,14 +17,14 @@ from gsem.attacks._core import (
     LabelsLike,
     Norm,
     NotFinite,
-    Observer,
+    OnStep,
     Step,
     aimed,
     check_result,
     expected,
 )
 from gsem.losses import margin
-from gsem.rng import generator, reseed, split, stream
+from gsem.rng import derive_seed, generator, reseed, seeded
 
 # The share of the image that a square covers is halved after each of these proposals: the paper's schedule for
 # 10000 queries, which the standard suite leaves as it is for its 5000.
@@ -48,7 +48,7 @@ def square(
     restarts: int = 1,
     eot: int = 1,
     seed: int = 0,
-    observe: Observer | None = None,
+    on_step: OnStep | None = None,
 ) -> Images:
     """Random search without gradients: squares are repainted at random, and kept where the margin rises.
 
@@ -70,7 +70,7 @@ def square(
         restarts: independent runs, each on the images that the former left standing.
         eot: draws of the model's noise that every margin is averaged over.
         seed: of the squares and of the model's noise. The caller's random state is not changed.
-        observe: called with a `Step` at every query: the queried points, their margins, the share of wrong draws.
+        on_step: called with a `Step` at every query: the queried points, their margins, the share of wrong draws.
 
     Returns:
         x_adv [b, c, h, w], within eps of x and within [0, 1]; the point with the highest margin where none is
@@ -92,23 +92,23 @@ def square(
 
     how: dict[str, Any] = {"queries": queries, "eot": eot, "confirm": confirm}
 
-    def run(rows: Tensor, seed: int, observe: Observer | None) -> Images:
-        return _search(model, x[rows], y[rows], squares, **how, seed=seed, observe=observe)
+    def run(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
+        return _search(model, x[rows], y[rows], squares, **how, seed=seed, on_step=on_step)
 
     runs = [run] * restarts
-    x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, observe=_only_finite(observe))
+    x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, on_step=_only_finite(on_step))
     return check_result(x_adv, x, eps=eps, norm=norm)
 
 
-def _only_finite(observe: Observer | None) -> Observer:
+def _only_finite(on_step: OnStep | None) -> OnStep:
     """The search compares margins, and a NaN would pass for a low one; observers know the image's number."""
 
     def see(step: Step) -> None:
         bad = ~step.loss.isfinite()
         if bool(bad.any()):
             raise NotFinite(f"image {int(step.rows[bad][0])} of the attacked batch: {NOT_FINITE}")
-        if observe is not None:
-            observe(replace(step, x=step.x.clone()))  # the search works in place
+        if on_step is not None:
+            on_step(replace(step, x=step.x.clone()))  # the search works in place
 
     return see
 
@@ -137,7 +137,7 @@ def _search(
     eot: int,
     confirm: int,
     seed: int,
-    observe: Observer | None,
+    on_step: OnStep | None,
 ) -> Images:
     """One run on images that stand; `confirm` is 0 for a deterministic model.
 
@@ -155,7 +155,7 @@ def _search(
     x, z = x.flatten(1), found.clone()
     best = x.new_full((len(x),), float("-inf"))
     drawn = 0
-    with stream(split(seed, "model"), x.device):
+    with seeded(derive_seed(seed, "model"), x.device):
         for number in range(queries):
             if confirm and number - drawn == REDRAW:
                 drawn = number
@@ -167,14 +167,14 @@ def _search(
             for patch in patches:
                 z.scatter_(1, patch.at, patch.new)
             if confirm:
-                reseed(split(seed, "noise", drawn), x.device)
+                reseed(derive_seed(seed, "noise", drawn), x.device)
             point = z.view(-1, *shape)
             values, wrong = expected(model, point, y, margin, eot)
-            if observe is not None:
-                observe(Step(rows, number, point, values, wrong))
+            if on_step is not None:
+                on_step(Step(rows, number, point, values, wrong))
             if confirm:
-                reseed(split(seed, "confirm", number), x.device)
-            broken = settled(model, point, y, wrong, confirm)
+                reseed(derive_seed(seed, "confirm", number), x.device)
+            broken = confirm_broken(model, point, y, wrong, confirm)
             better = broken | (values > best)
             best = torch.where(better, values, best)
             for patch in patches:

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from gsem.attacks import apgd, autoattack, cw, fab, fgsm, pgd, rays, square, transfer
-from gsem.attacks._core import Norm, Observer
+from gsem.attacks._core import Norm, OnStep
 
 EOT = 20  # draws per gradient, loss and decision of an attack on a stochastic model, as published
 
 # The options of each attack that a caller may set, and what they are unless set. `None` depends on the model or
-# on eps: see `Attack.resolved`.
+# on eps: see `AttackSpec.resolved`.
 ATTACKS: dict[str, dict[str, Any]] = {
     "clean": {},
     "fgsm": {"eot": None, "loss": "ce"},
@@ -60,7 +60,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Attack:
+class AttackSpec:
     """An attack with the options that were set for it.
 
     Raises:
@@ -81,8 +81,8 @@ class Attack:
             raise ValueError(f"attack 'cw': form {form!r} is unknown: it is one of {', '.join(FORMS)}")
 
     @classmethod
-    def parse(cls, text: str) -> "Attack":
-        """`"pgd:steps=100:eot=20"` → `Attack("pgd", {"steps": 100, "eot": 20})`.
+    def parse(cls, text: str) -> "AttackSpec":
+        """`"pgd:steps=100:eot=20"` → `AttackSpec("pgd", {"steps": 100, "eot": 20})`.
 
         Raises:
             ValueError: an unknown attack, option or value.
@@ -151,16 +151,16 @@ class Attack:
         stochastic: bool,
         seed: int,
         sources: dict[str, nn.Module],
-        observe: Observer | None = None,
-        observe_always: bool = False,
+        on_step: OnStep | None = None,
+        on_step_always: bool = False,
     ) -> Tensor:
-        """x_adv. `observe` is not passed to attacks that it would cost passes, unless it must see always."""
+        """x_adv. `on_step` is not passed to attacks that it would cost passes, unless it must see always."""
         if self.name == "clean":
             return x
         o = self.resolved(eps=eps, stochastic=stochastic)
-        if (o.get("keep") == "last" or self.name == "fgsm") and not observe_always:
-            observe = None
-        chance: dict[str, Any] = {"seed": seed, "observe": observe}
+        if (o.get("keep") == "last" or self.name == "fgsm") and not on_step_always:
+            on_step = None
+        chance: dict[str, Any] = {"seed": seed, "on_step": on_step}
         if self.name == "cw":
             return _cw(model, x, y, eps, norm, o, chance)
         if "targets" in o:
@@ -201,12 +201,12 @@ def _value(key: str, value: str, text: str) -> int | float | str:
     return value
 
 
-def parse_attacks(text: str) -> list[Attack]:
+def parse_attacks(text: str) -> list[AttackSpec]:
     """`"clean,pgd:steps=100"`: attacks with commas between, each with its options behind colons."""
-    return [Attack.parse(one) for one in text.split(",")]
+    return [AttackSpec.parse(one) for one in text.split(",")]
 
 
-def suite(name: str) -> list[Attack]:
+def suite(name: str) -> list[AttackSpec]:
     """The attacks of a named suite.
 
     Raises:

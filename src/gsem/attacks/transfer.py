@@ -1,14 +1,14 @@
-"""Points that other models are broken by: what an attacker reaches without this model's gradient."""
+"""Transfer attack: adversarial examples of other models, tried on this one."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from gsem.attacks._active import Run, cascade, confirmation
-from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, Observer, check_result
+from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, OnStep, check_result
 from gsem.attacks.apgd import apgd
 from gsem.nn.contract import checked, plain_logits
-from gsem.rng import split, stream
+from gsem.rng import derive_seed, seeded
 
 
 def transfer(
@@ -23,7 +23,7 @@ def transfer(
     losses: Sequence[str] = ("ce", "margin"),
     eot: int = 1,
     seed: int = 0,
-    observe: Observer | None = None,
+    on_step: OnStep | None = None,
 ) -> Images:
     """APGD on every source with every loss, to the path's end; the points are judged by `model`.
 
@@ -42,14 +42,14 @@ def transfer(
     sources = [plain_logits(source, x, y) for source in sources]
 
     def run(source: nn.Module, loss: str) -> Run:
-        def climb(rows: Tensor, seed: int, observe: Observer | None) -> Images:
+        def pgd_loop(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
             how = {"eps": eps, "norm": norm, "steps": steps, "loss": loss, "eot": eot}
-            return apgd(source, x[rows], y[rows], **how, settle=False, seed=seed, observe=observe)  # type: ignore[arg-type]
+            return apgd(source, x[rows], y[rows], **how, settle=False, seed=seed, on_step=on_step)  # type: ignore[arg-type]
 
-        return climb
+        return pgd_loop
 
-    with stream(split(seed, "model"), x.device):
+    with seeded(derive_seed(seed, "model"), x.device):
         runs = [run(source, loss) for source in sources for loss in losses]
         confirm = confirmation(model, x)
-        x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, observe=observe)
+        x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, on_step=on_step)
     return check_result(x_adv, x, eps=eps, norm=norm)

@@ -1,4 +1,4 @@
-"""The audit: every check, one after the other, and the verdict."""
+"""The audit: runs the checks one after the other and returns them with the verdict."""
 
 import platform
 import time
@@ -12,10 +12,10 @@ from torch import nn
 from gsem._fingerprint import data_fingerprint, model_fingerprint
 from gsem._lock import locked
 from gsem.attacks._core import Norm
-from gsem.attacks.suite import SUITES, Attack, parse_attacks, suite
+from gsem.attacks.suite import SUITES, AttackSpec, parse_attacks, suite
 from gsem.auditing.binarization import binarization
 from gsem.auditing.check import Audit, Check
-from gsem.auditing.context import LEADING, Subject, lowest, percent, quiet_twin
+from gsem.auditing.context import LEADING, AuditContext, fold_quietly, lowest, percent
 from gsem.auditing.gradient import gradient
 from gsem.auditing.indicators import silent, transfer_failure, unavailable, unconstrained, unfinished, unstable
 from gsem.auditing.noise import ablation, randomness
@@ -28,12 +28,12 @@ from gsem.evaluation.result import with_ending
 from gsem.nn.contract import ImagesLike, LabelsLike, checked, plain_logits
 from gsem.nn.predict import BATCH, is_stochastic
 
-# The white-box attacks whose result is audited, unless told.
+# The white-box attacks whose result is audited by default.
 ATTACKS = "apgd:steps=100,apgd:steps=100:loss=margin,apgd:steps=100:targets=9"
 QUICK = "apgd:steps=50:eot=5,apgd:steps=50:loss=margin:eot=5"
 DRAWS, QUICK_DRAWS = 100, 20
 
-CHECKS: dict[str, Callable[[Subject], Check]] = {
+CHECKS: dict[str, Callable[[AuditContext], Check]] = {
     "randomness": randomness,
     "gradient": gradient,
     "unavailable": unavailable,
@@ -53,7 +53,7 @@ def audit(
     model: nn.Module,
     x: ImagesLike,
     y: LabelsLike,
-    attacks: str | Sequence[Attack | str] | None = None,
+    attacks: str | Sequence[AttackSpec | str] | None = None,
     *,
     eps: float | str,
     norm: Norm = "Linf",
@@ -66,7 +66,7 @@ def audit(
     surrogate: nn.Module | None = None,
     save: str | Path | None = None,
     about: Mapping[str, Any] | None = None,
-    report: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Audit:
     """Is the accuracy of `model` under these attacks a measurement? Twelve checks, and the verdict they add up to.
 
@@ -78,12 +78,12 @@ def audit(
         model: images [b, c, h, w] in [0, 1] → logits, in eval mode. It is not changed.
         x, y: images in [0, 1], and their labels, tensors or numpy arrays. The gradient check needs at least 100.
         attacks: as `evaluate` takes them, at least one of them pgd, apgd, cw or fgsm. APGD on cross-entropy, on the
-            margin and towards nine targets unless told.
+            margin and towards nine targets by default.
         eps: radius of the threat model, in the unit of the images.
         draws: scoring draws of a stochastic model, for each point. Default: 100, with `quick` 20.
         seed: of every random stream used; the caller's random state is not changed.
         batch: images attacked at once.
-        only: names of the checks to make; all unless told. The verdict is never TRUSTED for some of them.
+        only: names of the checks to make; default: all. The verdict is never TRUSTED for some of them.
         quick: other defaults, with fewer steps, draws and queries: minutes on a CPU for a small network. Attacks and
             draws that are given are used as they are.
         sources: other models, by name, whose adversarial examples are tried on this one. Of a GSeM model, itself
@@ -94,7 +94,7 @@ def audit(
             `….unfinished`, and the same call goes on behind the last of them after an interruption, to the same audit.
         about: what the caller wants to be kept in the audit's facts; its "command", if there is one, is what
             repeats the audit, and with `--only NAME` a check alone.
-        report: called with a `Progress` while it runs.
+        on_progress: called with a `Progress` while it runs.
 
     Raises:
         ValueError: an unknown check, attack or option, arguments out of range, labels that the model does not have;
@@ -114,9 +114,9 @@ def audit(
     sources = {name: plain_logits(source, x, y) for name, source in (sources or {}).items()}
     surrogate = None if surrogate is None else plain_logits(surrogate, x, y)
     chosen = audited(attacks, quick=quick)
-    teller = Teller(report)
+    teller = Teller(on_progress)
     every = undefended(model) | sources
-    s = Subject(
+    s = AuditContext(
         model,
         x,
         y,
@@ -128,10 +128,10 @@ def audit(
         batch=batch,
         stochastic=is_stochastic(model, x[:batch]),
         quick=quick,
-        sources={name: quiet_twin(source) for name, source in every.items()},
+        sources={name: fold_quietly(source) for name, source in every.items()},
         surrogate=surrogate,
         say=teller.say,
-        observe=None if report is None else teller.observe,
+        on_step=None if on_progress is None else teller.on_step,
     )
 
     question = _question(s, only, every, surrogate)
@@ -166,7 +166,7 @@ def _saved(save: Path, question: dict[str, Any], device: torch.device, found: Ca
 
 
 def _question(
-    s: Subject, only: Sequence[str] | None, sources: Mapping[str, nn.Module], surrogate: nn.Module | None
+    s: AuditContext, only: Sequence[str] | None, sources: Mapping[str, nn.Module], surrogate: nn.Module | None
 ) -> dict[str, Any]:
     """All that decides the audit, and more of its facts."""
     return {
@@ -192,7 +192,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, known) else getattr(v, "__qualname__", type(v).__name__) for k, v in options.items()}
 
 
-def _finished(s: Subject, names: Sequence[str], teller: Teller) -> list[Finished]:
+def _finished(s: AuditContext, names: Sequence[str], teller: Teller) -> list[Finished]:
     """Every check, made or read, in the order of their names."""
     parts = []
     kept = {name: None if s.partial is None else s.partial.read(name) for name in names}
@@ -213,7 +213,7 @@ def _finished(s: Subject, names: Sequence[str], teller: Teller) -> list[Finished
     return parts
 
 
-def audited(attacks: str | Sequence[Attack | str] | None, *, quick: bool) -> list[Attack]:
+def audited(attacks: str | Sequence[AttackSpec | str] | None, *, quick: bool) -> list[AttackSpec]:
     """The attacks by name, AutoAttack by its parts.
 
     Raises:
@@ -224,10 +224,10 @@ def audited(attacks: str | Sequence[Attack | str] | None, *, quick: bool) -> lis
     if isinstance(attacks, str):
         listed = suite(attacks) if attacks in SUITES else parse_attacks(attacks)
     else:
-        listed = [Attack.parse(a) if isinstance(a, str) else a for a in attacks]
-    found: list[Attack] = []
+        listed = [AttackSpec.parse(a) if isinstance(a, str) else a for a in attacks]
+    found: list[AttackSpec] = []
     for attack in listed:
-        if not isinstance(attack, Attack):
+        if not isinstance(attack, AttackSpec):
             raise ValueError(f"an audit repeats attacks with other budgets: it takes those of gsem, not {attack!r}")
         found += _parts(attack) if attack.name == "autoattack" else [attack]
     found = [a for a in found if a.name != "clean" and a.bounded]
@@ -236,14 +236,14 @@ def audited(attacks: str | Sequence[Attack | str] | None, *, quick: bool) -> lis
     return found
 
 
-def _parts(attack: Attack) -> list[Attack]:
+def _parts(attack: AttackSpec) -> list[AttackSpec]:
     steps = {key: value for key, value in attack.options.items() if key in ("steps", "eot")}
     boxed = {key: value for key, value in attack.options.items() if key in ("queries", "eot")}
-    targeted = [Attack(name, steps | {"targets": 9}) for name in ("apgd", "fab")]
-    return [Attack("apgd", steps), *targeted, Attack("square", boxed)]
+    targeted = [AttackSpec(name, steps | {"targets": 9}) for name in ("apgd", "fab")]
+    return [AttackSpec("apgd", steps), *targeted, AttackSpec("square", boxed)]
 
 
-def _made(name: str, s: Subject) -> Check:
+def _made(name: str, s: AuditContext) -> Check:
     try:
         return CHECKS[name](s)
     except RuntimeError as error:  # of torch: a model that cannot be differentiated, or does not fit in memory
@@ -260,7 +260,7 @@ def _made(name: str, s: Subject) -> Check:
 
 
 def _facts(
-    s: Subject, question: Mapping[str, Any], parts: Sequence[Finished], about: Mapping[str, Any] | None
+    s: AuditContext, question: Mapping[str, Any], parts: Sequence[Finished], about: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "images": len(s.x),
@@ -275,9 +275,9 @@ def _facts(
         **(dict(about) if about is not None else {}),
     }
     if s.attacked:  # (where no check asked for the attacks, they did not run)
-        worst = lowest([s.base.shares, *(part.lowest for part in parts if part.lowest is not None)])
+        worst = lowest([s.white_box.shares, *(part.lowest for part in parts if part.lowest is not None)])
         # Chosen on selection draws, the merged points may score higher by the noise of the scoring draws.
-        attacked, merged = s.accuracy(s.base), s.accuracy(worst[1])
+        attacked, merged = s.accuracy(s.white_box), s.accuracy(worst[1])
         facts |= {"attacked": attacked.as_accuracy(), "lowest": min(attacked, merged).as_accuracy()}
     return facts
 

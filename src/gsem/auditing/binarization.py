@@ -1,4 +1,4 @@
-"""The binarization test (Zimmermann et al., NeurIPS 2022): does the attack find a point that surely is there?
+"""The binarization test (Zimmermann et al., NeurIPS 2022): does the attack find an adversarial point that was planted?
 
 The network's features stay as they are. For every image a linear readout of them is made that tells two classes
 apart: 0 for random points of the ball, 1 for one planted point on its edge. Then the same attack is run on this
@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gsem.attacks.suite import Attack
+from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Check
-from gsem.auditing.context import Subject, percent, several
-from gsem.nn.predict import answers
-from gsem.rng import generator, split, stream
+from gsem.auditing.context import AuditContext, percent, several
+from gsem.nn.predict import predict_draws
+from gsem.rng import derive_seed, generator, seeded
 
 FOUND, SURE, EASY, HOPELESS = 0.95, 0.99, 0.50, 0.50
 INNER = 256  # points of the ball that are class 0, half of them corners
@@ -58,7 +58,7 @@ def features_of(model: nn.Module, x: Tensor) -> Features:
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     hooks = [m.register_forward_hook(lambda m, args, out: last.append((m, out))) for m in linear]
     try:
-        with torch.no_grad(), stream(0, x.device):
+        with torch.no_grad(), seeded(0, x.device):
             logits = model(x[:1])
     finally:
         for hook in hooks:
@@ -118,10 +118,10 @@ class Planted:
     """… in which the image itself is."""
 
 
-def plant(s: Subject, x: Tensor, rows: Tensor) -> Planted:
+def plant(s: AuditContext, x: Tensor, rows: Tensor) -> Planted:
     """A readout and a boundary point for every image."""
     features = features_of(s.model, x)
-    seed = split(s.seed, "binarization")
+    seed = derive_seed(s.seed, "binarization")
     chance = generator(seed, "points", device=x.device)
     inner = torch.stack(
         [(_corner if number % 2 else _inside)(s, x, chance) for number in range(INNER // 2 if s.quick else INNER)]
@@ -132,7 +132,7 @@ def plant(s: Subject, x: Tensor, rows: Tensor) -> Planted:
     def drawn(at: Tensor, draws: int) -> Float[Tensor, "draws n d"]:
         return torch.stack([features(at) for _ in range(draws)])
 
-    with torch.no_grad(), stream(split(seed, "fit"), x.device):
+    with torch.no_grad(), seeded(derive_seed(seed, "fit"), x.device):
         s.say("the binarization test: readouts")
         zeros = torch.cat([drawn(point, 1) for point in inner] + [drawn(x, few * 5 if s.stochastic else 1)]).double()
         looks = torch.stack([drawn(corner, few) for corner in corners]).double()
@@ -143,11 +143,11 @@ def plant(s: Subject, x: Tensor, rows: Tensor) -> Planted:
     weights, biases = ([part[i].to(x.dtype) for part in fitted] for i in (0, 1))
     model = Binarized(features, x, s.eps, s.norm, torch.stack(weights), torch.stack(biases))
     model.eval()
-    flips, clean = (_class_one(s, model, at, split(seed, name)) for at, name in ((made, "planted"), (x, "clean")))
+    flips, clean = (_class_one(s, model, at, derive_seed(seed, name)) for at, name in ((made, "planted"), (x, "clean")))
     return Planted(model, rows, x, made, flips, clean)
 
 
-def _inside(s: Subject, x: Tensor, chance: torch.Generator) -> Tensor:
+def _inside(s: AuditContext, x: Tensor, chance: torch.Generator) -> Tensor:
     if s.norm == "Linf":
         offset = (torch.rand(x.shape, generator=chance, device=x.device, dtype=x.dtype) * 2 - 1) * s.eps
         return (x + offset).clamp(0, 1)
@@ -155,7 +155,7 @@ def _inside(s: Subject, x: Tensor, chance: torch.Generator) -> Tensor:
     return (x + (_corner(s, x, chance) - x) * share).clamp(0, 1)
 
 
-def _corner(s: Subject, x: Tensor, chance: torch.Generator) -> Tensor:
+def _corner(s: AuditContext, x: Tensor, chance: torch.Generator) -> Tensor:
     """A point at distance eps, in a random direction, from the image, and in [0, 1]."""
     if s.norm == "Linf":
         sign = torch.randint(0, 2, x.shape, generator=chance, device=x.device).to(x.dtype) * 2 - 1
@@ -199,12 +199,12 @@ def _readout(
     return weight / scale, -threshold / scale
 
 
-def _class_one(s: Subject, model: nn.Module, at: Tensor, seed: int) -> np.ndarray:
+def _class_one(s: AuditContext, model: nn.Module, at: Tensor, seed: int) -> np.ndarray:
     draws = s.draws
-    return (answers(model, at, draws=draws, seed=seed, batch=s.batch) == 1).double().mean(0).cpu().numpy()
+    return (predict_draws(model, at, draws=draws, seed=seed, batch=s.batch) == 1).double().mean(0).cpu().numpy()
 
 
-def fitting(s: Subject) -> list[Attack]:
+def fitting(s: AuditContext) -> list[AttackSpec]:
     """The audited attacks as they run on two classes: the losses and targets that need more are the margin's."""
     found = []
     for attack in [*s.white, *s.black]:
@@ -213,12 +213,12 @@ def fitting(s: Subject) -> list[Attack]:
         options = dict(attack.options)
         if options.get("loss") == "dlr" or options.pop("targets", 0):
             options["loss"] = "margin"
-        if Attack(attack.name, options) not in found:
-            found.append(Attack(attack.name, options))
+        if AttackSpec(attack.name, options) not in found:
+            found.append(AttackSpec(attack.name, options))
     return found
 
 
-def binarization(s: Subject) -> Check:
+def binarization(s: AuditContext) -> Check:
     """Plant, attack, count; and count what random search alone finds."""
     check = Check(
         name="binarization",
@@ -279,7 +279,7 @@ def _separate(apart: Tensor) -> Tensor:
     return torch.tensor(taken, device=apart.device)
 
 
-def _attacked(s: Subject, planted: Planted, attacks: list[Attack]) -> np.ndarray:
+def _attacked(s: AuditContext, planted: Planted, attacks: list[AttackSpec]) -> np.ndarray:
     """[n] whether an attack ends at a point of class 1, by most draws."""
     zeros = torch.zeros(len(planted.x), dtype=torch.int64, device=planted.x.device)
     found = np.zeros(len(planted.x), dtype=bool)
@@ -288,17 +288,17 @@ def _attacked(s: Subject, planted: Planted, attacks: list[Attack]) -> np.ndarray
         if not len(rows):
             break
         s.say(f"the binarization test: {s.label(attack)} on {several(len(rows), 'images')}")
-        seed = split(s.seed, "binarization", s.label(attack))
+        seed = derive_seed(s.seed, "binarization", s.label(attack))
         how: dict[str, Any] = {"eps": s.eps, "norm": s.norm, "stochastic": s.stochastic, "sources": {}}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             x_adv = attack.run(planted.model, planted.x[rows], zeros[rows], seed=seed, **how)
-        ones = _class_one(s, planted.model, x_adv, split(seed, "scoring"))
+        ones = _class_one(s, planted.model, x_adv, derive_seed(seed, "scoring"))
         found[rows.cpu().numpy()] = ones > 0.5
     return found
 
 
-def _random_search(s: Subject, planted: Planted) -> np.ndarray:
+def _random_search(s: AuditContext, planted: Planted) -> np.ndarray:
     """[n] whether one of many random points is of class 1, half of them corners of the ball."""
     chance = generator(s.seed, "binarization", "control", device=planted.x.device)
     found = np.zeros(len(planted.x), dtype=bool)
@@ -306,7 +306,7 @@ def _random_search(s: Subject, planted: Planted) -> np.ndarray:
     s.say("the binarization test: random search")
     for number in range(TRIES):
         at = (_corner if number % 2 else _inside)(s, planted.x, chance)
-        seed = split(s.seed, "binarization", "control", number)
-        ones = (answers(planted.model, at, draws=draws, seed=seed, batch=s.batch) == 1).double().mean(0)
+        seed = derive_seed(s.seed, "binarization", "control", number)
+        ones = (predict_draws(planted.model, at, draws=draws, seed=seed, batch=s.batch) == 1).double().mean(0)
         found |= ones.cpu().numpy() == 1
     return found

@@ -1,4 +1,4 @@
-"""What every check looks at: the model, its images, the attacks in question, and what they reached."""
+"""What the checks share: the model, its images, the audited attacks, and their points."""
 
 import math
 import warnings
@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gsem.attacks import Step
-from gsem.attacks._core import Norm, Observer, check_result
-from gsem.attacks.suite import Attack
+from gsem.attacks._core import Norm, OnStep, check_result
+from gsem.attacks.suite import AttackSpec
 from gsem.auditing.partial import Partial
 from gsem.auditing.trace import Trace, trace
-from gsem.nn.folded import search_twin
-from gsem.nn.predict import answers
-from gsem.rng import split
+from gsem.nn.folded import fold
+from gsem.nn.predict import predict_draws
+from gsem.rng import derive_seed
 
 T = TypeVar("T")
 RESAMPLES = 2000
@@ -76,7 +76,7 @@ def lowest(parts: Sequence[Float[np.ndarray, "2 n"]]) -> Float[np.ndarray, "2 n"
     return found
 
 
-class Subject:
+class AuditContext:
     """The model under audit. Nothing here is computed before a check asks for it, and nothing twice."""
 
     def __init__(
@@ -84,7 +84,7 @@ class Subject:
         model: nn.Module,
         x: Float[Tensor, "n c h w"],
         y: Tensor,
-        attacks: Sequence[Attack],
+        attacks: Sequence[AttackSpec],
         *,
         eps: float,
         norm: Norm,
@@ -96,7 +96,7 @@ class Subject:
         sources: Mapping[str, nn.Module],
         surrogate: nn.Module | None,
         say: Callable[[str], None],
-        observe: Observer | None = None,
+        on_step: OnStep | None = None,
         partial: Partial | None = None,
     ):
         self.model, self.x, self.y = model, x, y
@@ -104,19 +104,19 @@ class Subject:
         self.stochastic, self.draws = stochastic, draws if stochastic else 1
         self.sources, self.surrogate, self.say = sources, surrogate, say
         # Sees the steps of attacks that it costs nothing, for whoever shows that they advance.
-        self.observe, self.partial = observe, partial
+        self.on_step, self.partial = on_step, partial
         bounded = [a for a in attacks if a.bounded]
         self.white = [a for a in bounded if a.name in WHITE]
         self.black = [a for a in bounded if a.name in BLACK]
-        self.twin = quiet_twin(model)
-        # What the attacks differentiate: the model's twin, unless the caller attacks through another network.
-        self.search = self.twin if surrogate is None else quiet_twin(surrogate)
+        self.folded = fold_quietly(model)
+        # What the attacks differentiate: the model's folded model, unless the caller attacks through another network.
+        self.search = self.folded if surrogate is None else fold_quietly(surrogate)
         # What the current check found: the lowest accuracy of all is reported with the others.
         self.found: list[Points] = []
 
-    def known(self, model: nn.Module) -> "Subject":
+    def known(self, model: nn.Module) -> "AuditContext":
         """The same questions to a deterministic relative of the model."""
-        return Subject(
+        return AuditContext(
             model,
             self.x,
             self.y,
@@ -131,46 +131,46 @@ class Subject:
             sources={},
             surrogate=None,
             say=self.say,
-            observe=self.observe,
+            on_step=self.on_step,
         )
 
     @property
-    def lead(self) -> Attack:
+    def primary_attack(self) -> AttackSpec:
         """The attack whose path is looked at."""
         return next(a for a in self.white if a.name in LEADING)
 
     @property
     def effort(self) -> dict[str, Any]:
         """Steps and draws of the leading attack, for another attack in its place."""
-        options = self.options(self.lead)
+        options = self.options(self.primary_attack)
         return {"steps": options.get("steps", 20), "eot": options["eot"]}
 
     @cached_property
     def classes(self) -> int:
         with torch.no_grad():
-            return self.twin(self.x[:1]).shape[1]
+            return self.folded(self.x[:1]).shape[1]
 
-    def options(self, attack: Attack) -> dict[str, Any]:
+    def options(self, attack: AttackSpec) -> dict[str, Any]:
         return attack.resolved(eps=self.eps, stochastic=self.stochastic)
 
-    def label(self, attack: Attack) -> str:
+    def label(self, attack: AttackSpec) -> str:
         return attack.label(eps=self.eps, stochastic=self.stochastic)
 
     def points(
         self,
-        attack: Attack,
+        attack: AttackSpec,
         *names: str | int,
         rows: Tensor | None = None,
         through: nn.Module | None = None,
         eps: float | None = None,
-        observe: Observer | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
-        """x_adv [r, c, h, w] of the images numbered `rows`, all unless told.
+        """x_adv [r, c, h, w] of the images numbered `rows` (default: all).
 
         Args:
             names: of the random stream.
-            through: the model that the attack sees, already a twin; `self.search` unless told.
-            observe: called with every iterate, also by attacks that it costs passes; rows are numbers in `rows`.
+            through: the model that the attack sees, already a folded model; default: `self.search`.
+            on_step: called with every iterate, also by attacks that it costs passes; rows are numbers in `rows`.
         """
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         found = []
@@ -184,10 +184,10 @@ class Subject:
                 eps=eps or self.eps,
                 norm=self.norm,
                 stochastic=self.stochastic,
-                seed=split(self.seed, "search", self.label(attack), *names, first),
+                seed=derive_seed(self.seed, "search", self.label(attack), *names, first),
                 sources=dict(self.sources),
-                observe=self.observe if observe is None else _numbered_from(first, observe),
-                observe_always=observe is not None,
+                on_step=self.on_step if on_step is None else _numbered_from(first, on_step),
+                on_step_always=on_step is not None,
             )
             found.append(check_result(x_adv, x[part], eps=eps or self.eps, norm=self.norm))
         return torch.cat(found) if found else x
@@ -203,11 +203,11 @@ class Subject:
         y = self.y if rows is None else self.y[rows]
         if not len(y):
             return np.zeros(0)
-        seed = split(self.seed, "scoring", *names)
-        found = answers(model or self.model, x_adv, draws=self.draws, seed=seed, batch=self.batch)
+        seed = derive_seed(self.seed, "scoring", *names)
+        found = predict_draws(model or self.model, x_adv, draws=self.draws, seed=seed, batch=self.batch)
         return (found != y).double().mean(0).cpu().numpy()
 
-    def judged(self, x_adv: Tensor, *names: str | int) -> Points:
+    def score(self, x_adv: Tensor, *names: str | int) -> Points:
         """What the points of all images are worth."""
         return Points(x_adv, self.wrong(x_adv, "selection", *names), self.wrong(x_adv, *names))
 
@@ -218,29 +218,31 @@ class Subject:
 
     @cached_property
     def clean(self) -> Points:
-        return self._shared("clean", Points, lambda: self.judged(self.x, "clean"))
+        return self._shared("clean", Points, lambda: self.score(self.x, "clean"))
 
     @cached_property
-    def base(self) -> Points:
+    def white_box(self) -> Points:
         """The worst that the white-box attacks in question reach: the robust accuracy under audit."""
 
         def reached() -> Points:
             self.say("the evaluation itself")
-            first = self.clean.worse_of(self.judged(self.path.x_adv, "returned"))
-            return self.cascade([a for a in self.white if a is not self.lead], first, "base")
+            first = self.clean.worse_of(self.score(self.path.x_adv, "returned"))
+            return self.cascade([a for a in self.white if a is not self.primary_attack], first, "base")
 
         return self._shared("base", Points, reached)
 
     @property
     def attacked(self) -> bool:
         """Whether any check asked for `base`."""
-        return "base" in vars(self) or (self.partial is not None and self.partial.has("base"))
+        return "white_box" in vars(self) or (self.partial is not None and self.partial.has("base"))
 
     @cached_property
     def path(self) -> Trace:
         """What the leading attack did."""
         return self._shared(
-            "path", Trace, lambda: trace(len(self.x), lambda observe: self.points(self.lead, "path", observe=observe))
+            "path",
+            Trace,
+            lambda: trace(len(self.x), lambda on_step: self.points(self.primary_attack, "path", on_step=on_step)),
         )
 
     @property
@@ -261,7 +263,7 @@ class Subject:
         return self._shared("unbounded", Points, reached)
 
     def cascade(
-        self, attacks: Sequence[Attack], start: Points, *names: str | int, through: nn.Module | None = None
+        self, attacks: Sequence[AttackSpec], start: Points, *names: str | int, through: nn.Module | None = None
     ) -> Points:
         """Attacks one after the other, each on the images that `start` and those before it leave standing."""
         points = start
@@ -272,7 +274,7 @@ class Subject:
 
     def on_standing(
         self,
-        attack: Attack,
+        attack: AttackSpec,
         points: Points,
         *names: str | int,
         through: nn.Module | None = None,
@@ -301,7 +303,7 @@ class Subject:
         return self.interval(after.wrong - before.wrong)
 
     def interval(self, values: Float[np.ndarray, " n"]) -> Interval:
-        chance = np.random.Generator(np.random.PCG64(split(self.seed, "bootstrap")))
+        chance = np.random.Generator(np.random.PCG64(derive_seed(self.seed, "bootstrap")))
         means = chance.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES) @ values
         low, high = np.quantile(means / len(values), [0.025, 0.975])
         return Interval(float(values.mean()), float(low), float(high))
@@ -327,15 +329,15 @@ def most_by_chance(images: int) -> int:
     return count
 
 
-def _numbered_from(first: int, observe: Observer) -> Observer:
-    return lambda s: observe(Step(s.rows + first, s.step, s.x, s.loss, s.wrong))
+def _numbered_from(first: int, on_step: OnStep) -> OnStep:
+    return lambda s: on_step(Step(s.rows + first, s.step, s.x, s.loss, s.wrong))
 
 
-def quiet_twin(model: nn.Module) -> nn.Module:
-    """A search twin; that a stranger cannot be folded was told once, and is no news in an audit."""
+def fold_quietly(model: nn.Module) -> nn.Module:
+    """A folded model; that a stranger cannot be folded was told once, and is no news in an audit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return search_twin(model)
+        return fold(model)
 
 
 def percent(share: float) -> str:

@@ -1,4 +1,4 @@
-"""The masked gradient, also partial: by how much the loss changes, and by how much its gradient says."""
+"""The gradient check: is the gradient that attacks follow masked, wholly or in part?"""
 
 import copy
 from dataclasses import replace
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from gsem.attacks._core import random_start
-from gsem.attacks.suite import Attack
+from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Check
-from gsem.auditing.context import Subject, percent, quiet_twin
+from gsem.auditing.context import AuditContext, fold_quietly, percent
 from gsem.auditing.layers import Blocking, Logarithm, blocking, ending_softmax
 from gsem.auditing.slopes import WITHIN, Slope, joined, slopes
 from gsem.nn.gsem import GSeM
 from gsem.nn.insert import straight_through
-from gsem.rng import generator, split
+from gsem.rng import derive_seed, generator
 
 HS = (1 / 255, 2 / 255, 4 / 255)
 LEAST = 100  # images, for an interval to mean something
 SHOWN = 200  # pairs (a, b) kept for a chart
 
 
-def gradient(s: Subject) -> Check:
+def gradient(s: AuditContext) -> Check:
     """Slope of central differences on autograd's derivative, at points from which attacks start."""
     found = compare(s, HS)
     bent: list[Slope] = []
@@ -70,7 +70,7 @@ _SILENT = (
 )
 
 
-def compare(s: Subject, hs: tuple[float, ...], *, along: bool = False) -> list[Slope]:
+def compare(s: AuditContext, hs: tuple[float, ...], *, along: bool = False) -> list[Slope]:
     """The slopes at each h over all images."""
     # Another point of an image says more than another draw of the noise; small images have few features whose
     # changes could be averaged, and need more points.
@@ -82,17 +82,17 @@ def compare(s: Subject, hs: tuple[float, ...], *, along: bool = False) -> list[S
         s.say(f"central differences, {len(s.x)} images, point {point + 1} of {points}")
         for first in range(0, len(s.x), s.batch):
             x, y = _starts(s, first, point), s.y[first : first + s.batch]
-            seed = split(s.seed, "gradient", first, point)
+            seed = derive_seed(s.seed, "gradient", first, point)
 
             def answer(offset: Tensor, x: Tensor = x) -> Tensor:
-                return s.twin(x + offset)
+                return s.folded(x + offset)
 
             parts.append(slopes(answer, torch.zeros_like(x), y, hs, draws=draws, seed=seed, along=along))
         by_point.append([joined(same_h) for same_h in zip(*parts, strict=True)])
     return [joined(same_h, beside=True, seed=s.seed) for same_h in zip(*by_point, strict=True)]
 
 
-def _starts(s: Subject, first: int, point: int = 0) -> Tensor:
+def _starts(s: AuditContext, first: int, point: int = 0) -> Tensor:
     # As attacks start: anywhere in the ball. Pixels of 0, 128 or 255 may lie on a quantiser's very edge. Far enough
     # from black and white for both sides of the difference to be images.
     x = s.x[first : first + s.batch]
@@ -125,12 +125,12 @@ def _details(found: list[Slope], bent: list[Slope]) -> dict[str, Any]:
     return details | ({"along": [f.to_dict() for f in bent]} if bent else {})
 
 
-def _ending(s: Subject) -> Blocking | None:
+def _ending(s: AuditContext) -> Blocking | None:
     some = slice(0, min(LEAST, s.batch))
     return ending_softmax(s.model, _starts(s, 0)[some], s.y[some], draws=min(4, s.draws), seed=s.seed)
 
 
-def _flagged(s: Subject, check: Check, ending: Blocking | None) -> Check:
+def _flagged(s: AuditContext, check: Check, ending: Blocking | None) -> Check:
     """Name the place (the ending softmax, or a layer that is looked for), go around it, and attack again."""
     some = slice(0, min(LEAST, s.batch))
     draws = min(4, s.draws)
@@ -143,15 +143,15 @@ def _flagged(s: Subject, check: Check, ending: Blocking | None) -> Check:
     if around is not None:
         how, model, attacks = around
         advice = f"Attack through the corrected gradient: {how}." if not attacks else f"Attack {how}."
-        after = s.cascade(attacks or s.white, s.base, "surrogate", through=quiet_twin(model))
-        before, now = s.accuracy(s.base), s.accuracy(after)
+        after = s.cascade(attacks or s.white, s.white_box, "surrogate", through=fold_quietly(model))
+        before, now = s.accuracy(s.white_box), s.accuracy(after)
         details["mitigation"] = {"how": how, "before": before.as_accuracy(), "after": now.as_accuracy()}
         way = "through the corrected gradient" if not attacks else "by its logarithm"
         reason += f"; attacked {way}, the accuracy is {percent(now.mean)}, not {percent(before.mean)}"
     return replace(check, outcome="flag", invalidates=True, reason=reason, advice=advice, details=details)
 
 
-def surrogate(s: Subject, where: Blocking) -> tuple[str, nn.Module, list[Attack]] | None:
+def surrogate(s: AuditContext, where: Blocking) -> tuple[str, nn.Module, list[AttackSpec]] | None:
     """How to get past the place, a model that decides as the audited one does and whose gradient passes, and attacks.
 
     The attacks are empty where those in question do.
@@ -160,7 +160,7 @@ def surrogate(s: Subject, where: Blocking) -> tuple[str, nn.Module, list[Attack]
     if where.softmax and not where.layer:
         # The cross-entropy would put back the softmax that the logarithm takes away.
         how = "the logits before the softmax, or the logarithm of the output with loss=margin"
-        return how, Logarithm(model), [Attack("apgd", s.effort | {"loss": "margin"})]
+        return how, Logarithm(model), [AttackSpec("apgd", s.effort | {"loss": "margin"})]
     if isinstance(layers[where.layer], GSeM):
         fixed = copy.deepcopy(model)
         layer = fixed.get_submodule(where.layer)

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from gsem.attacks._core import expected, expected_gradient, random_start, resolve_loss
-from gsem.attacks.suite import Attack
+from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Check
-from gsem.auditing.context import GREATLY, Points, Subject, percent, several
+from gsem.auditing.context import GREATLY, AuditContext, Points, percent, several
 from gsem.auditing.trace import Trace
 from gsem.losses import margin
-from gsem.rng import generator, split, stream
+from gsem.rng import derive_seed, generator, seeded
 
 UNSTABLE, UNFINISHED = 0.10, 0.05
 RADIUS = 8 / 255
@@ -20,7 +20,7 @@ LAST = 10  # steps, at whose beginning an attack should have been done
 SOURCE = "Pintor et al., NeurIPS 2022, indicator "
 
 
-def unavailable(s: Subject) -> Check:
+def unavailable(s: AuditContext) -> Check:
     """1: no gradient, or one that is zero in all of an image."""
     check = Check(
         name="unavailable",
@@ -32,22 +32,24 @@ def unavailable(s: Subject) -> Check:
         advice="",
         source=SOURCE + "1",
     )
-    named = s.options(s.lead).get("loss", "margin")
+    named = s.options(s.primary_attack).get("loss", "margin")
     loss = resolve_loss(named)
     zero = np.zeros(len(s.x), dtype=bool)
     of_loss = 0  # images whose margin has a gradient, so that the loss is what lost it
     try:
         for first in range(0, len(s.x), s.batch):
             x, y = s.x[first : first + s.batch], s.y[first : first + s.batch]
-            seed = split(s.seed, "unavailable", first)
+            seed = derive_seed(s.seed, "unavailable", first)
             start = random_start(x, s.eps, s.norm, generator(seed, "start", device=x.device))
-            with stream(seed, x.device):
-                _, _, grad = expected_gradient(s.search, start, y, loss, s.options(s.lead)["eot"])
+            with seeded(seed, x.device):
+                _, _, grad = expected_gradient(s.search, start, y, loss, s.options(s.primary_attack)["eot"])
             none = (grad == 0).flatten(1).all(1)
             zero[first : first + len(x)] = none.cpu().numpy()
             if none.any():
-                with stream(seed, x.device):
-                    _, _, other = expected_gradient(s.search, start[none], y[none], margin, s.options(s.lead)["eot"])
+                with seeded(seed, x.device):
+                    _, _, other = expected_gradient(
+                        s.search, start[none], y[none], margin, s.options(s.primary_attack)["eot"]
+                    )
                 of_loss += int((other != 0).flatten(1).any(1).sum())
     except RuntimeError as error:  # autograd's: no path from the logits to the images
         reason = f"differentiating the model fails: {str(error).split('.')[0]}"
@@ -67,15 +69,15 @@ def unavailable(s: Subject) -> Check:
         reason += f"because the logits are large (the highest leads by {_lead(s):.0f}), and in no layer"
         check = replace(check, reason=reason)
     # Other losses do not saturate where the cross-entropy does.
-    after = s.cascade([Attack("apgd", s.effort | {"loss": "margin"})], s.base, "margin")
+    after = s.cascade([AttackSpec("apgd", s.effort | {"loss": "margin"})], s.white_box, "margin")
     check = mitigated(s, check, "the margin as the loss", after)
     return replace(check, outcome="flag", invalidates=share > GREATLY, advice=advice)
 
 
 @torch.no_grad()
-def _lead(s: Subject) -> float:
+def _lead(s: AuditContext) -> float:
     """Median difference of the two highest logits."""
-    with stream(split(s.seed, "lead"), s.x.device):
+    with seeded(derive_seed(s.seed, "lead"), s.x.device):
         highest = s.model(s.x[: s.batch]).topk(2, dim=1).values
     return float((highest[:, 0] - highest[:, 1]).median())
 
@@ -87,7 +89,7 @@ _UNAVAILABLE = (
 )
 
 
-def unstable(s: Subject) -> Check:
+def unstable(s: AuditContext) -> Check:
     """2: a loss that changes much within a few grey levels, so that a gradient tells nothing about a step."""
     draws = min(s.draws, 2 if s.quick else 5)
     total = np.zeros(len(s.x))
@@ -98,7 +100,7 @@ def unstable(s: Subject) -> Check:
         s.say(f"the loss around {several(len(x), 'images')}")
 
         def loss(x: torch.Tensor, y: torch.Tensor = y, first: int = first) -> torch.Tensor:
-            with stream(split(s.seed, "unstable", "draws", first), x.device), torch.no_grad():
+            with seeded(derive_seed(s.seed, "unstable", "draws", first), x.device), torch.no_grad():
                 return expected(s.search, x, y, margin, draws)[0]
 
         middle = loss(x)
@@ -120,7 +122,7 @@ def unstable(s: Subject) -> Check:
     )
     if figure <= UNSTABLE:
         return check
-    after = s.cascade([Attack("square", {"queries": 500 if s.quick else 5000})], s.base, "unstable")
+    after = s.cascade([AttackSpec("square", {"queries": 500 if s.quick else 5000})], s.white_box, "unstable")
     check = mitigated(s, check, "Square, which asks for no gradient", after)
     return replace(
         check,
@@ -130,10 +132,10 @@ def unstable(s: Subject) -> Check:
     )
 
 
-def silent(s: Subject) -> Check:
+def silent(s: AuditContext) -> Check:
     """3: the attack passed through a point that breaks the image, and returned one that does not."""
-    returned = s.judged(s.path.x_adv, "returned")
-    best = s.judged(s.path.best, "best")
+    returned = s.score(s.path.x_adv, "returned")
+    best = s.score(s.path.best, "best")
     lost = s.broken_beyond_noise(returned.wrong, best.wrong)
     check = Check(
         name="silent",
@@ -141,21 +143,21 @@ def silent(s: Subject) -> Check:
         figure=float(lost.mean()),
         threshold="any image lost",
         outcome="pass",
-        reason=f"{s.label(s.lead)} passed a point that breaks {several(int(lost.sum()), 'images')} of {len(lost)}, "
-        "and returned one that does not",
+        reason=f"{s.label(s.primary_attack)} passed a point that breaks {several(int(lost.sum()), 'images')} of "
+        f"{len(lost)}, and returned one that does not",
         advice="",
         source=SOURCE + "3",
         details={"images": np.flatnonzero(lost).tolist()},
     )
     if not lost.any():
         return check
-    after = s.base.worse_of(best)
+    after = s.white_box.worse_of(best)
     s.found.append(after)
     check = mitigated(s, check, "the best point of the path", after)
     return replace(check, outcome="flag", advice="Keep the best point of the path (keep=best).")
 
 
-def unfinished(s: Subject) -> Check:
+def unfinished(s: AuditContext) -> Check:
     """4: the loss still rises when the attack ends."""
     figure, curve, images = progress_at_end(s.path)
     check = Check(
@@ -164,19 +166,19 @@ def unfinished(s: Subject) -> Check:
         figure=figure,
         threshold=f"over {UNFINISHED:.2f}",
         outcome="pass",
-        reason=f"{percent(figure)} of the loss gained by {s.label(s.lead)} came in its last {LAST} steps, on average "
-        f"over {several(images, 'images')} that stand",
+        reason=f"{percent(figure)} of the loss gained by {s.label(s.primary_attack)} came in its last {LAST} steps, on "
+        f"average over {several(images, 'images')} that stand",
         advice="",
         source=SOURCE + "4",
         details={"curve": curve},
     )
     if figure <= UNFINISHED:
         return check
-    if "steps" not in s.options(s.lead):
+    if "steps" not in s.options(s.primary_attack):
         return replace(check, outcome="flag", advice="One step is no optimisation: use pgd or apgd.")
-    steps = s.options(s.lead)["steps"]
-    more = replace(s.lead, options=s.lead.options | {"steps": max(5 * steps, 20)})
-    after = s.cascade([more], s.base, "more steps")
+    steps = s.options(s.primary_attack)["steps"]
+    more = replace(s.primary_attack, options=s.primary_attack.options | {"steps": max(5 * steps, 20)})
+    after = s.cascade([more], s.white_box, "more steps")
     check = mitigated(s, check, f"{more.options['steps']} steps", after)
     return replace(check, outcome="flag", advice=f"Give the attack more steps than {steps}.")
 
@@ -200,7 +202,7 @@ def progress_at_end(path: Trace) -> tuple[float, list[float], int]:
     return float((scaled[:, -1] - scaled[:, at]).mean()), [float(v) for v in scaled.mean(0)], len(loss)
 
 
-def transfer_failure(s: Subject) -> Check:
+def transfer_failure(s: AuditContext) -> Check:
     """5: the points break the model that the attack saw, not the one that is judged."""
     seen = s.wrong(s.path.x_adv, "surrogate", model=s.search)
     judged = s.wrong(s.path.x_adv, "returned")
@@ -219,12 +221,12 @@ def transfer_failure(s: Subject) -> Check:
     )
     if not lost.any():
         return check
-    after = s.cascade(s.white, s.base, "directly", through=s.twin)
+    after = s.cascade(s.white, s.white_box, "directly", through=s.folded)
     check = mitigated(s, check, "the model itself, attacked directly", after)
     return replace(check, outcome="flag", advice="Attack the model itself, or a surrogate that answers as it does.")
 
 
-def unconstrained(s: Subject) -> Check:
+def unconstrained(s: AuditContext) -> Check:
     """6: an attack without a bound must break everything."""
     stands = s.unbounded.wrong <= 0.5
     share = float(stands.mean())
@@ -246,9 +248,9 @@ def unconstrained(s: Subject) -> Check:
     return replace(check, outcome="flag", invalidates=share > GREATLY, advice=advice)
 
 
-def mitigated(s: Subject, check: Check, how: str, after: Points) -> Check:
+def mitigated(s: AuditContext, check: Check, how: str, after: Points) -> Check:
     """The accuracy with a mitigation, in the check's words, its details and its weight."""
-    before, now, gain = s.accuracy(s.base), s.accuracy(after), s.gain(s.base, after)
+    before, now, gain = s.accuracy(s.white_box), s.accuracy(after), s.gain(s.white_box, after)
     found: dict[str, Any] = {"how": how, "before": before.as_accuracy(), "after": now.as_accuracy()}
     return replace(
         check,

@@ -1,4 +1,4 @@
-"""Which layer blocks the gradient: the comparison of `slopes`, made from inside the network."""
+"""Which layer blocks the gradient: the comparison of `slopes`, repeated at inner layers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gsem.auditing.slopes import NEARLY, joined, slopes
-from gsem.rng import stream
+from gsem.rng import seeded
 
 # Offset of a layer's features, in standard deviations of them: about what 1/255 is to images.
 OFFSET = 0.02
@@ -110,7 +110,7 @@ def ending_softmax(
     That is so where the model's outputs are probabilities and the gradient of their logarithm, in which the softmax
     is undone, is the loss's; or where float32 knows nothing but the class of most images, so that no logarithm helps.
     """
-    with torch.no_grad(), stream(seed, x.device):
+    with torch.no_grad(), seeded(seed, x.device):
         outputs = model(x)
     if not probabilities(outputs):
         return None
@@ -175,7 +175,7 @@ def _calls(model: nn.Module, x: Tensor) -> list[_Call]:
     names = {module: name for name, module in model.named_modules()}
     hooks = [h for m in names for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
-        with torch.no_grad(), stream(0, x.device):
+        with torch.no_grad(), seeded(0, x.device):
             model(x)
     finally:
         for hook in hooks:

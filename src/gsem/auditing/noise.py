@@ -1,4 +1,4 @@
-"""The model's noise: whether there is any, and whether the robustness is more than not knowing it."""
+"""The model's noise: is the model stochastic, and does its robustness remain when the noise is known?"""
 
 import copy
 from collections.abc import Iterator
@@ -12,25 +12,25 @@ from torch import Tensor, nn
 
 from gsem.attacks import pgd
 from gsem.auditing.check import Check
-from gsem.auditing.context import Points, Subject, percent
+from gsem.auditing.context import AuditContext, Points, percent
 from gsem.nn.gsem import GSeM, NoiseMode
 from gsem.nn.gsem import noise as noise_of
-from gsem.rng import split, stream
+from gsem.rng import derive_seed, seeded
 
 VANISHED = 0.5
 
 
-def randomness(s: Subject) -> Check:
+def randomness(s: AuditContext) -> Check:
     """Repeated forward passes; with torch's random state put back, too."""
     x = s.x[: s.batch]
-    with torch.no_grad(), stream(split(s.seed, "randomness"), x.device):
+    with torch.no_grad(), seeded(derive_seed(s.seed, "randomness"), x.device):
         one, other = s.model(x), s.model(x)
         flips = float((one.argmax(1) != other.argmax(1)).double().mean())
         differ = float((one != other).any(1).double().mean())
     with torch.no_grad():
         fixed = []
         for _ in range(2):
-            with stream(split(s.seed, "randomness", "again"), x.device):
+            with seeded(derive_seed(s.seed, "randomness", "again"), x.device):
                 fixed.append(s.model(x))
     repeatable = torch.equal(*fixed)
     single = [s.label(a) for a in s.white if s.options(a).get("eot", 1) == 1]
@@ -61,7 +61,7 @@ def randomness(s: Subject) -> Check:
     return replace(check, reason=reason)
 
 
-def ablation(s: Subject) -> Check:
+def ablation(s: AuditContext) -> Check:
     """The same weights with the noise known, without it, and without the quantiser."""
     check = Check(
         name="noise",
@@ -76,8 +76,8 @@ def ablation(s: Subject) -> Check:
     defended = any(isinstance(m, GSeM) for m in s.model.modules())
     if not s.stochastic and not defended:
         return check
-    fresh = _robustness(s.clean, s.base)
-    details: dict[str, Any] = {"fresh": _row(s, s.clean, s.base)}
+    fresh = _robustness(s.clean, s.white_box)
+    details: dict[str, Any] = {"fresh": _row(s, s.clean, s.white_box)}
     left: dict[str, float] = {}
 
     def take(name: str, told: str, clean: Points, worst: Points) -> None:
@@ -90,7 +90,7 @@ def ablation(s: Subject) -> Check:
     if defended:
         for name, told, changed in _variants(s):
             with changed as other:
-                take(name, told, other.clean, other.base)
+                take(name, told, other.clean, other.white_box)
     else:
         take("frozen", "noise frozen by a known seed", *_frozen_stranger(s))
     told, figure = min(left.items(), key=lambda item: item[1], default=("", 1.0))
@@ -111,11 +111,11 @@ def _robustness(clean: Points, worst: Points) -> float:
     return float((1 - worst.wrong).mean() / max((1 - clean.wrong).mean(), 1e-12))
 
 
-def _row(s: Subject, clean: Points, worst: Points) -> dict[str, Any]:
+def _row(s: AuditContext, clean: Points, worst: Points) -> dict[str, Any]:
     return {"clean": s.accuracy(clean).as_accuracy(), "attacked": s.accuracy(worst).as_accuracy()}
 
 
-def _variants(s: Subject) -> list[tuple[str, str, AbstractContextManager[Subject]]]:
+def _variants(s: AuditContext) -> list[tuple[str, str, AbstractContextManager[AuditContext]]]:
     """(name, in words, a block in which the changed model can be asked) of a GSeM model."""
     found = []
     if s.stochastic:
@@ -125,13 +125,13 @@ def _variants(s: Subject) -> list[tuple[str, str, AbstractContextManager[Subject
 
 
 @contextmanager
-def _with_noise(s: Subject, mode: NoiseMode) -> Iterator[Subject]:
-    with noise_of(s.model, mode, seed=split(s.seed, "known noise") if mode == "frozen" else None):
+def _with_noise(s: AuditContext, mode: NoiseMode) -> Iterator[AuditContext]:
+    with noise_of(s.model, mode, seed=derive_seed(s.seed, "known noise") if mode == "frozen" else None):
         yield s.known(s.model)
 
 
 @contextmanager
-def _without_quantiser(s: Subject) -> Iterator[Subject]:
+def _without_quantiser(s: AuditContext) -> Iterator[AuditContext]:
     bare = copy.deepcopy(s.model)
     for module in bare.modules():
         if isinstance(module, GSeM):
@@ -152,13 +152,13 @@ class _Reseeded(nn.Module):
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
-        with stream(self.seed, x.device):
+        with seeded(self.seed, x.device):
             return self.model(x)
 
 
-def _frozen_stranger(s: Subject) -> tuple[Points, Points]:
-    known = _Reseeded(s.model, split(s.seed, "known noise"))
-    steps = s.options(s.lead).get("steps", 20)
+def _frozen_stranger(s: AuditContext) -> tuple[Points, Points]:
+    known = _Reseeded(s.model, derive_seed(s.seed, "known noise"))
+    steps = s.options(s.primary_attack).get("steps", 20)
     found = []
     for first in range(0, len(s.x), s.batch):
         x, y = s.x[first : first + s.batch], s.y[first : first + s.batch]

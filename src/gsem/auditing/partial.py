@@ -1,4 +1,4 @@
-"""What of an audit is finished, check by check, so that an interrupted one goes on to the same end."""
+"""Finished checks on disk, so that an interrupted audit resumes and ends with the same result."""
 
 import json
 import shutil

@@ -1,13 +1,13 @@
-"""Where an audit stands, and how long the rest takes, by the passes that it needs and the time of finished checks."""
+"""The progress of an audit, and the time left, estimated from the passes that remain."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gsem.attacks import Step
-from gsem.attacks.suite import Attack
+from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Check
-from gsem.auditing.context import Subject
+from gsem.auditing.context import AuditContext
 from gsem.auditing.partial import Finished
 from gsem.auditing.sweeps import boxes
 from gsem.evaluation.evaluate import REPORT_EVERY
@@ -38,7 +38,7 @@ class Progress:
     """Whether the check was finished by the interrupted audit that this one goes on with."""
 
 
-def attack_passes(s: Subject, attack: Attack) -> float:
+def attack_passes(s: AuditContext, attack: AttackSpec) -> float:
     """For each image that it attacks, at most."""
     o = s.options(attack)
     each = o.get("eot", 1) * o.get("restarts", 1)
@@ -47,16 +47,16 @@ def attack_passes(s: Subject, attack: Attack) -> float:
     return GRADIENT * each * o.get("steps", 1) * max(1, o.get("targets") or 1)
 
 
-def planned(s: Subject, names: Sequence[str]) -> dict[str, float]:
+def planned(s: AuditContext, names: Sequence[str]) -> dict[str, float]:
     """Passes per image of each check, roughly; the first check that needs the attacks in question runs them."""
-    lead, white = attack_passes(s, s.lead), sum(attack_passes(s, a) for a in s.white)
+    lead, white = attack_passes(s, s.primary_attack), sum(attack_passes(s, a) for a in s.white)
     scored = 2.0 * s.draws
     few = min(s.draws, 2 if s.quick else 5)
-    curves = sum(key in s.options(s.lead) for key in ("steps", "restarts")) + s.stochastic
+    curves = sum(key in s.options(s.primary_attack) for key in ("steps", "restarts")) + s.stochastic
     passes = {
         "randomness": 4.0,
         "gradient": (8 if s.quick else 16) * few * (18 + GRADIENT),
-        "unavailable": GRADIENT * s.options(s.lead)["eot"],
+        "unavailable": GRADIENT * s.options(s.primary_attack)["eot"],
         "unstable": 101.0 * few,
         "silent": scored,
         "unfinished": 1.0,
@@ -65,7 +65,7 @@ def planned(s: Subject, names: Sequence[str]) -> dict[str, float]:
         "binarization": (128 if s.quick else 256) + white + 200 * (3 if s.stochastic else 1),
         "sweeps": STANDING * (3 * lead + curves * (white + 2 * lead)) + (3 if s.quick else 10) * scored,
         "blackbox": STANDING * sum(attack_passes(s, a) for a in boxes(s)),
-        "noise": 3 * white / max(1, s.options(s.lead)["eot"]) if s.stochastic or s.sources else 1.0,
+        "noise": 3 * white / max(1, s.options(s.primary_attack)["eot"]) if s.stochastic or s.sources else 1.0,
     }
     for work, users in (
         (lead + 2 * scored, ("silent", "unfinished", "transfer", "sweeps", "blackbox", "noise")),
@@ -105,8 +105,8 @@ class TimeLeft:
 class Teller:
     """Calls `report`, if there is one."""
 
-    def __init__(self, report: Callable[[Progress], None] | None):
-        self.report, self.number, self.name, self.doing = report, 0, "", ""
+    def __init__(self, on_progress: Callable[[Progress], None] | None):
+        self.on_progress, self.number, self.name, self.doing = on_progress, 0, "", ""
         self.time = TimeLeft({})
         self.began = self.told = time.monotonic()
 
@@ -124,7 +124,7 @@ class Teller:
         self.doing = doing
         self._tell()
 
-    def observe(self, step: Step) -> None:
+    def on_step(self, step: Step) -> None:
         """A step of an attack was made: what is done goes on."""
         if time.monotonic() - self.told >= REPORT_EVERY:
             self._tell()
@@ -135,8 +135,8 @@ class Teller:
         self._tell(ended=part.check, earlier=earlier)
 
     def _tell(self, ended: Check | None = None, earlier: bool = False) -> None:
-        if self.report is None:
+        if self.on_progress is None:
             return
         self.told = time.monotonic()
         left = self.time.left(None if ended else self.name, self.told - self.began)
-        self.report(Progress(self.name, self.number, len(self.time.plan), self.doing, ended, left, earlier))
+        self.on_progress(Progress(self.name, self.number, len(self.time.plan), self.doing, ended, left, earlier))

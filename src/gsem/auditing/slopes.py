@@ -1,4 +1,4 @@
-"""Does autograd say how the loss changes? Directional derivatives against central differences, with common noise.
+"""Is autograd's gradient that of the loss? Directional derivatives against central differences, with common noise.
 
 With L the loss averaged over draws of the noise, d a direction and g what autograd returns:
 
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gsem.losses import margin
-from gsem.rng import generator, split, stream
+from gsem.rng import derive_seed, generator, seeded
 
 # How far from 1 the interval of a slope may lie.
 WITHIN = 0.07
@@ -136,7 +136,7 @@ def joined(parts: Sequence[Slope], *, beside: bool = False, seed: int = 0) -> Sl
     if found.silent or found.blocked:
         return found
     ab, bb = (a * b).sum(1), (b * b).sum(1)
-    chance = np.random.Generator(np.random.PCG64(split(seed, "slope")))
+    chance = np.random.Generator(np.random.PCG64(derive_seed(seed, "slope")))
     counts = chance.multinomial(len(a), np.full(len(a), 1 / len(a)), size=RESAMPLES)
     low, high = np.quantile((counts @ ab) / np.maximum(counts @ bb, 1e-300), [0.025, 0.975])
     return replace(found, slope=float(ab.sum() / bb.sum()), low=float(low), high=float(high))
@@ -152,7 +152,7 @@ class _Losses:
     def __call__(self, offset: Tensor) -> Tensor:
         total = torch.zeros(len(self.y), dtype=torch.float64, device=offset.device)
         for draw in range(self.draws):
-            with stream(split(self.seed, "draw", draw), offset.device):
+            with seeded(derive_seed(self.seed, "draw", draw), offset.device):
                 total += margin(self.answer(offset), self.y).double()
         return total / self.draws
 
@@ -160,7 +160,7 @@ class _Losses:
         grad, total = torch.zeros_like(offset), torch.zeros(len(self.y), device=offset.device)
         for draw in range(self.draws):
             probe = offset.detach().clone().requires_grad_()
-            with stream(split(self.seed, "draw", draw), offset.device), torch.enable_grad():
+            with seeded(derive_seed(self.seed, "draw", draw), offset.device), torch.enable_grad():
                 value = margin(self.answer(probe), self.y)
                 if value.requires_grad:
                     (part,) = torch.autograd.grad(value.sum(), probe, allow_unused=True)

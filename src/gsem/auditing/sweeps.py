@@ -1,4 +1,4 @@
-"""Accuracy against eps, steps, draws and restarts: it must fall with eps to chance, and no longer with effort."""
+"""Accuracy against eps, steps, draws and restarts: it must fall to chance with eps, and not change with more effort."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 import numpy as np
 
 from gsem.attacks._core import random_start
-from gsem.attacks.suite import Attack
+from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Check
-from gsem.auditing.context import GREATLY, SLIGHTLY, Interval, Points, Subject, most_by_chance, percent, several
+from gsem.auditing.context import GREATLY, SLIGHTLY, AuditContext, Interval, Points, most_by_chance, percent, several
 from gsem.rng import generator
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 LESS = (4, 2)  # parts of the effort, for the curves only
 
 
-def sweeps(s: Subject) -> Check:
+def sweeps(s: AuditContext) -> Check:
     """One figure: by how much the accuracy falls with twice the effort, of whichever kind."""
     details: dict[str, Any] = {"eps": [], "steps": [], "eot": [], "restarts": [], "random": {}}
     problems, rises = _against_eps(s, details)
     chance = _random_noise(s)
     details["random"] = s.accuracy(chance).as_accuracy()
-    luck = s.gain(s.base, s.base.worse_of(chance))
+    luck = s.gain(s.white_box, s.white_box.worse_of(chance))
     if luck.mean > SLIGHTLY and luck.low > 0:
         problems.append(f"random noise breaks {percent(luck.mean)} of the images that the attacks do not")
     gains = _against_effort(s, details)
@@ -50,14 +50,16 @@ def sweeps(s: Subject) -> Check:
     return check
 
 
-def _against_eps(s: Subject, details: dict[str, Any]) -> tuple[list[str], bool]:
+def _against_eps(s: AuditContext, details: dict[str, Any]) -> tuple[list[str], bool]:
     """Fills in the curve; what is wrong with it, and whether it rises greatly or stays far above chance."""
     before, curve = s.clean, [(0.0, s.clean)]
     for factor in FACTORS:
         eps = s.eps * factor
         if eps >= s.widest:
             continue
-        points = s.base if factor == 1 else s.clean.worse_of(s.on_standing(s.lead, s.clean, "eps", eps=eps))
+        points = (
+            s.white_box if factor == 1 else s.clean.worse_of(s.on_standing(s.primary_attack, s.clean, "eps", eps=eps))
+        )
         curve.append((eps, points))
     curve.append((s.widest, s.unbounded))
     problems, greatly = [], False
@@ -76,21 +78,21 @@ def _against_eps(s: Subject, details: dict[str, Any]) -> tuple[list[str], bool]:
     return problems, greatly
 
 
-def _random_noise(s: Subject) -> Points:
+def _random_noise(s: AuditContext) -> Points:
     """The worst of some random points in the ball."""
     points = s.clean
     for number in range(3 if s.quick else 10):
         x_adv = random_start(s.x, s.eps, s.norm, generator(s.seed, "random noise", number, device=s.x.device))
-        points = points.worse_of(s.judged(x_adv, "random noise", number))
+        points = points.worse_of(s.score(x_adv, "random noise", number))
     return points
 
 
-def _against_effort(s: Subject, details: dict[str, Any]) -> dict[str, Interval]:
+def _against_effort(s: AuditContext, details: dict[str, Any]) -> dict[str, Interval]:
     """Fills in the curves; what twice the effort gains, on images that stand.
 
     Less effort is told and not judged: all attacks in question with a part of it.
     """
-    lead, options = s.lead, s.options(s.lead)
+    lead, options = s.primary_attack, s.options(s.primary_attack)
     gains = {}
     for key in ("steps", "eot", "restarts"):
         if key not in options or (key == "eot" and not s.stochastic):
@@ -100,17 +102,17 @@ def _against_effort(s: Subject, details: dict[str, Any]) -> dict[str, Interval]:
                 s.say(f"1/{part} of the {key}")
                 points = s.cascade(_with_less(s, key, part), s.clean, "less", key)
                 details[key].append({key: options[key] // part, **s.accuracy(points).as_accuracy()})
-        details[key].append({key: options[key], **s.accuracy(s.base).as_accuracy()})
+        details[key].append({key: options[key], **s.accuracy(s.white_box).as_accuracy()})
         more = replace(lead, options=lead.options | {key: 2 * options[key]})
         s.say(f"twice the {key}")
-        after = s.cascade([more], s.base, "twice", key)
+        after = s.cascade([more], s.white_box, "twice", key)
         details[key].append({key: 2 * options[key], **s.accuracy(after).as_accuracy()})
         told = {"steps": "twice the steps", "eot": "twice the draws", "restarts": "twice the restarts"}[key]
-        gains[told] = s.gain(s.base, after)
+        gains[told] = s.gain(s.white_box, after)
     return gains
 
 
-def _with_less(s: Subject, key: str, part: int) -> list[Attack]:
+def _with_less(s: AuditContext, key: str, part: int) -> list[AttackSpec]:
     """The attacks in question, those that can with one part in so many of the steps, draws or restarts."""
     known = ((attack, s.options(attack)) for attack in s.white)
     return [
@@ -119,30 +121,30 @@ def _with_less(s: Subject, key: str, part: int) -> list[Attack]:
     ]
 
 
-def blackbox(s: Subject) -> Check:
+def blackbox(s: AuditContext) -> Check:
     """Attacks that use no gradient of the model break hardly anything that the white-box attacks do not.
 
     A few images are no flag: two equally good searches do not break the same ones. They count in the lowest accuracy.
     """
     chosen = boxes(s)
-    after = s.base
+    after = s.white_box
     rows: list[dict[str, Any]] = []
     for attack in chosen:
-        points = s.on_standing(attack, s.base, "black box")
+        points = s.on_standing(attack, s.white_box, "black box")
         after = after.worse_of(points)
-        broken = s.broken_beyond_noise(s.base.wrong, points.wrong)
+        broken = s.broken_beyond_noise(s.white_box.wrong, points.wrong)
         rows.append(
             {
                 "attack": s.label(attack),
                 **s.accuracy(points).as_accuracy(),
-                "merged": s.accuracy(s.base.worse_of(points)).mean,
+                "merged": s.accuracy(s.white_box.worse_of(points)).mean,
                 "only_here": int(broken.sum()),
             }
         )
     s.found.append(after)
-    only = s.broken_beyond_noise(s.base.wrong, after.wrong)
+    only = s.broken_beyond_noise(s.white_box.wrong, after.wrong)
     count, chance = int(only.sum()), most_by_chance(len(only))
-    before, now, gain = s.accuracy(s.base), s.accuracy(after), s.gain(s.base, after)
+    before, now, gain = s.accuracy(s.white_box), s.accuracy(after), s.gain(s.white_box, after)
     greatly = gain.mean > GREATLY and gain.low > 0
     worst = max(rows, key=lambda row: row["only_here"])
     check = Check(
@@ -176,13 +178,13 @@ def blackbox(s: Subject) -> Check:
     return replace(check, outcome="flag", reason=reason, advice=advice)
 
 
-def boxes(s: Subject) -> list[Attack]:
+def boxes(s: AuditContext) -> list[AttackSpec]:
     """The black-box attacks: those in question, or else Square, RayS and what can be transferred."""
     if s.black:
         return s.black
-    eot = {"eot": min(3, s.options(s.lead)["eot"])} if s.quick else {}
-    found = [Attack("square", {"queries": 300 if s.quick else 5000} | eot)]
-    found.append(Attack("rays", {"queries": 300 if s.quick else 10000} | eot))
+    eot = {"eot": min(3, s.options(s.primary_attack)["eot"])} if s.quick else {}
+    found = [AttackSpec("square", {"queries": 300 if s.quick else 5000} | eot)]
+    found.append(AttackSpec("rays", {"queries": 300 if s.quick else 10000} | eot))
     if s.sources:
-        found.append(Attack("transfer", {"steps": 20 if s.quick else 100} | eot))
+        found.append(AttackSpec("transfer", {"steps": 20 if s.quick else 100} | eot))
     return found

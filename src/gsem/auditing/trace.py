@@ -1,4 +1,4 @@
-"""What the leading attack did on its way: the loss of every iterate, and the best of them."""
+"""The path of the primary attack: the loss of every iterate, and the best iterate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gsem.attacks import Step
-from gsem.attacks._core import Observer
+from gsem.attacks._core import OnStep
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Trace:
     """The largest share of draws of the search that an iterate was wrong in."""
 
 
-def trace(images: int, run: Callable[[Observer], Tensor]) -> Trace:
+def trace(images: int, run: Callable[[OnStep], Tensor]) -> Trace:
     """Run an attack on so many images, and see all of it.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the checks say together. The rules are here, and nowhere else; docs/audit.md tells them.
+"""The verdict's rules, all in this file; docs/audit.md explains them.
 
 INVALID   a flagged check says that the number is no measurement: the gradient that the attacks follow is masked or
           missing in over 5% of the images; an attack that may do anything leaves over 5% standing, or the accuracy

@@ -1,4 +1,4 @@
-"""gsem audit: from what a user names to the checks, their table and the verdict."""
+"""gsem audit: load model and images, run the checks, print the table and the verdict."""
 
 import shlex
 import time
@@ -101,7 +101,7 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
                     "subset": subset,
                     "command": repeated_by(o),
                 },
-                report=bar,
+                on_progress=bar,
             )
 
         run = Path(o.model)

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gsem._text import between, duration, percent, pixels
-from gsem.evaluation.result import VOTERS, Interval, Result, Scores
+from gsem.evaluation.result import VOTERS, AttackScores, EvaluationResult, Interval
 
 
-def show_result(console: Console, result: Result, what: str) -> None:
+def show_result(console: Console, result: EvaluationResult, what: str) -> None:
     """The accuracies of every attack, the worst cases, and what stands beside them."""
     facts = result.facts
     console.print(f"\n{what}, eps = {pixels(facts['eps'])} ({facts['norm']})")
@@ -41,7 +41,7 @@ def show_result(console: Console, result: Result, what: str) -> None:
 
 
 def _show_attacks(
-    console: Console, result: Result, headings: Sequence[str], names: Sequence[str], several: bool
+    console: Console, result: EvaluationResult, headings: Sequence[str], names: Sequence[str], several: bool
 ) -> None:
     """A row for each of these attacks that has a bound, under the name that `result[name]` takes."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -57,7 +57,7 @@ def _show_attacks(
     console.print(table)
 
 
-def _accuracies(result: Result, name: str, several: bool) -> list[str]:
+def _accuracies(result: EvaluationResult, name: str, several: bool) -> list[str]:
     mean, low, high = result.expected(name)
     cells = [percent(mean), between(low, high)]
     if several:
@@ -69,11 +69,11 @@ def _cell(interval: Interval | None) -> str:
     return percent(None if interval is None else interval.mean)
 
 
-def _cost(s: Scores) -> tuple[str, str]:
+def _cost(s: AttackScores) -> tuple[str, str]:
     return f"{(s.forwards + s.gradients) / len(s.correct):.0f}", duration(s.seconds)
 
 
-def _show_unbounded(console: Console, result: Result, s: Scores) -> None:
+def _show_unbounded(console: Console, result: EvaluationResult, s: AttackScores) -> None:
     reached = s.l2[result.broken(s.name)]
     distance = f" at a median L2 distance of {np.median(reached):.3g}" if len(reached) else ""
     console.print(
@@ -82,7 +82,7 @@ def _show_unbounded(console: Console, result: Result, s: Scores) -> None:
     )
 
 
-def show_as_published(console: Console, result: Result) -> None:
+def show_as_published(console: Console, result: EvaluationResult) -> None:
     """The block that stands beside the honest figures, and is no estimate of robustness."""
     cells = [
         f"{s.name} {percent(result.as_published(s.name).mean).strip()}"

@@ -1,4 +1,4 @@
-"""gsem evaluate and gsem verify: from what a user names to model, images and attacks."""
+"""gsem evaluate and gsem verify: load model, images and attacks, run, print, save."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from gsem._env import device_named
 from gsem._fingerprint import data_fingerprint
 from gsem._text import percent
-from gsem.attacks.suite import SUITES, Attack, parse_attacks
+from gsem.attacks.suite import SUITES, AttackSpec, parse_attacks
 from gsem.cli.display import show_as_published, show_result
 from gsem.cli.options import EvaluateOptions, VerifyOptions
 from gsem.cli.progress import AttackBar
-from gsem.data import Source, Split, balanced, load, to_float
+from gsem.data import Dataset, Split, balanced, load, to_float
 from gsem.evaluation.evaluate import evaluate
 from gsem.evaluation.partial import AnotherQuestion
-from gsem.evaluation.result import Result, with_ending
+from gsem.evaluation.result import EvaluationResult, with_ending
 from gsem.evaluation.verify import verify
 from gsem.nn.insert import normalized
 from gsem.nn.load import load_model
@@ -34,7 +34,7 @@ NORMALIZATION = {
 }
 
 
-def source_and_eps(o: Any, meta: dict[str, Any]) -> tuple[Source, float]:
+def source_and_eps(o: Any, meta: dict[str, Any]) -> tuple[Dataset, float]:
     """Whose test images, and how far from them: the options', else the run's own."""
     named = _named(o, meta)
     if named["data"] is None:
@@ -54,7 +54,7 @@ def _folder(spec: str) -> Path:
     return path if path.is_dir() else path.parent.parent
 
 
-def evaluate_command(console: Console, o: EvaluateOptions) -> Result:
+def evaluate_command(console: Console, o: EvaluateOptions) -> EvaluationResult:
     """Attack, show and save, as the options say."""
     attacks = _attacks(o)
     model, meta = _model(o.model, o)
@@ -69,7 +69,7 @@ def evaluate_command(console: Console, o: EvaluateOptions) -> Result:
     run, device = Path(o.model), device_named(o.device)
     with AttackBar(console) as bar:
 
-        def evaluated(place: Path) -> Result:
+        def evaluated(place: Path) -> EvaluationResult:
             return evaluate(
                 model.to(device),
                 x.to(device),
@@ -87,7 +87,7 @@ def evaluate_command(console: Console, o: EvaluateOptions) -> Result:
                 save=place,
                 again=o.again,
                 about={"model": o.model, **about_data(o, meta, test, place), "subset": subset},
-                report=bar,
+                on_progress=bar,
             )
 
         default = run / "evaluation" if run.is_dir() else Path("evaluation")
@@ -111,7 +111,9 @@ def _places(path: Path) -> list[Path]:
     return places
 
 
-def _at_its_place(evaluated: Callable[[Path], Result], places: list[Path]) -> tuple[Result, Path, bool]:
+def _at_its_place(
+    evaluated: Callable[[Path], EvaluationResult], places: list[Path]
+) -> tuple[EvaluationResult, Path, bool]:
     """The result at the first place that is free or holds it already; that place; and whether it was there already.
 
     Raises:
@@ -145,7 +147,7 @@ def about_data(o: Any, meta: dict[str, Any], test: Split, out: Path) -> dict[str
 
 
 def verify_command(console: Console, o: VerifyOptions) -> None:
-    result = Result.load(o.result)
+    result = EvaluationResult.load(o.result)
     model, meta = _model(o.model, o)
     about = result.facts.get("about", {})
     where = o.data or about.get("data") or meta.get("recipe", {}).get("data")
@@ -179,7 +181,7 @@ def _verdict(problems: list[str]) -> str:
     return "does not hold:" if problems else "holds"
 
 
-def _attacks(o: EvaluateOptions) -> list[Attack] | str:
+def _attacks(o: EvaluateOptions) -> list[AttackSpec] | str:
     """Of the suite (by name: `evaluate` completes it for the model) or of the list."""
     if o.suite is not None and o.attacks is not None:
         raise ValueError("give --suite or --attacks, not both")
@@ -189,7 +191,7 @@ def _attacks(o: EvaluateOptions) -> list[Attack] | str:
         return o.suite
     attacks = parse_attacks(DEFAULT if o.attacks is None else o.attacks)
     if o.source and not any(a.name == "transfer" for a in attacks):
-        attacks.append(Attack("transfer"))
+        attacks.append(AttackSpec("transfer"))
     return attacks
 
 

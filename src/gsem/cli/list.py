@@ -6,9 +6,9 @@ from rich.table import Table
 from gsem._text import pixels
 from gsem.cli.display import show_list
 from gsem.cli.options import DataOptions, NoOptions
-from gsem.data import SOURCES, load
+from gsem.data import DATASETS, load
 from gsem.nn.models import MODELS
-from gsem.training.recipes import ABOUT, RECIPES
+from gsem.training.recipes import DESCRIPTIONS, RECIPES
 
 
 def recipes_command(console: Console, o: NoOptions) -> None:
@@ -21,7 +21,7 @@ def recipes_command(console: Console, o: NoOptions) -> None:
     for recipe in RECIPES.values():
         attack, training = recipe.passes
         epochs = f"{recipe.epochs}" if recipe.rounds == 1 else f"{recipe.rounds}×{recipe.epochs}"
-        table.add_row(recipe.name, f"{attack:g}", f"{training:g}", epochs, ABOUT[recipe.name])
+        table.add_row(recipe.name, f"{attack:g}", f"{training:g}", epochs, DESCRIPTIONS[recipe.name])
     console.print(table)
 
 
@@ -33,7 +33,7 @@ def models_command(console: Console, o: NoOptions) -> None:
 def data_command(console: Console, o: DataOptions) -> None:
     name = o.name
     if name is None:
-        show_list(console, "data", SOURCES)
+        show_list(console, "data", DATASETS)
         console.print("\nA path of an image folder or of an .npz file is a name too.")
         return
     source = load(name)

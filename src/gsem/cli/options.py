@@ -1,4 +1,4 @@
-"""What each command takes, and how words become it."""
+"""The options of each command, and their parsing."""
 
 from collections.abc import Collection
 from contextlib import redirect_stderr
@@ -51,7 +51,7 @@ class TrainOptions:
 
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
     out: Path | None = None
-    """Run directory; runs/RECIPE-DATA-MODEL-seedN unless told."""
+    """Run directory; default: runs/RECIPE-DATA-MODEL-seedN."""
     resume: Path | None = None
     """Go on with the run in this directory. Its recipe stays as it is; --data says where its images are now, if they
     are not found."""
@@ -90,7 +90,7 @@ class EvaluateOptions:
     eps: float | None = None
     """Radius, like 8/255. The run's own by default (L-infinity), 0.5 for L2."""
     norm: Literal["Linf", "L2"] = "Linf"
-    """Of the perturbation."""
+    """Norm of the perturbation: Linf or L2."""
     draws: int = 100
     """Scoring draws of the noise, for each image and attack; as many others choose the worst attack."""
     frozen: bool = True
@@ -128,10 +128,10 @@ class AuditOptions:
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """As in gsem evaluate: a run directory, a checkpoint, a published .pt, or package.module:function."""
+    """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
     attacks: str | None = None
-    """The attacks whose result is in question, as in gsem evaluate; APGD on cross-entropy, on the margin and towards
-    nine targets unless told."""
+    """The audited attacks, with commas between, like pgd:steps=100,apgd:targets=9. Default: APGD on cross-entropy, on
+    the margin and towards nine targets."""
     suite: str | None = None
     """Instead: quick, standard, paper or published."""
     only: str | None = None
@@ -145,9 +145,9 @@ class AuditOptions:
     surrogate: str | None = None
     """A model (as MODEL) through which the attacks go instead of this one."""
     gradient: Literal["corrected", "semi-masked"] | None = None
-    """Of every GSeM in the model: as it was trained unless told."""
+    """Gradient of every GSeM in the model; default: as it was trained."""
     data: str | None = None
-    """Whose test images, as in gsem evaluate. The run's own data by default."""
+    """Whose test images: a data set's name, an image folder, or an .npz file. Default: the run's own data."""
     data_path: str | None = None
     """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     images: int | None = None
@@ -157,7 +157,7 @@ class AuditOptions:
     eps: float | None = None
     """Radius, like 8/255. The run's own by default (L-infinity), 0.5 for L2."""
     norm: Literal["Linf", "L2"] = "Linf"
-    """Of the perturbation."""
+    """Norm of the perturbation: Linf or L2."""
     draws: int | None = None
     """Scoring draws of the noise for each point. Default: 100, with --quick 20."""
     batch: int = 256
@@ -167,15 +167,15 @@ class AuditOptions:
     """Where the audit goes, as OUT.json. Default: RUN/audit.json, or audit.json here; with a number behind it where
     there is one already."""
     normalize: str | None = None
-    """As in gsem evaluate."""
+    """For a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD."""
     name: str | None = None
-    """As in gsem evaluate."""
+    """Of a published .pt: which network it is, like GSeMResNet18."""
     num_classes: int = 10
-    """As in gsem evaluate."""
+    """Of a published .pt: its number of classes."""
     levels: int = 6
-    """As in gsem evaluate."""
+    """Of a published .pt: GSeM's levels (the paper's alpha)."""
     noise: int = 4
-    """As in gsem evaluate."""
+    """Of a published .pt: GSeM's noise (the paper's beta)."""
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one."""
 
@@ -187,25 +187,25 @@ class VerifyOptions:
     result: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULT")]
     """The .npz of gsem evaluate --keep-images."""
     model: str
-    """What was evaluated, as in gsem evaluate."""
+    """The evaluated model: a run directory, a checkpoint, a published .pt, or package.module:function."""
     data: str | None = None
-    """As in gsem evaluate; what the result names by default."""
+    """Whose test images; default: those that the result names."""
     data_path: str | None = None
-    """As in gsem evaluate."""
+    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     draws: int = 100
     """Fresh draws of the noise, for each image and attack."""
     seed: int = 1
     """Of these draws."""
     normalize: str | None = None
-    """As in gsem evaluate."""
+    """For a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD."""
     name: str | None = None
-    """As in gsem evaluate."""
+    """Of a published .pt: which network it is, like GSeMResNet18."""
     num_classes: int = 10
-    """As in gsem evaluate."""
+    """Of a published .pt: its number of classes."""
     levels: int = 6
-    """As in gsem evaluate."""
+    """Of a published .pt: GSeM's levels (the paper's alpha)."""
     noise: int = 4
-    """As in gsem evaluate."""
+    """Of a published .pt: GSeM's noise (the paper's beta)."""
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one."""
 
@@ -219,7 +219,7 @@ class ReportOptions:
     audit are shown."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write: .html, .md (Markdown) or .json (a card with RobustBench's field names). RUN/report.html, or
-    report.html for several runs, unless told."""
+    report.html for several runs, by default."""
     markdown: Path | None = None
     """Write Markdown to this file too."""
     json: Path | None = None
@@ -228,14 +228,14 @@ class ReportOptions:
     """The network that an evaluation (.npz) is of, where gsem did not train it: as MODEL of gsem evaluate. Pictures
     need it; without it the gallery shows what gsem evaluate --keep-images kept."""
     data: str | None = None
-    """Whose test images the pictures are made of, as in gsem evaluate. Default: those that the evaluation or the run
+    """Whose test images the pictures are made of. Default: those that the evaluation or the run
     names."""
     data_path: str | None = None
     """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     normalize: str | None = None
-    """For a network of --model that wants normalised input, as in gsem evaluate."""
+    """For a network of --model that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD."""
     name: str | None = None
-    """Of a published .pt, as in gsem evaluate."""
+    """Of a published .pt: which network it is, like GSeMResNet18."""
     num_classes: int = 10
     """Of a published .pt."""
     levels: int = 6
@@ -271,13 +271,13 @@ class StudyOptions:
     """Of `study recipes`: equal cost instead of equal epochs. Each recipe gets the epochs, at least one, that bring
     its attack and training passes per image nearest to this number."""
     attacks: str = "clean,pgd:steps=50"
-    """As in gsem evaluate."""
+    """Attacks with commas between, options behind colons."""
     images: int | None = None
     """Only the first so many test images."""
     test_data: str | None = None
     """Whose test images; those of --data by default."""
     out: Path | None = None
-    """Directory of the study; runs/study-NAME-DATA unless told."""
+    """Directory of the study; default: runs/study-NAME-DATA."""
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one."""
 

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 
 from gsem._io import write_atomically
-from gsem.attacks.suite import ATTACKS, Attack, suite
+from gsem.attacks.suite import ATTACKS, AttackSpec, suite
 from gsem.cli.display import show_as_published, show_result
 from gsem.cli.paper_options import EvaluateOptions, TrainOptions
 from gsem.cli.progress import AttackBar
 from gsem.data import load, to_float
 from gsem.evaluation.evaluate import evaluate
-from gsem.evaluation.result import Result, with_ending
+from gsem.evaluation.result import EvaluationResult, with_ending
 from gsem.nn.load import load_model
 from gsem.nn.models import canonical_name
 from gsem.training.recipes import RECIPES, Recipe
@@ -114,7 +114,7 @@ def run_training(options: TrainOptions, published: str) -> Path | None:
             accuracies = "" if p.clean is None or p.robust is None else f"clean {p.clean:.2%} robust {p.robust:.2%}"
             print(f"epoch {p.epoch}/{p.epochs} loss {p.loss:.4f} {accuracies}", flush=True)
 
-    run = train(recipe, out=directory, device=device, resume=True, report=report)
+    run = train(recipe, out=directory, device=device, resume=True, on_progress=report)
     robust = run.best["robust"]
     if 100 * robust < o.best_acc:
         print(f"robust validation accuracy {robust:.2%} is below --best_acc {o.best_acc:g}: nothing exported")
@@ -124,8 +124,8 @@ def run_training(options: TrainOptions, published: str) -> Path | None:
     return path
 
 
-def run_evaluation(options: EvaluateOptions) -> Result:
-    """The suite `paper`, unless told, on the whole test set; the result is saved beside the .pt."""
+def run_evaluation(options: EvaluateOptions) -> EvaluationResult:
+    """The suite (default: paper) on the whole test set; the result is saved beside the .pt."""
     o = options
     device = device_of(o.device)
     source = load(o.dataset_name, root=o.data_path)
@@ -136,13 +136,13 @@ def run_evaluation(options: EvaluateOptions) -> Result:
     x, y = to_float(test.x).to(device), test.y.to(device)
     attacks = [
         replace(a, options=a.options | ({"eot": o.att_eot_num} if "eot" in ATTACKS[a.name] else {}))
-        for a in (*suite(o.suite), *([Attack("transfer")] if o.suite in ("paper", "standard") else []))
+        for a in (*suite(o.suite), *([AttackSpec("transfer")] if o.suite in ("paper", "standard") else []))
     ]
     console = Console(highlight=False, markup=False)
     out = Path(o.model_load_path.removesuffix(".pt"))
     finished = with_ending(out, ".npz").exists()
     with AttackBar(console) as bar:
-        result = evaluate(model.to(device), x, y, attacks, eps=8 / 255, batch=o.batch_size, save=out, report=bar)
+        result = evaluate(model.to(device), x, y, attacks, eps=8 / 255, batch=o.batch_size, save=out, on_progress=bar)
     show_result(console, result, f"{o.model_load_path} on {o.dataset_name}: {len(test)} test images")
     if result.facts["stochastic"]:
         show_as_published(console, result)

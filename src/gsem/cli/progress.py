@@ -1,4 +1,4 @@
-"""What a person sees of a training or an evaluation while it runs."""
+"""Progress bars and lines of trainings and evaluations."""
 
 import time
 from collections.abc import Callable

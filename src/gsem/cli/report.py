@@ -28,6 +28,6 @@ def report_command(console: Console, o: ReportOptions) -> None:
 def write_report(console: Console, runs: Sequence[str], out: list[Path], **how: Any) -> None:
     """Write (see `gsem.report` for what more it takes), and say where."""
     with console.status("") as status:
-        written = report(runs, out, tell=status.update, **how)
+        written = report(runs, out, on_progress=status.update, **how)
     for path in written:
         console.print(f"report: {path}", soft_wrap=True)

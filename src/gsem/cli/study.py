@@ -38,7 +38,7 @@ def study_command(console: Console, o: StudyOptions) -> None:
             images=o.images,
             test_data=o.test_data,
             device=o.device,
-            report=report,
+            on_progress=report,
         )
     except TrainingInterrupted as stopped:
         raise stopped.kind from None  # the study goes on, not this training of it

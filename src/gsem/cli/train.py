@@ -59,7 +59,7 @@ def _run(
                 scalars(p)
 
         try:
-            return train(recipe, out=out, device=device, resume=resume, compiled=compiled, report=report)
+            return train(recipe, out=out, device=device, resume=resume, compiled=compiled, on_progress=report)
         except TrainingInterrupted as stopped:
             again = shlex.join(["gsem", "train", "--resume", str(stopped)])
             raise stopped.kind(f"stopped; saved. Go on with: {again}") from None

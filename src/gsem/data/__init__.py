@@ -4,10 +4,10 @@ from gsem.data.augment import crop_flip as crop_flip
 from gsem.data.augment import to_float as to_float
 from gsem.data.autoaugment import auto_augment as auto_augment
 from gsem.data.autoaugment import cutout as cutout
-from gsem.data.dataset import Source as Source
+from gsem.data.dataset import Dataset as Dataset
 from gsem.data.dataset import Split as Split
 from gsem.data.mixing import mixed_order as mixed_order
 from gsem.data.mixing import read_extra as read_extra
-from gsem.data.registry import SOURCES as SOURCES
+from gsem.data.registry import DATASETS as DATASETS
 from gsem.data.registry import load as load
 from gsem.data.subset import balanced as balanced

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gsem.data.dataset import Source, Split, crop_padding
+from gsem.data.dataset import Dataset, Split, crop_padding
 from gsem.data.download import Remote, obtain
 
 DESCRIPTION_10 = "60,000 photographs, 32 × 32 RGB, 10 classes; found in root or downloaded (170 MB)"
@@ -53,7 +53,7 @@ _CIFAR100 = _Layout(
 )
 
 
-def cifar10(root: Path | None = None) -> Source:
+def cifar10(root: Path | None = None) -> Dataset:
     """CIFAR-10: 50,000 training and 10,000 test images [3, 32, 32] of 10 classes.
 
     `cifar-10-python.tar.gz` or the folder `cifar-10-batches-py` is looked for in `root` (None is "dataset") and
@@ -67,7 +67,7 @@ def cifar10(root: Path | None = None) -> Source:
     return _source("cifar10", DESCRIPTION_10, _CIFAR10, path, _CLASSES_10)
 
 
-def cifar100(root: Path | None = None) -> Source:
+def cifar100(root: Path | None = None) -> Dataset:
     """CIFAR-100: 50,000 training and 10,000 test images [3, 32, 32] with their fine labels, of 100 classes.
 
     `cifar-100-python.tar.gz` or the folder `cifar-100-python` is looked for in `root` (None is "dataset") and
@@ -87,8 +87,8 @@ def cifar100(root: Path | None = None) -> Source:
     return _source("cifar100", DESCRIPTION_100, _CIFAR100, path, classes)
 
 
-def _source(name: str, description: str, layout: _Layout, path: Path, classes: tuple[str, ...]) -> Source:
-    return Source(
+def _source(name: str, description: str, layout: _Layout, path: Path, classes: tuple[str, ...]) -> Dataset:
+    return Dataset(
         name=name,
         classes=classes,
         shape=(3, 32, 32),

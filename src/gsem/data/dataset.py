@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package: tensors of images and labels, read when asked for."""
+"""A data set: name, classes, and functions that read its splits as uint8 tensors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Dataset:
     """A data set with what training and attacks need to know of it; `dataclasses.replace` makes a variant.
 
     Attributes:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from gsem.data.dataset import Source, Split, crop_padding, held_out
+from gsem.data.dataset import Dataset, Split, crop_padding, held_out
 
 DESCRIPTION = "1,797 handwritten digits, 8 × 8 grey, 10 classes; embedded, nothing to download"
 
@@ -14,13 +14,13 @@ _TEST_PER_CLASS = 50
 _TEST_SEED = 0
 
 
-def digits() -> Source:
+def digits() -> Dataset:
     """1,297 training and 500 test images [1, 8, 8], 50 test images of each class.
 
     Source: scikit-learn's `load_digits`, the test set of the UCI "Optical Recognition of Handwritten Digits" (E.
     Alpaydin and C. Kaynak, 1998); its values 0 … 16 become round(255 · v / 16).
     """
-    return Source(
+    return Dataset(
         name="digits",
         classes=tuple("0123456789"),
         shape=(1, 8, 8),

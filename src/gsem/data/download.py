@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-ROOT = Path("dataset")  # where data sets lie unless told otherwise
+ROOT = Path("dataset")  # where data sets lie by default
 
 _TIMEOUT = (10, 60)  # seconds until a server must answer, and between two pieces of the file
 _CHUNK = 1 << 16  # bytes

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gsem.data.dataset import Source, Split, crop_padding
+from gsem.data.dataset import Dataset, Split, crop_padding
 
 DESCRIPTION = "a directory with train/CLASS/* and test/CLASS/* image files, all of one size"
 
@@ -34,7 +34,7 @@ class _Layout:
     first: str
 
 
-def image_folder(root: str | Path) -> Source:
+def image_folder(root: str | Path) -> Dataset:
     """The images below `root`/train/CLASS/ and `root`/test/CLASS/; either part may be absent.
 
     Classes are the folders of train/ (of test/ if there is no train/), sorted by name; images come in the order
@@ -63,7 +63,7 @@ def image_folder(root: str | Path) -> Source:
         _check_same(root, classes, names["test"])
     layout = _layout([file for file, _ in _files(parts[main], classes)])
     readers = {part: partial(_read, folder, classes, layout) for part, folder in parts.items()}
-    return Source(
+    return Dataset(
         name=root.resolve().name,
         classes=classes,
         shape=(layout.channels, layout.height, layout.width),

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from gsem.data.dataset import Source, Split, crop_padding
+from gsem.data.dataset import Dataset, Split, crop_padding
 
 DESCRIPTION = "a .npz file with x_train [n, h, w, c] uint8, y_train [n] integers, x_test, y_test"
 
@@ -28,7 +28,7 @@ _DAMAGE = (
 )
 
 
-def npz_file(path: str | Path) -> Source:
+def npz_file(path: str | Path) -> Dataset:
     """The arrays of `path`: x_train [n, h, w, c] or [n, h, w] uint8 with y_train [n] integers, x_test, y_test.
 
     Either part may be absent. Classes are named by the array `classes` (strings, in the order of the labels),
@@ -64,7 +64,7 @@ def npz_file(path: str | Path) -> Source:
     classes = _classes(path, labels, named="classes" in keys, complete=main == "train")
     shape = _shape(path, f"x_{main}")
     readers = {part: partial(_read, path, part, classes, shape) for part in parts}
-    return Source(
+    return Dataset(
         name=path.stem,
         classes=classes,
         shape=shape,

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gsem.data import cifar, digits, folder, npz, svhn
-from gsem.data.dataset import Source
+from gsem.data.dataset import Dataset
 
 
 class _Entry(NamedTuple):
     description: str
-    read: Callable[[Path | None], Source]
+    read: Callable[[Path | None], Dataset]
 
 
 def _at(root: Path | None, name: str) -> Path:
@@ -31,14 +31,14 @@ _ENTRIES = {
     "svhn": _Entry(svhn.DESCRIPTION, svhn.svhn),
 }
 
-SOURCES: dict[str, str] = {name: entry.description for name, entry in _ENTRIES.items()}
+DATASETS: dict[str, str] = {name: entry.description for name, entry in _ENTRIES.items()}
 
 
-def load(name: str, root: str | Path | None = None) -> Source:
+def load(name: str, root: str | Path | None = None) -> Dataset:
     """The data set of that name, or at that path.
 
     Args:
-        name: a name in `SOURCES`, the path of an .npz file, or the path of an image folder. A name wins over a
+        name: a name in `DATASETS`, the path of an .npz file, or the path of an image folder. A name wins over a
             path: a folder that happens to be called digits is "./digits".
         root: where the data of a name lie; "folder" and "npz" need it, "digits" makes no use of it, for the
             others None is "dataset". What is not there of cifar10, cifar100 and svhn is downloaded into it.

@@ -1,4 +1,4 @@
-"""Some of the test images, the same ones every time."""
+"""A fixed, class-balanced subset of the test images."""
 
 import torch
 from jaxtyping import Int

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gsem.data.dataset import Source, Split, crop_padding
+from gsem.data.dataset import Dataset, Split, crop_padding
 from gsem.data.download import Remote, obtain
 
 DESCRIPTION = "99,289 digits of house numbers, 32 × 32 RGB, 10 classes; found in root or downloaded (246 MB)"
@@ -18,7 +18,7 @@ _TRAIN = Remote("http://ufldl.stanford.edu/housenumbers/train_32x32.mat", "e26de
 _TEST = Remote("http://ufldl.stanford.edu/housenumbers/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3")
 
 
-def svhn(root: Path | None = None) -> Source:
+def svhn(root: Path | None = None) -> Dataset:
     """SVHN: 73,257 training and 26,032 test images [3, 32, 32] of the digits 0 … 9; without the "extra" part.
 
     `train_32x32.mat` and `test_32x32.mat` are looked for in `root` (None is "dataset") and `root`/svhn when
@@ -28,7 +28,7 @@ def svhn(root: Path | None = None) -> Source:
         OSError: its file is not there and cannot be downloaded.
         ValueError: its file is damaged or incomplete.
     """
-    return Source(
+    return Dataset(
         name="svhn",
         classes=tuple("0123456789"),
         shape=(3, 32, 32),

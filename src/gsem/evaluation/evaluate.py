@@ -1,4 +1,4 @@
-"""A list of attacks on a model, judged on draws of its noise that no attack has seen."""
+"""Run a list of attacks on a model, and score the points on draws of its noise that no attack has seen."""
 
 import copy
 import platform
@@ -20,14 +20,14 @@ from gsem._text import with_rows
 from gsem.attacks import Counting, Step, counting
 from gsem.attacks._core import Norm, check_result, distances
 from gsem.attacks.own import AnyAttack, AttackLike, listed
-from gsem.attacks.suite import SUITES, Attack, suite
+from gsem.attacks.suite import SUITES, AttackSpec, suite
 from gsem.evaluation.partial import Ledger, computed, question, saved_result
-from gsem.evaluation.result import VOTERS, Result, Scores, attack_name, joined, with_ending
+from gsem.evaluation.result import VOTERS, AttackScores, EvaluationResult, attack_name, joined, with_ending
 from gsem.nn.contract import ImagesLike, LabelsLike, check_gradient, checked, plain_logits
-from gsem.nn.folded import search_twin
+from gsem.nn.folded import fold
 from gsem.nn.gsem import GSeM, noise
-from gsem.nn.predict import BATCH, answers, is_stochastic, votes_won
-from gsem.rng import split
+from gsem.nn.predict import BATCH, is_stochastic, predict_draws, vote_accuracy
+from gsem.rng import derive_seed
 
 REPORT_EVERY = 0.2  # seconds
 
@@ -73,20 +73,20 @@ def evaluate(
     save: str | Path | None = None,
     again: bool = False,
     about: Mapping[str, Any] | None = None,
-    report: Report | None = None,
-) -> Result:
+    on_progress: Report | None = None,
+) -> EvaluationResult:
     """Attack `model`, then score what the attacks returned on noise that they have not seen.
 
-    The attacks search on the model's float32 twin; the score is the true model's, in float32. A stochastic model
-    is noticed by itself: attacks then average over 20 draws (their `eot`), every point is judged on `draws` fresh
-    ones, and among the attacks the worst point of each image is chosen on `draws` others (`result["worst"]`). For a
+    The attacks search on the folded model, in float32; the score is the true model's, in float32. A stochastic model
+    is recognised by two forward passes. Attacks then average over 20 draws (their `eot`), every point is judged on
+    `draws` fresh ones, and the worst point of each image is chosen on `draws` others (`result["worst"]`). For a
     deterministic model one draw is used. Images as they are ("clean") are always among the attacks.
 
     Args:
         model: images [b, c, h, w] in [0, 1] → logits [b, k], in eval mode. Of an object or dict with `logits`, and of
             a tuple that begins with them, the logits are taken, with a warning.
         x, y: images in [0, 1], and their labels; tensors or numpy arrays.
-        attacks: `Attack`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`; or the
+        attacks: `AttackSpec`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`; or the
             name of a suite: quick, standard, paper, published. Or functions of your own, and pairs (name, function):
             see below.
         eps: radius of the threat model, in the unit of the images; "8/255" is a number too.
@@ -99,18 +99,19 @@ def evaluate(
             attacker knows, and with its noise off.
         keep_images: keep the adversarial examples in the result.
         rows: row of each image in the data set it is from, for the result and for messages; default: 0, 1, …, n − 1.
-        save: where the result goes (`Result.save`). Every finished batch is kept beside it meanwhile, and the same
-            call goes on from there after an interruption, to the same result. If a result of the same model, images
-            and arguments is there already, it is returned and nothing is computed; one of anything else is an error.
+        save: where the result goes (`EvaluationResult.save`). Every finished batch is kept beside it meanwhile, and the
+            same call resumes from there after an interruption, to the same result. If a result of the same model,
+            images and arguments is there already, it is returned and nothing is computed; one of anything else is an
+            error.
         again: compute a result that is there already anew, and replace it.
         about: what the caller wants to be kept in the result's facts (values as JSON takes them).
-        report: called with a `Progress` while it runs.
+        on_progress: called with a `Progress` while it runs.
 
     An attack function is called with a batch: `function(model, x, y, eps=…, norm=…, seed=…, eot=…)`, with those of the
     four keywords that it takes, and returns x_adv [b, c, h, w].
 
-    - model: the twin on which all attacks search: the logits are those of `model` but for rounding, the parameters
-      require no gradient. x: [b, c, h, w], y: [b], both copies.
+    - model: the folded model on which all attacks search: the logits are those of `model` but for rounding, the
+      parameters require no gradient. x: [b, c, h, w], y: [b], both copies.
     - eps, norm: the threat model. A point outside it, or outside [0, 1], is an error that names the attack.
     - seed: of this batch. torch's own random stream starts from it, and is the caller's again afterwards.
     - eot: 20 for a stochastic model, else 1: the draws that the other attacks average over.
@@ -164,9 +165,9 @@ def evaluate(
         "device": str(x.device),
     } | ({} if about is None else {"about": dict(about)})
 
-    def scored(ledger: Ledger | None) -> Result:
-        evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, report)
-        scores: list[Scores] = []
+    def scored(ledger: Ledger | None) -> EvaluationResult:
+        evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, on_progress)
+        scores: list[AttackScores] = []
         for mode in modes:
             # What others are broken by, and unbounded points, are questions about the model as it is used.
             asked_now = [a for a in chosen if mode == "fresh" or (a.bounded and a.name != "transfer")]
@@ -174,9 +175,9 @@ def evaluate(
                 transfers = any(a.name == "transfer" for a in asked_now)
                 evaluation.ready(mode, facts["draws"], sources if transfers else None)
                 if mode == "fresh" and any(a.follows_gradient for a in asked_now):
-                    check_gradient(evaluation.twin, x)
+                    check_gradient(evaluation.folded, x)
                 scores += [evaluation.score(attack) for attack in asked_now]
-        return Result(scores, y.cpu().numpy(), facts, numbers)
+        return EvaluationResult(scores, y.cpu().numpy(), facts, numbers)
 
     if save is None:
         return scored(None)
@@ -234,10 +235,10 @@ def _chosen(attacks: AttackLike | Sequence[AttackLike], *, transferable: bool) -
     if isinstance(attacks, str) and attacks in SUITES:
         chosen: list[AnyAttack] = [*suite(attacks)]
         if attacks in ("standard", "paper") and transferable:
-            chosen.append(Attack("transfer"))
+            chosen.append(AttackSpec("transfer"))
         return chosen
     chosen = listed(attacks)
-    return chosen if any(a.name == "clean" for a in chosen) else [Attack("clean"), *chosen]
+    return chosen if any(a.name == "clean" for a in chosen) else [AttackSpec("clean"), *chosen]
 
 
 def _defended(model: nn.Module) -> bool:
@@ -267,32 +268,32 @@ class _Evaluation:
         batch: int,
         keep_images: bool,
         ledger: Ledger | None,
-        report: Report | None,
+        on_progress: Report | None,
     ):
         self.model, self.x, self.y, self.eps, self.norm, self.seed = model, x, y, eps, norm, seed
-        self.batch, self.keep_images, self.ledger, self.report = batch, keep_images, ledger, report
+        self.batch, self.keep_images, self.ledger, self.on_progress = batch, keep_images, ledger, on_progress
         self.mode, self.draws = "fresh", 1
-        self.twin: nn.Module = model
+        self.folded: nn.Module = model
         self.sources: dict[str, nn.Module] = {}
 
     def ready(self, mode: str, draws: int, sources: Mapping[str, nn.Module] | None) -> None:
         """The noise was set: what follows from it. `sources` is None where nothing is transferred."""
         self.mode, self.draws = mode, draws if mode == "fresh" else 1
-        self.twin = search_twin(self.model)
+        self.folded = fold(self.model)
         every = {} if sources is None else undefended(self.model) | dict(sources)
-        self.sources = {name: search_twin(source) for name, source in every.items()}
+        self.sources = {name: fold(source) for name, source in every.items()}
 
     @property
     def stochastic(self) -> bool:
         return self.draws > 1
 
-    def score(self, attack: AnyAttack) -> Scores:
+    def score(self, attack: AnyAttack) -> AttackScores:
         """All images under one attack."""
         name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
-        parts: list[Scores] = []
+        parts: list[AttackScores] = []
         for first in range(0, len(self.x), self.batch):
             size = min(self.batch, len(self.x) - first)
-            watch = _Watch(self.report, name, len(self.x), parts, size, self.draws)
+            watch = _Watch(self.on_progress, name, len(self.x), parts, size, self.draws)
             part = self.ledger.read(name, first) if self.ledger is not None else None
             if part is None:
                 part = self._batch(attack, name, first, watch)
@@ -302,13 +303,13 @@ class _Evaluation:
             watch.finished()
         return joined(parts, keep_images=self.keep_images)
 
-    def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> Scores:
+    def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> AttackScores:
         one = slice(first, first + self.batch)
         x, y = self.x[one], self.y[one]
         # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
         names = (name, first)
         started = time.monotonic()
-        watch.model = counted = counting(self.twin)
+        watch.model = counted = counting(self.folded)
         how: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "stochastic": self.stochastic}
         with _numbered_among_all(name, first):
             x_adv = attack.run(
@@ -316,29 +317,29 @@ class _Evaluation:
                 x,
                 y,
                 **how,
-                seed=split(self.seed, "search", *names),
+                seed=derive_seed(self.seed, "search", *names),
                 sources=self.sources,
-                observe=watch.observe if self.report is not None else None,
+                on_step=watch.on_step if self.on_progress is not None else None,
             )
             if attack.bounded:
                 check_result(x_adv, x, eps=self.eps, norm=self.norm)
         seconds = time.monotonic() - started
         selection, scoring = (
-            answers(self.model, x_adv, draws=self.draws, seed=split(self.seed, stream, *names), first=first)
+            predict_draws(self.model, x_adv, draws=self.draws, seed=derive_seed(self.seed, stream, *names), first=first)
             for stream in ("selection", "scoring")
         )
         linf, l2 = distances(x_adv, x)
         right = scoring == y
         arrays = {
             "correct": right.sum(0),
-            "votes": votes_won(scoring, y, VOTERS),
+            "votes": vote_accuracy(scoring, y, VOTERS),
             "selection": (selection == y).sum(0),
             "single": torch.stack([selection[0] == y, right[0]], dim=1),
             "linf": linf,
             "l2": l2,
             "x_adv": x_adv,
         }
-        return Scores(
+        return AttackScores(
             name=name,
             **{key: value.cpu().numpy() for key, value in arrays.items()},
             forwards=counted.forwards,
@@ -365,8 +366,10 @@ def undefended(model: nn.Module) -> dict[str, nn.Module]:
 class _Watch:
     """One batch under one attack, as its observer sees it."""
 
-    def __init__(self, report: Report | None, name: str, images: int, parts: list[Scores], size: int, draws: int):
-        self.report, self.name, self.images, self.size = report, name, images, size
+    def __init__(
+        self, on_progress: Report | None, name: str, images: int, parts: list[AttackScores], size: int, draws: int
+    ):
+        self.on_progress, self.name, self.images, self.size = on_progress, name, images, size
         self.done = sum(len(p.correct) for p in parts)
         self.draws = draws
         self.right = self._right(parts)
@@ -375,7 +378,7 @@ class _Watch:
         self.started = self.told = time.monotonic()
         self.model: Counting | None = None
 
-    def observe(self, step: Step) -> None:
+    def on_step(self, step: Step) -> None:
         now = time.monotonic()
         if now - self.told >= REPORT_EVERY:
             self.told = now
@@ -387,14 +390,14 @@ class _Watch:
         self.seconds = sum(p.seconds for p in self.parts)
         self._tell(done, 0, self._right(self.parts) / done)
 
-    def _right(self, parts: list[Scores]) -> float:
+    def _right(self, parts: list[AttackScores]) -> float:
         """Images that are right: each counts with its share of right selection draws, as in an expected accuracy."""
         return sum(float(p.selection.sum()) for p in parts) / self.draws
 
     def _tell(self, done: int, standing: int, accuracy: float) -> None:
-        if self.report is None:
+        if self.on_progress is None:
             return
         passed = max(time.monotonic() - self.started, 1e-9)
         rate = 0.0 if self.model is None else self.model.gradients / passed
         left = self.seconds / done * (self.images - done) if done else None
-        self.report(Progress(self.name, done, self.images, standing, accuracy, rate, left))
+        self.on_progress(Progress(self.name, done, self.images, standing, accuracy, rate, left))

@@ -1,4 +1,4 @@
-"""What of an evaluation is finished: the saved result, or its batches, with which an interrupted one goes on."""
+"""Finished batches on disk, so that an interrupted evaluation resumes; and saved results of the same question."""
 
 import json
 import shutil
@@ -13,8 +13,8 @@ from jaxtyping import Int
 from gsem._io import write_atomically, written_whole
 from gsem._lock import locked
 from gsem._text import pixels
-from gsem.evaluation.result import ARRAYS, FIELDS, Result, Scores, with_ending
-from gsem.rng import split
+from gsem.evaluation.result import ARRAYS, FIELDS, AttackScores, EvaluationResult, with_ending
+from gsem.rng import derive_seed
 
 # The facts of a result that decide it: two results that agree in them have the same figures.
 QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "noise", "options", "batch", "sources")
@@ -99,9 +99,9 @@ class Ledger:
         return sum(not file.name.startswith(".") for file in self.folder.glob("*.npz"))
 
     def _file(self, name: str, first: int) -> Path:
-        return self.folder / f"{split(0, name):016x}-{first}.npz"
+        return self.folder / f"{derive_seed(0, name):016x}-{first}.npz"
 
-    def read(self, name: str, first: int) -> Scores | None:
+    def read(self, name: str, first: int) -> AttackScores | None:
         """The batch from image `first` under the attack of this name, if it was finished."""
         file = self._file(name, first)
         if not file.exists():
@@ -109,11 +109,11 @@ class Ledger:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 facts = json.loads(str(arrays["facts"]))
-                return Scores(**{key: arrays[key] for key in (*ARRAYS, "x_adv")}, **facts)
+                return AttackScores(**{key: arrays[key] for key in (*ARRAYS, "x_adv")}, **facts)
         except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):  # damaged, or of an earlier version
             return None
 
-    def write(self, name: str, first: int, part: Scores) -> None:
+    def write(self, name: str, first: int, part: AttackScores) -> None:
         facts = {key: getattr(part, key) for key in ("name", *FIELDS)}
         arrays = {key: getattr(part, key) for key in (*ARRAYS, "x_adv")}
         with written_whole(self._file(name, first)) as file:
@@ -141,7 +141,7 @@ class AnotherQuestion(ValueError):
 
 def refuse_to_overwrite(out: str | Path, asked: Mapping[str, Any]) -> None:
     """Raise AnotherQuestion if at `out` there is the result of another question."""
-    facts = Result.saved_facts(out)
+    facts = EvaluationResult.saved_facts(out)
     if facts is None:
         return
     other = differences(question(facts), asked) if "fingerprint" in facts else ["it does not say what it is of"]
@@ -149,7 +149,9 @@ def refuse_to_overwrite(out: str | Path, asked: Mapping[str, Any]) -> None:
         raise AnotherQuestion(Path(out), other)
 
 
-def saved_result(out: str | Path, asked: Mapping[str, Any], rows: Int[np.ndarray, " n"] | None) -> Result | None:
+def saved_result(
+    out: str | Path, asked: Mapping[str, Any], rows: Int[np.ndarray, " n"] | None
+) -> EvaluationResult | None:
     """The result of this question that is saved at `out`, if there is one.
 
     Args:
@@ -161,13 +163,13 @@ def saved_result(out: str | Path, asked: Mapping[str, Any], rows: Int[np.ndarray
     refuse_to_overwrite(out, asked)
     if not with_ending(out, ".npz").exists():
         return None
-    result = Result.load(out)
+    result = EvaluationResult.load(out)
     if rows is not None and result.rows is not None and not np.array_equal(rows, result.rows):
         raise AnotherQuestion(Path(out), ["the rows of the images in their data set"])
     return result
 
 
-def computed(out: str | Path, asked: dict[str, Any], scored: Callable[[Ledger], Result]) -> Result:
+def computed(out: str | Path, asked: dict[str, Any], scored: Callable[[Ledger], EvaluationResult]) -> EvaluationResult:
     """The result of `scored`, with a ledger beside `out` meanwhile, saved there.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an evaluation found, per image and attack: the four accuracies of a stochastic classifier, and files.
+"""The result of an evaluation, per image and attack: four accuracies with intervals, and files.
 
 An attack has one name everywhere, in tables, in files and as the key of a result: the label of the arguments that ran,
 with `@frozen` or `@off` behind it where the noise was not fresh (`pgd100-eot20`, `pgd100-eot1@frozen`). The worst case
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from gsem._io import write_atomically, written_whole
 from gsem._text import between, columns, percent, pixels
-from gsem.rng import split
+from gsem.rng import derive_seed
 
 BOOTSTRAP = 10_000
 KEPT = 50_000_000  # counts of resamples that are kept for the next interval: 100 MB
@@ -43,7 +43,7 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Scores:
+class AttackScores:
     """What one attack did, per image."""
 
     name: str
@@ -77,10 +77,10 @@ FIELDS = ("forwards", "gradients", "seconds", "noise", "bounded")
 
 
 @dataclass(frozen=True, repr=False)
-class Result:
+class EvaluationResult:
     """An evaluation: for each attack, per image, how many scoring draws stayed right. `print(result)` is a table."""
 
-    scores: list[Scores]
+    scores: list[AttackScores]
     y: Int[np.ndarray, " n"]
     facts: dict[str, Any]
     """eps, norm, draws, seed, stochastic, images, options of each attack, versions."""
@@ -99,7 +99,7 @@ class Result:
         modes = {s.noise for s in self.scores if s.bounded}
         return [*(s.name for s in self.scores), *(attack_name("worst", noise) for noise in NOISES if noise in modes)]
 
-    def __getitem__(self, name: str) -> Scores:
+    def __getitem__(self, name: str) -> AttackScores:
         """Of an attack by its name (`apgd100-eot20`, `apgd100-eot1@frozen`), or of a worst case (`worst@off`)."""
         if name not in self.names:
             raise KeyError(f"no attack {name!r} in this result: {', '.join(self.names)}")
@@ -126,11 +126,11 @@ class Result:
         said += [f"{self.draws} scoring draws" if self.draws > 1 else "deterministic", f"seed {facts['seed']}"]
         return "\n".join([", ".join(said), *lines])
 
-    def draws_of(self, scores: Scores) -> int:
+    def draws_of(self, scores: AttackScores) -> int:
         """Scoring draws behind these scores: one where the noise was frozen or off."""
         return self.draws if scores.noise == "fresh" else 1
 
-    def worst(self, noise: str = "fresh") -> Scores:
+    def worst(self, noise: str = "fresh") -> AttackScores:
         """Per image the attack, clean included, whose point the most selection draws misclassify; its scores.
 
         The scoring draws have no part in the choice: the worst of six attacks on the draws that also score them
@@ -144,7 +144,7 @@ class Result:
             array: np.stack([getattr(s, array) for s in all_])[chosen, np.arange(len(chosen))] for array in ARRAYS
         }
         cost = {what: sum(getattr(s, what) for s in all_) for what in ("forwards", "gradients", "seconds")}
-        return Scores(name=attack_name("worst", noise), **arrays, **cost, noise=noise)
+        return AttackScores(name=attack_name("worst", noise), **arrays, **cost, noise=noise)
 
     # --- the accuracies ------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class Result:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> "Result":
+    def load(cls, path: str | Path) -> "EvaluationResult":
         """What `save` wrote, also in earlier versions.
 
         Raises:
@@ -286,7 +286,7 @@ class Result:
                 named = name if f"{name}.correct" in file else str(number)
                 arrays = {array: file[f"{named}.{array}"] for array in ARRAYS}
                 facts = {what: row[what] for what in FIELDS}
-                scores.append(Scores(name=name, **arrays, **facts, x_adv=file.get(f"{named}.x_adv")))
+                scores.append(AttackScores(name=name, **arrays, **facts, x_adv=file.get(f"{named}.x_adv")))
             rows = file["rows"] if "rows" in file else _former_rows(meta["facts"], len(file["y"]))
             result = cls(scores, file["y"], meta["facts"], rows)
         result._take_bounds(meta)
@@ -336,12 +336,12 @@ def _kept_resamples(seed: int, n: int) -> list[Int[np.ndarray, "500 n"]]:
 
 
 def _drawn_resamples(seed: int, n: int) -> Iterator[Int[np.ndarray, "500 n"]]:
-    random = np.random.Generator(np.random.PCG64(split(seed, "bootstrap")))
+    random = np.random.Generator(np.random.PCG64(derive_seed(seed, "bootstrap")))
     for _ in range(BOOTSTRAP // 500):
         yield random.multinomial(n, np.full(n, 1 / n), size=500)
 
 
-def joined(parts: list[Scores], *, keep_images: bool) -> Scores:
+def joined(parts: list[AttackScores], *, keep_images: bool) -> AttackScores:
     """The scores of consecutive batches as one."""
     arrays: dict[str, Any] = {array: np.concatenate([getattr(p, array) for p in parts]) for array in ARRAYS}
     images = np.concatenate([p.x_adv for p in parts if p.x_adv is not None]) if keep_images else None

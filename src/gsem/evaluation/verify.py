@@ -1,4 +1,4 @@
-"""Saved adversarial examples judged again, by nothing but the model: bounds, labels, fresh draws."""
+"""Check saved adversarial examples again: bounds, labels, and accuracy on fresh draws."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gsem._text import with_rows
-from gsem.evaluation.result import Result, Scores
+from gsem.evaluation.result import AttackScores, EvaluationResult
 from gsem.nn.contract import ImagesLike, LabelsLike, checked
 from gsem.nn.gsem import noise
-from gsem.nn.predict import answers
-from gsem.rng import split
+from gsem.nn.predict import predict_draws
+from gsem.rng import derive_seed
 
 # A check that is right should fail once in a thousand attacks: draws differ between two judgements.
 CHANCE = 1e-3
@@ -32,7 +32,7 @@ class Verified:
 
 
 def verify(
-    result: Result,
+    result: EvaluationResult,
     model: nn.Module,
     x: ImagesLike,
     y: LabelsLike,
@@ -63,7 +63,9 @@ def verify(
     return [_judged(result, scores, model, x, y, draws, seed) for scores in result.scores]
 
 
-def _judged(result: Result, scores: Scores, model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int) -> Verified:
+def _judged(
+    result: EvaluationResult, scores: AttackScores, model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int
+) -> Verified:
     x_adv = torch.from_numpy(scores.x_adv).to(x.device)
     problems = _out_of_bounds(result, scores, x_adv, x)
     if not np.array_equal(result.y, y.cpu().numpy()):
@@ -75,7 +77,7 @@ def _judged(result: Result, scores: Scores, model: nn.Module, x: Tensor, y: Tens
         as_then = noise(model, scores.noise, seed=frozen)  # type: ignore[arg-type]
     count = draws if result.facts["stochastic"] and scores.noise == "fresh" else 1
     with as_then:
-        found = answers(model, x_adv, draws=count, seed=split(seed, "verify", scores.name))
+        found = predict_draws(model, x_adv, draws=count, seed=derive_seed(seed, "verify", scores.name))
     right = (found == y).double().mean(0).cpu().numpy()
     saved = scores.correct / result.draws_of(scores)
     gap = float(right.mean() - saved.mean())
@@ -88,7 +90,7 @@ def _judged(result: Result, scores: Scores, model: nn.Module, x: Tensor, y: Tens
     return Verified(scores.name, float(saved.mean()), float(right.mean()), problems)
 
 
-def _out_of_bounds(result: Result, scores: Scores, x_adv: Tensor, x: Tensor) -> list[str]:
+def _out_of_bounds(result: EvaluationResult, scores: AttackScores, x_adv: Tensor, x: Tensor) -> list[str]:
     """In float64, by its own arithmetic: nothing is taken from the attacks."""
     problems = []
     if not bool(((x_adv >= 0) & (x_adv <= 1)).all()):

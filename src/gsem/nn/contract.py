@@ -1,4 +1,4 @@
-"""What is asked of a model, its images and its labels: checked once, before anything is computed."""
+"""Checks of a model, its images and its labels by one forward pass, before anything is computed."""
 
 import sys
 import warnings
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from gsem.nn.gsem import IntegerNoise
-from gsem.rng import stream
+from gsem.rng import seeded
 
 ImagesLike = Float[Tensor, "b c h w"] | np.ndarray
 LabelsLike = Int[Tensor, " b"] | np.ndarray
@@ -303,7 +303,7 @@ def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Forward passes in here leave torch's random state, and the seeded noise of the model, where they were."""
     keys = [(m.key, m.key.clone()) for m in model.modules() if isinstance(m, IntegerNoise)]
     try:
-        with stream(0, device):
+        with seeded(0, device):
             yield
     finally:
         for key, former in keys:

@@ -1,7 +1,7 @@
-"""The search twin: what an attack differentiates instead of the model, because it is several times faster.
+"""The folded model: what an attack differentiates instead of the model, because it is several times faster.
 
 In eval mode BatchNorm is an affine map: it is folded into the convolution before it, once per refresh instead of
-at every pass. The twin runs channels-last, in float32 or, for gradient *directions* only, in bf16.
+at every pass. The folded model runs channels-last, in float32 or, for gradient *directions* only, in bf16.
 """
 
 import copy
@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 
 from gsem.nn.gsem import GSeM, IntegerNoise
 
-# Where the largest element of a logit gradient is brought on an fp16 twin. As it is, the cross-entropy of a confident
-# image has a gradient below fp16's smallest number, 6e-8, and all of it would be 0. Up to fp16's largest number, 65504,
-# there is room for a growth of 255 on the way back to the image.
+# Where the largest element of a logit gradient is brought on an fp16 folded model. As it is, the cross-entropy of a
+# confident image has a gradient below fp16's smallest number, 6e-8, and all of it would be 0. Up to fp16's largest
+# number, 65504, there is room for a growth of 255 on the way back to the image.
 FP16_TARGET = 256.0
 
 
@@ -37,16 +37,16 @@ def _affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"
     return scale, shift if bn.bias is None else shift + bn.bias
 
 
-class _Mirror(nn.Module):
-    """A part of the twin that holds tensors computed from the model's."""
+class _Folded(nn.Module):
+    """A part of the folded model that holds tensors computed from the model's."""
 
     def __init__(self, *source: nn.Module | None):
         super().__init__()
-        # Out of nn.Module's sight: the model's parameters are not the twin's.
+        # Out of nn.Module's sight: the model's parameters are not the folded model's.
         self.__dict__["source"] = source
 
     def store(self, **tensors: Tensor) -> None:
-        # In place after the first time: a compiled or captured twin keeps its addresses.
+        # In place after the first time: a compiled or captured folded model keeps its addresses.
         for name, value in tensors.items():
             former = self._buffers.get(name)
             if former is None:
@@ -93,7 +93,7 @@ def _weight(value: Float[Tensor, "o i h w"], dtype: torch.dtype) -> Tensor:
     return value.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-class _Conv(_Mirror):
+class _Conv(_Folded):
     """A convolution with the BatchNorm behind it folded in."""
 
     source: tuple[nn.Conv2d, nn.BatchNorm2d | None]
@@ -115,7 +115,7 @@ class _Conv(_Mirror):
         return self.source[0]._conv_forward(x, self.weight, self._buffers.get("bias"))
 
 
-class _Affine(_Mirror):
+class _Affine(_Folded):
     """A BatchNorm with no convolution of its own before it."""
 
     source: tuple[nn.BatchNorm2d]
@@ -144,7 +144,7 @@ class _Fuse(torch.autograd.Function):
         return F.conv_transpose2d(grad, back, padding=1), None, None, None
 
 
-class _FoldedGSeM(_Mirror):
+class _FoldedGSeM(_Folded):
     """GSeM in one convolution: mapping (1×1), fusion (3×3) and BatchNorm are linear, so their product is taken.
 
     It reads the integers levels · q, which bf16 holds exactly, instead of q. Backward, the two pathways of the
@@ -163,7 +163,7 @@ class _FoldedGSeM(_Mirror):
 
     def __init__(self, module: GSeM):
         super().__init__(module)
-        self.offsets = module.offsets  # shared: gsem.noise acts on model and twin together
+        self.offsets = module.offsets  # shared: gsem.noise acts on model and folded model together
         self.draws = 1
         """Draws of the noise that every image is answered with: the output has so many times the rows."""
 
@@ -202,7 +202,7 @@ class _FoldedGSeM(_Mirror):
         return F.mish(out)
 
 
-class _Other(_Mirror):
+class _Other(_Folded):
     """Any other module with parameters or buffers: a copy in eval mode, cast."""
 
     source: tuple[nn.Module]
@@ -218,7 +218,7 @@ class _Other(_Mirror):
         return self.copy(*args, **kwargs)
 
 
-class _Held(_Mirror):
+class _Held(_Folded):
     """Parameters and buffers that the model's own forward reads directly."""
 
     source: tuple[nn.Module]
@@ -241,7 +241,7 @@ def _copy_state(source: nn.Module, target: nn.Module) -> None:
         former.copy_(value)
 
 
-class _Eager(_Mirror):
+class _Eager(_Folded):
     """The model itself in eval mode, for one that cannot be traced: nothing is folded."""
 
     source: tuple[nn.Module]
@@ -390,9 +390,9 @@ def _traced(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, _FoldedGSe
     root.add_module("held", holder)
     for number, node in enumerate(held):
         node.target = f"held.t{number}"
-    twin = fx.GraphModule(root, graph)
-    twin.add_module("held", holder)
-    return twin, _gate(graph, root)
+    folded = fx.GraphModule(root, graph)
+    folded.add_module("held", holder)
+    return folded, _gate(graph, root)
 
 
 def _gate(graph: fx.Graph, root: nn.Module) -> _FoldedGSeM | None:
@@ -408,8 +408,8 @@ def _gate(graph: fx.Graph, root: nn.Module) -> _FoldedGSeM | None:
     return None
 
 
-class SearchTwin(nn.Module):
-    """See `search_twin`. Images [b, c, h, w] in [0, 1] → logits [b, k] in float32 (float64 for a float64 twin)."""
+class FoldedModel(nn.Module):
+    """See `fold`. Images [b, c, h, w] in [0, 1] → logits [b, k] in float32 (float64 for a float64 folded model)."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -433,15 +433,15 @@ class SearchTwin(nn.Module):
     def refresh(self) -> None:
         """Read the model's parameters, BatchNorm statistics and gradient setting again."""
         for part in self.modules():
-            if isinstance(part, _Mirror):
+            if isinstance(part, _Folded):
                 part.refresh(self.dtype)
 
     def compile_graph(self) -> None:
         """Let torch.compile run what was folded. The first pass of every shape and number of draws takes minutes."""
         self.graph = cast(nn.Module, torch.compile(self.graph))
 
-    def train(self, mode: bool = True) -> "SearchTwin":
-        return self  # a twin is eval-time by definition
+    def train(self, mode: bool = True) -> "FoldedModel":
+        return self  # a folded model is eval-time by definition
 
     def logits_of_draws(self, x: Float[Tensor, "b c h w"], count: int) -> Float[Tensor, "n k"]:
         """Logits [count · b, k] of `count` draws of the noise on the same images: all of the first draw, then all of
@@ -463,15 +463,15 @@ class SearchTwin(nn.Module):
         return _Enlarge.apply(self.graph(images).float(), len(x), held)
 
 
-def search_twin(model: nn.Module, dtype: torch.dtype = torch.float32) -> SearchTwin:
+def fold(model: nn.Module, dtype: torch.dtype = torch.float32) -> FoldedModel:
     """A fast stand-in for `model` in eval mode, for attacks to differentiate with respect to images.
 
     BatchNorm is folded, GSeM is one convolution, the layout is channels-last; the mode of `model` and its
-    parameters are not changed, and the twin's do not require gradients. In float32 its logits agree with the
+    parameters are not changed, and the folded model's do not require gradients. In float32 its logits agree with the
     model's to rounding. In bf16 it gives gradient directions for PGD and APGD, nothing else: decisions belong to
     the model. It shares the noise of the model's GSeMs (`gsem.noise` on either acts on both). After the model's
     weights, statistics or `gradient` setting change, call `.refresh()`.
 
     Any torch model works: one that torch.fx cannot trace runs as it is, with a warning.
     """
-    return SearchTwin(model, dtype)
+    return FoldedModel(model, dtype)

@@ -105,11 +105,11 @@ def noise(model: nn.Module, mode: NoiseMode, *, seed: int | None = None) -> Iter
 
     - `"fresh"`: new integers at every forward pass (the module's normal state). With a `seed`, the sequence of
       draws is reproducible and leaves torch's random state alone; without, it follows torch's stream.
-    - `"frozen"`: one [c, h, w] draw per module and seed (0 unless told), the same for every image, so that the
+    - `"frozen"`: one [c, h, w] draw per module and seed (default: 0), the same for every image, so that the
       logits of an image do not depend on its neighbours in the batch.
     - `"off"`: no noise; quantisation stays.
 
-    Blocks nest; the former state returns at the end, also after an exception. A search twin of the model shares
+    Blocks nest; the former state returns at the end, also after an exception. A folded model of the model shares
     its noise; a deepcopy made inside the block keeps the mode for good. Seeds count modulo 2^63.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Around any torch model: put a GSeM behind a layer of it, or let it take pixels in [0, 1]."""
+"""Insert a GSeM into any torch model, normalise its input, or give a layer a straight-through gradient."""
 
 import copy
 import math

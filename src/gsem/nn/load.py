@@ -1,4 +1,4 @@
-"""A model from what a user names: a run directory, a checkpoint, a published state dict, or a function."""
+"""Load a model from a run directory, a checkpoint, a published state dict, or a function."""
 
 import importlib
 import os

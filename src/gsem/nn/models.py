@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gsem.nn.gsem import Gradient, GSeM, _integer
 
-# Makes the module after the stem from its channel count: a GSeM, or `nn.Identity` in the plain twin.
+# Makes the module after the stem from its channel count: a GSeM, or `nn.Identity` in the plain folded model.
 Stem = Callable[[int], nn.Module]
 
 

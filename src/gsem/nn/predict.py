@@ -1,10 +1,10 @@
-"""What a classifier answers, over draws of its noise. Used by training's validation and by the evaluation."""
+"""Predictions over draws of a classifier's noise, for validation and evaluation."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gsem.rng import split, stream
+from gsem.rng import derive_seed, seeded
 
 # Enough images to keep a machine busy, few enough for the activations of a WideResNet in memory.
 BATCH = 256
@@ -16,12 +16,12 @@ def is_stochastic(model: nn.Module, x: Float[Tensor, "b c h w"]) -> bool:
 
     torch's random state is left as it was.
     """
-    with stream(0, x.device):
+    with seeded(0, x.device):
         return any(not torch.equal(model(probe), model(probe)) for probe in (x, torch.rand_like(x)))
 
 
 @torch.no_grad()
-def answers(
+def predict_draws(
     model: nn.Module,
     x: Float[Tensor, "n c h w"],
     *,
@@ -41,7 +41,7 @@ def answers(
     found = torch.zeros((draws, len(x)), dtype=torch.int64, device=x.device)
     for start in range(0, len(x), batch):
         part = x[start : start + batch]
-        with stream(split(seed, start), x.device):
+        with seeded(derive_seed(seed, start), x.device):
             for draw in range(draws):
                 logits = model(part)
                 bad = ~logits.isfinite().all(1)
@@ -58,12 +58,12 @@ def correct_draws(
     """In how many of `draws` forward passes, each with fresh noise, the image is classified as its label.
 
     Raises:
-        ValueError: as `answers`.
+        ValueError: as `predict_draws`.
     """
-    return (answers(model, x, draws=draws, seed=seed, batch=batch) == y).sum(0)
+    return (predict_draws(model, x, draws=draws, seed=seed, batch=batch) == y).sum(0)
 
 
-def votes_won(found: Int[Tensor, "draws n"], y: Int[Tensor, " n"], voters: int) -> Float[Tensor, " n"]:
+def vote_accuracy(found: Int[Tensor, "draws n"], y: Int[Tensor, " n"], voters: int) -> Float[Tensor, " n"]:
     """The share of votes, each among `voters` answers of its own, in which the label alone has the most; ties lose.
 
     One answer counts as the vote of a deterministic model. NaN where a stochastic one gave fewer than `voters`.

@@ -1,4 +1,4 @@
-"""What forward passes show of a layer of any model: how it is called, what it gives, and where its channels are."""
+"""Forward passes that find out how a layer is called, what it returns, and which axis holds its channels."""
 
 import difflib
 import math

@@ -4,10 +4,10 @@ from typing import Any
 
 from gsem._text import pixels
 from gsem.reporting.tables import bare
-from gsem.reporting.views import Entry
+from gsem.reporting.views import RunReport
 
 
-def card(entry: Entry) -> dict[str, Any]:
+def card(entry: RunReport) -> dict[str, Any]:
     """RobustBench's fields as its cards write them: accuracies in per cent as text, eps as a fraction.
 
     `autoattack_acc` is filled where AutoAttack was run, `reported` with the worst of all attacks; both are expected
@@ -38,7 +38,7 @@ def card(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _about(entry: Entry) -> dict[str, Any]:
+def _about(entry: RunReport) -> dict[str, Any]:
     about: dict[str, Any] = {} if entry.result is None else entry.result.facts.get("about", {})
     return about
 
@@ -47,7 +47,7 @@ def _percent(row: dict[str, Any] | None) -> str | None:
     return None if row is None else f"{100 * row['mean']:.2f}"
 
 
-def _footnote(entry: Entry, autoattack: dict[str, Any] | None) -> str:
+def _footnote(entry: RunReport, autoattack: dict[str, Any] | None) -> str:
     if entry.result is None:
         return "Not evaluated."
     told = [f"On {len(entry.result.y)} test images."]
@@ -66,7 +66,7 @@ def _footnote(entry: Entry, autoattack: dict[str, Any] | None) -> str:
     return " ".join(told)
 
 
-def _ours(entry: Entry) -> dict[str, Any]:
+def _ours(entry: RunReport) -> dict[str, Any]:
     audit, result = entry.audit, entry.result
     facts = {} if result is None else {k: v for k, v in result.facts.items() if k != "about"}
     return {

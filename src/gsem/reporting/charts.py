@@ -6,7 +6,7 @@ from typing import Any
 from gsem._text import pixels
 from gsem.reporting.figure import Cell, Figure, percent, rounded, run_key
 from gsem.reporting.svg import Line, Point, doubling, linear, lines, share
-from gsem.reporting.views import Entry
+from gsem.reporting.views import RunReport
 
 SWEEPS = {
     "eps": ("Accuracy against eps", "radius eps, doubling"),
@@ -16,7 +16,7 @@ SWEEPS = {
 }
 
 
-def training(entries: Sequence[Entry]) -> list[Figure]:
+def training(entries: Sequence[RunReport]) -> list[Figure]:
     """Validation accuracies and the loss over epochs, of the runs that have metrics."""
     told = [(run, e) for run, e in enumerate(entries) if e.metrics]
     figures = []
@@ -39,7 +39,7 @@ def training(entries: Sequence[Entry]) -> list[Figure]:
     return figures + _loss(entries, told)
 
 
-def _loss(entries: Sequence[Entry], told: list[tuple[int, Entry]]) -> list[Figure]:
+def _loss(entries: Sequence[RunReport], told: list[tuple[int, RunReport]]) -> list[Figure]:
     series, keys, rows = [], [], []
     for run, e in told:
         points = tuple(Point(m["epoch"], m["loss"]) for m in e.metrics if m.get("loss") is not None)
@@ -59,21 +59,21 @@ def _loss(entries: Sequence[Entry], told: list[tuple[int, Entry]]) -> list[Figur
     return [Figure("loss", title, caption, chart, ("run", "epoch", "loss"), tuple(rows), tuple(keys))]
 
 
-def _epochs(told: list[tuple[int, Entry]]) -> Any:
+def _epochs(told: list[tuple[int, RunReport]]) -> Any:
     epochs = [m["epoch"] for _, e in told for m in e.metrics]
     return linear("epoch", min(epochs) if len(set(epochs)) > 1 else min(epochs) - 1, max(epochs))
 
 
-def _last(entry: Entry) -> str:
+def _last(entry: RunReport) -> str:
     last = entry.metrics[-1]
     return f"robust {percent(last.get('robust'))}, clean {percent(last.get('clean'))}"
 
 
-def _of(entries: Sequence[Entry], entry: Entry, what: str) -> str:
+def _of(entries: Sequence[RunReport], entry: RunReport, what: str) -> str:
     return what if len(entries) == 1 else f"{entry.name}, {what}"
 
 
-def swept(entry: Entry, key: str) -> list[dict[str, float]]:
+def swept(entry: RunReport, key: str) -> list[dict[str, float]]:
     """What the audit measured against `key` (eps, steps, eot): rows with key, accuracy and perhaps low and high."""
     rows: list[dict[str, float]] = []
     for check in () if entry.audit is None else entry.audit.checks:
@@ -87,12 +87,12 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def sweeps(entries: Sequence[Entry]) -> list[Figure]:
+def sweeps(entries: Sequence[RunReport]) -> list[Figure]:
     """A chart for each of eps, steps and draws that an audit has swept."""
     return [figure for key in SWEEPS if (figure := _sweep(entries, key)) is not None]
 
 
-def _sweep(entries: Sequence[Entry], key: str) -> Figure | None:
+def _sweep(entries: Sequence[RunReport], key: str) -> Figure | None:
     series, keys, data = [], [], []
     for run, e in enumerate(entries):
         rows = swept(e, key)
@@ -135,7 +135,7 @@ def _radius(value: float) -> str:
     return plain if len(plain) <= 5 else pixels(value)
 
 
-def _chance(entries: Sequence[Entry]) -> float | None:
+def _chance(entries: Sequence[RunReport]) -> float | None:
     """One over the number of classes, where all runs have as many."""
     counts = {len(e.classes) for e in entries if swept(e, "eps")}
     known = {c["chance"] for e in entries for c in _details(e) if _number(c.get("chance"))}
@@ -144,5 +144,5 @@ def _chance(entries: Sequence[Entry]) -> float | None:
     return 1 / counts.pop() if len(counts) == 1 and 0 not in counts else None
 
 
-def _details(entry: Entry) -> list[dict[str, Any]]:
+def _details(entry: RunReport) -> list[dict[str, Any]]:
     return [] if entry.audit is None else [c.details for c in entry.audit.checks if c.details]

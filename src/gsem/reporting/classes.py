@@ -1,14 +1,14 @@
-"""Per class: robust and clean accuracy with intervals, and what is taken for what."""
+"""Per class: robust and clean accuracy with intervals, and the confusion matrix."""
 
 import math
 
 import numpy as np
 from markupsafe import Markup
 
-from gsem.evaluation.result import Interval, Result
+from gsem.evaluation.result import EvaluationResult, Interval
 from gsem.reporting.figure import Figure, Key, percent, rounded, swatch
 from gsem.reporting.svg import drawing, tag
-from gsem.reporting.views import Entry, Pictures
+from gsem.reporting.views import Pictures, RunReport
 
 MANY = 20  # classes; of more, the extremes are shown, and the data have all
 ROW, LABEL, BARS = 20, 92, 200
@@ -22,7 +22,7 @@ def wilson(share: float, n: int) -> Interval:
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def per_class(result: Result, name: str) -> dict[int, tuple[Interval, int]]:
+def per_class(result: EvaluationResult, name: str) -> dict[int, tuple[Interval, int]]:
     """Of each label that occurs: expected accuracy under an attack, and the number of its images."""
     scores = result[name]
     right = scores.correct / result.draws_of(scores)
@@ -33,7 +33,7 @@ def per_class(result: Result, name: str) -> dict[int, tuple[Interval, int]]:
     return found
 
 
-def class_figure(entry: Entry, number: int) -> Figure | None:
+def class_figure(entry: RunReport, number: int) -> Figure | None:
     """Bars of each class's worst-case accuracy, with a line where the clean accuracy is."""
     result = entry.result
     if result is None or not any(s.noise == "fresh" and s.bounded for s in result.scores):
@@ -70,7 +70,7 @@ def _clean_key() -> Key:
     return Key("clean", tag("svg", line, viewBox="0 0 28 14", width=28, height=14, aria_hidden="true", class_="sign"))
 
 
-def _name(entry: Entry, label: int) -> str:
+def _name(entry: RunReport, label: int) -> str:
     return entry.classes[label] if label < len(entry.classes) else str(label)
 
 
@@ -100,7 +100,7 @@ def shortened(name: str, letters: int) -> str:
     return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
-def confusion_figure(entry: Entry, number: int) -> Figure | None:
+def confusion_figure(entry: RunReport, number: int) -> Figure | None:
     """What each class is taken for under attack: a matrix, or the most frequent errors where classes are many."""
     p = entry.pictures
     if p is None or p.confusion is None or not p.images:

@@ -6,13 +6,13 @@ from gsem.evaluation.result import Interval
 from gsem.reporting.classes import shortened
 from gsem.reporting.figure import Figure, percent, rounded, run_key
 from gsem.reporting.svg import drawing, marker, tag
-from gsem.reporting.views import Entry
+from gsem.reporting.views import RunReport
 
 WIDTH, GAP, BAND = 360, 12, 12
 LETTER, LETTERS = 6.9, 21  # width of a letter of 12 px, and how many are shown
 
 
-def accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
+def accuracy_figure(entries: Sequence[RunReport]) -> Figure | None:
     """Expected accuracy under each attack within eps, the worst last; None without an evaluation."""
     found = [(run, e, _expected(e)) for run, e in enumerate(entries) if e.summary is not None]
     names = list(dict.fromkeys(name for _, _, values in found for name in values if name != "worst"))
@@ -50,7 +50,7 @@ def accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
     return Figure("accuracy", title, "With 95% bootstrap intervals over images.", chart, header, rows, keys)
 
 
-def _expected(entry: Entry) -> dict[str, Interval]:
+def _expected(entry: RunReport) -> dict[str, Interval]:
     assert entry.summary is not None
     rows = [r for r in entry.summary["attacks"] if r["bounded"] and r["noise"] == "fresh"]
     found = {r["attack"]: Interval(r["mean"], r["low"], r["high"]) for r in rows}

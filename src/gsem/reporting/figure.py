@@ -1,4 +1,4 @@
-"""A figure: a chart, what it says in words, and its data, which a reader can copy."""
+"""A figure: a chart, a sentence that describes it, and its data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

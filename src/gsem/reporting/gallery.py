@@ -12,11 +12,11 @@ from PIL import Image
 from gsem._text import pixels
 from gsem.reporting.figure import Figure, percent, rounded, swatch
 from gsem.reporting.svg import drawing, tag
-from gsem.reporting.views import Entry, Shown, Surface
+from gsem.reporting.views import RunReport, Shown, Surface
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class GalleryImage:
     """An image of the gallery, ready for a page."""
 
     number: str
@@ -45,13 +45,13 @@ def png(x: Float[np.ndarray, "c h w"]) -> str:
     return "data:image/png;base64," + base64.b64encode(boxed.getvalue()).decode()
 
 
-def exhibits(entry: Entry) -> list[Exhibit]:
+def exhibits(entry: RunReport) -> list[GalleryImage]:
     """The gallery of a run."""
     p = entry.pictures
     return [] if p is None else [_exhibit(entry, shown, i, p.draws) for i, shown in enumerate(p.gallery)]
 
 
-def choice(entry: Entry) -> str:
+def choice(entry: RunReport) -> str:
     """Which images the gallery shows, a sentence."""
     p = entry.pictures
     if p is None:
@@ -69,7 +69,7 @@ def _number(shown: Shown, at: int) -> str:
     return f"Image {at + 1}" if shown.row is None else f"Row {shown.row}"
 
 
-def _exhibit(entry: Entry, s: Shown, at: int, draws: int) -> Exhibit:
+def _exhibit(entry: RunReport, s: Shown, at: int, draws: int) -> GalleryImage:
     def name(label: int) -> str:
         return entry.classes[label] if label < len(entry.classes) else str(label)
 
@@ -89,7 +89,7 @@ def _exhibit(entry: Entry, s: Shown, at: int, draws: int) -> Exhibit:
         nothing = "no point that was found comes nearer to an error than the image itself"
         stands = s.clean == s.label if s.clean is not None else s.clean_right > 0.5
         after += f"; {nothing}" if stands else "; wrong already, and not attacked"
-    return Exhibit(
+    return GalleryImage(
         number=_number(s, at),
         x=png(s.x),
         change=png(0.5 + (s.x_adv - s.x) / (2 * scale)),
@@ -103,13 +103,13 @@ def _exhibit(entry: Entry, s: Shown, at: int, draws: int) -> Exhibit:
     )
 
 
-def surface_figures(entry: Entry, number: int) -> list[Figure]:
+def surface_figures(entry: RunReport, number: int) -> list[Figure]:
     """A map of the margin around each of a few images."""
     p = entry.pictures
     return [] if p is None else [_surface(entry, s, f"surface-{number}-{i}") for i, s in enumerate(p.surfaces)]
 
 
-def _surface(entry: Entry, s: Surface, key: str) -> Figure:
+def _surface(entry: RunReport, s: Surface, key: str) -> Figure:
     p = entry.pictures
     assert p is not None
     shown = p.gallery[s.number]

@@ -15,10 +15,10 @@ from gsem.reporting.classes import class_figure, confusion_figure
 from gsem.reporting.dots import accuracy_figure
 from gsem.reporting.figure import Figure, run_key
 from gsem.reporting.gallery import choice, exhibits, surface_figures
-from gsem.reporting.views import Entry
+from gsem.reporting.views import RunReport
 
 
-def html(entries: Sequence[Entry], *, version: str = "") -> str:
+def html(entries: Sequence[RunReport], *, version: str = "") -> str:
     """The page: nothing is loaded from anywhere, and everything that comes from files is escaped.
 
     Args:
@@ -34,7 +34,7 @@ def html(entries: Sequence[Entry], *, version: str = "") -> str:
     return environment.get_template("page.html.j2").render(told)
 
 
-def markdown(entries: Sequence[Entry], *, version: str = "") -> str:
+def markdown(entries: Sequence[RunReport], *, version: str = "") -> str:
     """The verdict, the tables, the checks and the cost; charts as their data's words."""
     loader = PackageLoader("gsem.reporting")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -42,7 +42,7 @@ def markdown(entries: Sequence[Entry], *, version: str = "") -> str:
     return environment.get_template("page.md.j2").render(_told(entries) | {"version": version})
 
 
-def cards(entries: Sequence[Entry]) -> str:
+def cards(entries: Sequence[RunReport]) -> str:
     """One card, or a list of them for several runs, as JSON."""
     found = [card(entry) for entry in entries]
     return json.dumps(found[0] if len(found) == 1 else found, indent=2) + "\n"
@@ -56,7 +56,7 @@ def plain(value: object) -> str:
     return text
 
 
-def _told(entries: Sequence[Entry]) -> dict[str, Any]:
+def _told(entries: Sequence[RunReport]) -> dict[str, Any]:
     return {
         "title": "Report: " + ", ".join(e.name for e in entries),
         "runs": [_run(entries, number) for number in range(len(entries))],
@@ -70,7 +70,7 @@ def _told(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _run(entries: Sequence[Entry], number: int) -> dict[str, Any]:
+def _run(entries: Sequence[RunReport], number: int) -> dict[str, Any]:
     e = entries[number]
     figures: list[Figure | None] = [class_figure(e, number), confusion_figure(e, number)]
     return {

@@ -1,4 +1,4 @@
-"""What a report reads of a run directory: recipe, metrics, the latest evaluation, the latest whole audit."""
+"""Reads a run directory for a report: recipe, metrics, the latest evaluation, the latest whole audit."""
 
 import json
 import re
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gsem.auditing import Audit
-from gsem.evaluation.result import Result, with_ending
+from gsem.evaluation.result import EvaluationResult, with_ending
 from gsem.reporting.match import other_network, other_question
 from gsem.reporting.tables import bare
-from gsem.reporting.views import Entry
+from gsem.reporting.views import RunReport
 from gsem.training.run import read_metrics, run_fingerprint
 
 
-def read_runs(paths: Sequence[str | Path]) -> list[Entry]:
+def read_runs(paths: Sequence[str | Path]) -> list[RunReport]:
     """Each run, with a name that no other of them has.
 
     Args:
@@ -35,7 +35,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Entry]:
     return _told_apart(entries)
 
 
-def _told_apart(entries: list[Entry]) -> list[Entry]:
+def _told_apart(entries: list[RunReport]) -> list[RunReport]:
     """Runs of the same name are called by their folder's too, and at last by their number."""
     longer = [replace(e, name=f"{e.path.resolve().parent.name}/{e.name}") for e in entries]
     names = [e.name for e in entries]
@@ -45,7 +45,7 @@ def _told_apart(entries: list[Entry]) -> list[Entry]:
             for i, e in enumerate(entries)]  # fmt: skip
 
 
-def _read(path: Path) -> Entry:
+def _read(path: Path) -> RunReport:
     if path.is_dir():
         return _read_run(path, None)
     if not path.exists():
@@ -55,7 +55,7 @@ def _read(path: Path) -> Entry:
     return _read_run(path.parent, with_ending(path, ".npz"))
 
 
-def _read_run(path: Path, chosen: Path | None) -> Entry:
+def _read_run(path: Path, chosen: Path | None) -> RunReport:
     recipe = path / "recipe.json"
     if not recipe.is_file() and chosen is None:
         raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
@@ -64,7 +64,7 @@ def _read_run(path: Path, chosen: Path | None) -> Entry:
     subject, unmatched = _subject(path) if facts else (None, [])
     if chosen is not None:
         return _of_evaluation(path, chosen, facts, subject, unmatched)
-    entry = Entry(path=path, name=path.resolve().name, spec=_spec(path), facts=facts, metrics=_metrics(path))
+    entry = RunReport(path=path, name=path.resolve().name, spec=_spec(path), facts=facts, metrics=_metrics(path))
     skipped: list[Path] = []
     for file in reversed(results):
         result, summary = _result(file)
@@ -88,11 +88,13 @@ def _subject(path: Path) -> tuple[dict[str, str] | None, list[str]]:
 
 def _of_evaluation(
     path: Path, file: Path, facts: dict[str, Any], subject: dict[str, str] | None, unmatched: list[str]
-) -> Entry:
+) -> RunReport:
     """An evaluation that was asked for by its file. What was trained beside it belongs to it if it is its network."""
     result, summary = _result(file)
     other = other_network(result.facts, subject)
-    entry = Entry(path=path, name=path.resolve().name, spec=_spec(path), result=result, summary=summary, file=file.name)
+    entry = RunReport(
+        path=path, name=path.resolve().name, spec=_spec(path), result=result, summary=summary, file=file.name
+    )
     if facts and other is None:
         others = tuple(f.name for f in _numbered(path, "evaluation", ".npz") if f != file)
         entry = replace(entry, facts=facts, metrics=_metrics(path), others=others)
@@ -157,9 +159,9 @@ def _metrics(path: Path) -> tuple[dict[str, Any], ...]:
         raise ValueError(f"{path / 'metrics.jsonl'} is damaged: {error}") from None
 
 
-def _result(file: Path) -> tuple[Result, dict[str, Any]]:
+def _result(file: Path) -> tuple[EvaluationResult, dict[str, Any]]:
     try:
-        result = Result.load(file)
+        result = EvaluationResult.load(file)
         return result, result.to_dict()  # (its intervals are those that were saved: nothing is computed twice)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no evaluation {file}") from None
@@ -169,7 +171,7 @@ def _result(file: Path) -> tuple[Result, dict[str, Any]]:
         ) from None
 
 
-def _with_audit(entry: Entry, subject: dict[str, str] | None, unmatched: list[str]) -> Entry:
+def _with_audit(entry: RunReport, subject: dict[str, str] | None, unmatched: list[str]) -> RunReport:
     """The latest audit of this network that made all checks; where there is none, the latest.
 
     Args:

@@ -14,17 +14,17 @@ from gsem._env import device_named
 from gsem._fingerprint import model_fingerprint
 from gsem._io import write_atomically
 from gsem._provenance import release
-from gsem.data import Source, balanced, load, to_float
-from gsem.evaluation.result import Result, Scores
+from gsem.data import Dataset, balanced, load, to_float
+from gsem.evaluation.result import AttackScores, EvaluationResult
 from gsem.nn.contract import plain_logits
 from gsem.nn.load import load_model
-from gsem.reporting import Entry, cards, html, markdown, read_runs
+from gsem.reporting import RunReport, cards, html, markdown, read_runs
 from gsem.reporting.match import other_network
 from gsem.reporting.tables import bare
 from gsem.reporting.visuals import pictures, saved_pictures
 from gsem.training.recorded import find, find_named
 
-WRITERS: dict[str, Callable[[Sequence[Entry], str], str]] = {
+WRITERS: dict[str, Callable[[Sequence[RunReport], str], str]] = {
     ".html": lambda entries, told: html(entries, version=told),
     ".md": lambda entries, told: markdown(entries, version=told),
     ".json": lambda entries, told: cards(entries),
@@ -37,11 +37,11 @@ def report(
     out: str | Path | Sequence[str | Path],
     *,
     model: nn.Module | None = None,
-    data: str | Source | None = None,
+    data: str | Dataset | None = None,
     data_path: str | None = None,
     images: int = IMAGES,
     device: str | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """What was trained, what was measured, and whether to believe it, as a page that people read.
 
@@ -53,12 +53,12 @@ def report(
         model: a network of your own whose evaluation (an `.npz`) is among `runs`, for its pictures: images in [0, 1] →
             logits, in eval mode. Without it, the gallery shows the adversarial examples that the evaluation kept.
         data: whose test images the pictures are made of, where the evaluation kept none: a data set's name, an image
-            folder, an `.npz` file, or a `gsem.data.Source`. Default: what the evaluation or the run names.
+            folder, an `.npz` file, or a `gsem.data.Dataset`. Default: what the evaluation or the run names.
         data_path: directory of the data sets that have names.
         images: test images that pictures (confusion, gallery, loss surface) are computed of, where the evaluation
             kept no adversarial examples; 0 for no pictures.
-        device: "cpu", "cuda", "cuda:N"; the GPU where there is one unless told.
-        tell: called with a line before each step that takes time.
+        device: "cpu", "cuda", "cuda:N"; default: the GPU where there is one.
+        on_progress: called with a line before each step that takes time.
 
     Returns:
         The files written.
@@ -83,9 +83,9 @@ def report(
             f"{len(strangers)} are such evaluations, not one: run directories hold their own model"
         )
     if any(path.suffix == ".html" for path in paths):
-        where, tell = device_named(device), tell or (lambda line: None)
+        where, on_progress = device_named(device), on_progress or (lambda line: None)
         source = load(data, data_path) if isinstance(data, str) else data
-        entries = [_pictured(e, None if e.facts else model, source, images, where, tell) for e in entries]
+        entries = [_pictured(e, None if e.facts else model, source, images, where, on_progress) for e in entries]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, WRITERS[path.suffix](entries, release()).encode())
@@ -93,13 +93,13 @@ def report(
 
 
 def _pictured(
-    entry: Entry,
+    entry: RunReport,
     own: nn.Module | None,
-    data: Source | None,
+    data: Dataset | None,
     images: int,
     device: torch.device,
-    tell: Callable[[str], None],
-) -> Entry:
+    on_progress: Callable[[str], None],
+) -> RunReport:
     """With its pictures; or with a sentence that says which are missing, why, and how to get them.
 
     Args:
@@ -116,7 +116,7 @@ def _pictured(
     except (ValueError, OSError, RuntimeError) as error:
         again = f"With them there, {shlex.join(['gsem', 'report', entry.spec])} shows the pictures."
         return replace(entry, missing=f"The run's model could not be loaded ({_line(error)}). {again}")
-    tell(f"{entry.name}: pictures")
+    on_progress(f"{entry.name}: pictures")
     try:
         shown = kept if kept is not None else _fresh(entry, data, images)
     except (ValueError, OSError) as error:
@@ -136,7 +136,7 @@ def _pictured(
     return replace(entry, pictures=found, named=shown.classes if data is None else data.classes)
 
 
-def _check_same(entry: Entry, model: nn.Module) -> None:
+def _check_same(entry: RunReport, model: nn.Module) -> None:
     """Raise a ValueError if the evaluation says that it is of another network."""
     assert entry.result is not None
     facts = entry.result.facts
@@ -147,7 +147,7 @@ def _check_same(entry: Entry, model: nn.Module) -> None:
         )
 
 
-def _without_network(entry: Entry, kept: "_Images | None", data: Source | None) -> Entry:
+def _without_network(entry: RunReport, kept: "_Images | None", data: Dataset | None) -> RunReport:
     """What the evaluation kept: images and how often they were right, but not what they were taken for."""
     named = None if entry.result is None else entry.result.facts.get("about", {}).get("model")
     words = ["gsem", "report", entry.file, "--model", bare(named) if named else "package.module:function"]
@@ -185,7 +185,7 @@ class _Images:
     """Their names, if they are known."""
 
 
-def _kept(entry: Entry) -> _Images | None:
+def _kept(entry: RunReport) -> _Images | None:
     """Images, labels and points of the evaluation, the worst of its attacks, if it kept them."""
     result = entry.result
     if result is None or not any(s.name == "clean" for s in result.scores):
@@ -200,19 +200,19 @@ def _kept(entry: Entry) -> _Images | None:
     return _Images(torch.from_numpy(x), torch.from_numpy(result.y), torch.from_numpy(points), how, result.rows)
 
 
-def _attacks(result: Result) -> list[Scores]:
+def _attacks(result: EvaluationResult) -> list[AttackScores]:
     # Not `worst`, which has the image as it is wherever no attack is worse: here the attacks are to be seen.
     return [s for s in result.scores if s.noise == "fresh" and s.bounded and s.name != "clean"]
 
 
-def _worst_of_each(result: Result) -> tuple[np.ndarray, np.ndarray]:
+def _worst_of_each(result: EvaluationResult) -> tuple[np.ndarray, np.ndarray]:
     """Per image the right draws under the worst attack, and its number."""
     attacks = _attacks(result)
     chosen = np.stack([s.selection for s in attacks]).argmin(0)
     return np.stack([s.correct for s in attacks])[chosen, np.arange(len(chosen))], chosen
 
 
-def _fresh(entry: Entry, data: Source | None, images: int) -> _Images:
+def _fresh(entry: RunReport, data: Dataset | None, images: int) -> _Images:
     """Some test images: of those that were evaluated if they are known, else of the data.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a report says of its runs in words and tables; the page and the Markdown are filled from here."""
+"""The sentences and tables of a report, for the page and the Markdown."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ from typing import Any
 from gsem._text import duration, pixels
 from gsem.auditing import Check
 from gsem.reporting.figure import interval, percent
-from gsem.reporting.views import Entry
+from gsem.reporting.views import RunReport
 from gsem.training.recipes import Recipe
 
 # The fields of a recipe that a reader asks for first; all others are listed below them.
@@ -20,7 +20,7 @@ ORDER = {"flag": 0, "inconclusive": 1, "pass": 2}
 
 
 @dataclass(frozen=True)
-class Judged:
+class VerdictView:
     """The verdict on a run, ready to be printed."""
 
     word: str
@@ -30,11 +30,11 @@ class Judged:
     asked: str
     """On what: attacks, images, eps."""
     command: str
-    checks: tuple["Asked", ...]
+    checks: tuple["CheckView", ...]
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckView:
     """A check of the audit, ready to be printed."""
 
     check: Check
@@ -45,17 +45,17 @@ class Asked:
     """What repeats it."""
 
 
-def judged(entry: Entry) -> Judged:
+def judged(entry: RunReport) -> VerdictView:
     """The verdict on a run, or that there is none and how to get it."""
     a = entry.audit
     if a is None:
         left_out = any(line.startswith("audit") for line in entry.unmatched)
         none = "No audit here is of these accuracies." if left_out else "No audit was made."
         reason = f"{none} Whether the accuracies are real was not asked: a masked gradient would not have been noticed."
-        return Judged("", SIGNS[""], reason, "", _audit_command(entry), ())
+        return VerdictView("", SIGNS[""], reason, "", _audit_command(entry), ())
     command = _command(a.facts.get("command"), entry)
     checks = tuple(
-        Asked(
+        CheckView(
             c,
             "–" if c.figure is None else f"{c.figure:.3f}",
             sentence(c.reason),
@@ -63,7 +63,7 @@ def judged(entry: Entry) -> Judged:
         )
         for c in sorted(a.checks, key=lambda c: ORDER.get(c.outcome, 0))
     )
-    return Judged(a.verdict, SIGNS.get(a.verdict, "?"), a.reason, _asked(a.facts), command, checks)
+    return VerdictView(a.verdict, SIGNS.get(a.verdict, "?"), a.reason, _asked(a.facts), command, checks)
 
 
 def sentence(text: str) -> str:
@@ -75,7 +75,7 @@ def sentence(text: str) -> str:
     return begins + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def _command(told: Any, entry: Entry) -> str:
+def _command(told: Any, entry: RunReport) -> str:
     """As it was given; of what lies elsewhere on the machine that made it, the last part of the path."""
     if not isinstance(told, str) or not told:
         return _audit_command(entry)
@@ -86,7 +86,7 @@ def _command(told: Any, entry: Entry) -> str:
     return shlex.join(bare(word) for word in words)
 
 
-def _audit_command(entry: Entry) -> str:
+def _audit_command(entry: RunReport) -> str:
     """What audits the accuracies of the entry: with its data, eps and norm, where they are not the run's own."""
     words = ["gsem", "audit", entry.spec]
     facts = {} if entry.result is None else entry.result.facts
@@ -125,7 +125,7 @@ def _asked(facts: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def outcomes(entries: Sequence[Entry]) -> list[tuple[str, list[str], bool]]:
+def outcomes(entries: Sequence[RunReport]) -> list[tuple[str, list[str], bool]]:
     """Every check of several runs side by side: name, outcome and figure of each run, whether they differ."""
     audits = [{} if e.audit is None else {c.name: c for c in e.audit.checks} for e in entries]
     names = list(dict.fromkeys(name for checks in audits for name in checks))
@@ -152,7 +152,7 @@ class Accuracy:
     worst: bool = False
 
 
-def accuracies(entry: Entry) -> list[Accuracy]:
+def accuracies(entry: RunReport) -> list[Accuracy]:
     """A row for each attack within eps, and the worst case; with the noise known, beside it."""
     if entry.summary is None:
         return []
@@ -172,7 +172,7 @@ def _same(rows: list[dict[str, Any]], attack: str) -> dict[str, Any]:
     return {r["noise"]: r for r in rows if r["noise"] != "fresh" and re.split("-eot|@", r["attack"])[0] == plain}
 
 
-def _row(entry: Entry, name: str, r: dict[str, Any], known: dict[str, Any], *, worst: bool = False) -> Accuracy:
+def _row(entry: RunReport, name: str, r: dict[str, Any], known: dict[str, Any], *, worst: bool = False) -> Accuracy:
     assert entry.result is not None and entry.summary is not None
     cells = [("expected", percent(r["mean"]), interval(r))]
     if entry.result.draws > 1:
@@ -186,7 +186,7 @@ def _row(entry: Entry, name: str, r: dict[str, Any], known: dict[str, Any], *, w
     return Accuracy(name, tuple(cells), worst)
 
 
-def as_published(entry: Entry) -> list[tuple[str, str, str]]:
+def as_published(entry: RunReport) -> list[tuple[str, str, str]]:
     """Attack, accuracy and interval as the released evaluation would have printed them; of noisy models only."""
     result = entry.result
     if result is None or result.draws == 1 or not any(s.name == "clean" for s in result.scores):
@@ -195,7 +195,7 @@ def as_published(entry: Entry) -> list[tuple[str, str, str]]:
     return [(name, percent(one.mean), interval(one)) for name, one in found if name != "clean"]
 
 
-def unbounded(entry: Entry) -> list[str]:
+def unbounded(entry: RunReport) -> list[str]:
     """A sentence for each attack without a bound."""
     rows = [] if entry.summary is None else [r for r in entry.summary["attacks"] if not r["bounded"]]
     told = []
@@ -208,7 +208,7 @@ def unbounded(entry: Entry) -> list[str]:
     return told
 
 
-def evaluated(entry: Entry) -> str:
+def evaluated(entry: RunReport) -> str:
     """On what the accuracies were measured, a sentence."""
     if entry.result is None:
         return ""
@@ -231,7 +231,7 @@ def _subset(facts: dict[str, Any]) -> str:
 # --- training and cost -----------------------------------------------------------------------------------------
 
 
-def trained(entries: Sequence[Entry]) -> list[tuple[str, list[str], bool]]:
+def trained(entries: Sequence[RunReport]) -> list[tuple[str, list[str], bool]]:
     """What was trained: field, value of each run, whether they differ."""
     rows: list[tuple[str, list[str]]] = [(name, [_told(e.recipe.get(name)) for e in entries]) for name in FIRST]
     rows[0] = ("recipe", rows[0][1])
@@ -253,7 +253,7 @@ def trained(entries: Sequence[Entry]) -> list[tuple[str, list[str], bool]]:
     return [(name, values, len(set(values)) > 1) for name, values in rows if set(values) != {"–"}]
 
 
-def rest(entries: Sequence[Entry]) -> list[tuple[str, list[str], bool]]:
+def rest(entries: Sequence[RunReport]) -> list[tuple[str, list[str], bool]]:
     """The other fields of the recipes."""
     names = list(dict.fromkeys(name for e in entries for name in e.recipe if name not in FIRST))
     rows = [(name, [_told(e.recipe.get(name)) for e in entries]) for name in names]
@@ -270,17 +270,17 @@ def _told(value: Any, none: str = "–") -> str:
     return bare(f"{value:g}" if isinstance(value, float) else value)
 
 
-def _eps(entry: Entry) -> str:
+def _eps(entry: RunReport) -> str:
     """That of the training attack: the data's own unless the recipe tells another."""
     eps = entry.recipe.get("eps") or entry.facts.get("data", {}).get("eps")
     return "–" if eps is None else pixels(eps)
 
 
-def _machine(entry: Entry) -> str:
+def _machine(entry: RunReport) -> str:
     return " ".join(str(entry.facts[key]) for key in ("machine", "device") if entry.facts.get(key)) or "–"
 
 
-def costs(entries: Sequence[Entry]) -> list[tuple[str, list[str], bool]]:
+def costs(entries: Sequence[RunReport]) -> list[tuple[str, list[str], bool]]:
     """Passes and time of training, evaluation, audit and pictures: what, value of each run, whether they differ."""
     rows: list[tuple[str, list[str]]] = [
         ("training time", [_seconds(e.metrics[-1].get("seconds")) if e.metrics else "–" for e in entries]),
@@ -297,16 +297,16 @@ def costs(entries: Sequence[Entry]) -> list[tuple[str, list[str], bool]]:
     return [(name, values, len(set(values)) > 1) for name, values in rows if set(values) != {"–"}]
 
 
-def _attacks(entry: Entry) -> list[dict[str, Any]]:
+def _attacks(entry: RunReport) -> list[dict[str, Any]]:
     rows = [] if entry.summary is None else entry.summary["attacks"]
     return [r for r in rows if r["noise"] == "fresh" and r["attack"] != "clean"]
 
 
-def _total(entry: Entry) -> float | None:
+def _total(entry: RunReport) -> float | None:
     return None if entry.summary is None else sum(r["seconds"] for r in entry.summary["attacks"])
 
 
-def _cost(entry: Entry, label: str) -> str:
+def _cost(entry: RunReport, label: str) -> str:
     for r in _attacks(entry):
         if r["attack"] == label and entry.result is not None:
             passes = (r["forwards"] + r["gradients"]) / len(entry.result.y)
@@ -314,7 +314,7 @@ def _cost(entry: Entry, label: str) -> str:
     return "–"
 
 
-def _passes(entry: Entry) -> str:
+def _passes(entry: RunReport) -> str:
     try:
         attack, training = Recipe.from_dict(entry.recipe).passes
     except (ValueError, TypeError):  # of another version

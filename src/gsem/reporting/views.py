@@ -1,4 +1,4 @@
-"""What a report is made of: a run as it was read, and the pictures that were computed of its model."""
+"""The data of a report: a run, its verdict and checks, and its pictures."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gsem.auditing import Audit
-from gsem.evaluation.result import Result
+from gsem.evaluation.result import EvaluationResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Pictures:
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class RunReport:
     """A run as a report reads it. What is not there is None, or empty."""
 
     path: Path
@@ -71,7 +71,7 @@ class Entry:
     """recipe.json: recipe, model, data, versions, machine."""
     metrics: tuple[dict[str, Any], ...] = ()
     """One per epoch (see `gsem.Run`)."""
-    result: Result | None = None
+    result: EvaluationResult | None = None
     summary: dict[str, Any] | None = None
     """`result.to_dict()`: each attack's accuracies with intervals, and the worst cases."""
     file: str = ""

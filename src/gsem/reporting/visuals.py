@@ -1,4 +1,4 @@
-"""Pictures for a report that need the model: images under attack, what is taken for what, the loss around images."""
+"""Pictures that need the model: adversarial images, the confusion matrix, the loss surface around images."""
 
 import time
 from typing import Any
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from gsem.attacks import apgd
 from gsem.attacks._core import Norm
 from gsem.nn.contract import ImagesLike, LabelsLike, checked
-from gsem.nn.folded import search_twin
+from gsem.nn.folded import fold
 from gsem.nn.gsem import noise
-from gsem.nn.predict import BATCH, answers, is_stochastic
+from gsem.nn.predict import BATCH, is_stochastic, predict_draws
 from gsem.reporting import Pictures, Shown, Surface
-from gsem.rng import generator, split, stream
+from gsem.rng import derive_seed, generator, seeded
 
 STEPS, EOT = 20, 5  # of the attack where no points were kept: a look, not a measurement
 DRAWS = 20
@@ -60,11 +60,11 @@ def pictures(
     draws = DRAWS if stochastic else 1
     if points is None:
         eot = EOT if stochastic else 1
-        points = attacked(model, x, y, eps=eps, norm=norm, eot=eot, seed=split(seed, "pictures"), batch=batch)
+        points = attacked(model, x, y, eps=eps, norm=norm, eot=eot, seed=derive_seed(seed, "pictures"), batch=batch)
         how = f"points found for this report only, by apgd{STEPS}-eot{eot}: an easier attack than an evaluation's"
-    before = answers(model, x, draws=draws, seed=split(seed, "pictures", "clean"), batch=batch)
-    after = answers(model, points, draws=draws, seed=split(seed, "pictures", "attacked"), batch=batch)
-    with torch.no_grad(), stream(0, x.device):
+    before = predict_draws(model, x, draws=draws, seed=derive_seed(seed, "pictures", "clean"), batch=batch)
+    after = predict_draws(model, points, draws=draws, seed=derive_seed(seed, "pictures", "attacked"), batch=batch)
+    with torch.no_grad(), seeded(0, x.device):
         classes = model(x[:1]).shape[1]
     chosen = first_of_each(y, SHOWN, right=(before == y).double().mean(0) > 0.5)
     shown = tuple(_shown(x, points, y, before, after, at, rows) for at in chosen)
@@ -116,11 +116,11 @@ def attacked(
     model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: Norm, eot: int, seed: int, batch: int
 ) -> Float[Tensor, "n c h w"]:
     """Points of a short APGD on cross-entropy."""
-    twin = search_twin(model)
+    folded = fold(model)
     parts = []
     for first in range(0, len(x), batch):
-        one, own = slice(first, first + batch), split(seed, first)
-        parts.append(apgd(twin, x[one], y[one], eps=eps, norm=norm, steps=STEPS, eot=eot, seed=own))
+        one, own = slice(first, first + batch), derive_seed(seed, first)
+        parts.append(apgd(folded, x[one], y[one], eps=eps, norm=norm, steps=STEPS, eot=eot, seed=own))
     return torch.cat(parts)
 
 
@@ -203,8 +203,8 @@ def _surface(
     margin = torch.zeros(len(plane), device=x.device)
     count = min(draws, SURFACE_DRAWS)
     for draw in range(count):
-        own = split(seed, "surface", number, draw)
-        with stream(own, x.device), noise(model, "frozen", seed=own) if draws > 1 else noise(model, "fresh"):
+        own = derive_seed(seed, "surface", number, draw)
+        with seeded(own, x.device), noise(model, "frozen", seed=own) if draws > 1 else noise(model, "fresh"):
             logits = torch.cat([model(plane[first : first + batch]) for first in range(0, len(plane), batch)])
         others = logits.clone()
         others[:, y] = -torch.inf

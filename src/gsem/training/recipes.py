@@ -1,4 +1,4 @@
-"""A training run as one frozen value, and the named ones. Data only: nothing here computes a tensor."""
+"""Recipes: all that determines a training run, as one frozen value, and the named recipes. No tensors here."""
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -113,7 +113,7 @@ class Recipe:
     """Of the training passes (autocast). auto: bf16 where the device multiplies it in hardware, fp16 on older GPUs,
     else float32; on a CPU, fp16 means auto."""
     search: Precision = "auto"
-    """Of the attack's gradient directions, on the search twin."""
+    """Of the attack's gradient directions, on the folded model."""
     validate_every: int = 1
     """Epochs between validations, each on at most 1,000 held-out training images under PGD-10."""
     start_from: str | None = None
@@ -307,7 +307,7 @@ RECIPES: dict[str, Recipe] = {
         TRADES_AWP,
     )
 }
-ABOUT: dict[str, str] = {
+DESCRIPTIONS: dict[str, str] = {
     "gcat": "our economical GCAT: one draw a step, averaged weights",
     "gcat-mart": "the same with MART's loss",
     "gcat-awp": "the same with MART's loss and AWP",

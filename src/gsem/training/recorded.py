@@ -1,4 +1,4 @@
-"""What a run records of its data, and how they are found again: from another directory, or after a move."""
+"""What a run records about its data, and how the data are found again from another directory."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gsem._fingerprint import data_fingerprint
-from gsem.data import SOURCES, Source, Split, load
+from gsem.data import DATASETS, Dataset, Split, load
 from gsem.data.download import ROOT
 from gsem.training.recipes import Recipe
 
@@ -19,7 +19,7 @@ Places = dict[str, list[str]]
 class TrainingData:
     """The data of a training, and what the run records of them."""
 
-    source: Source
+    source: Dataset
     recipe: Recipe
     """As the run records it: data passed in Python are called by their own name."""
     passed: bool
@@ -49,7 +49,7 @@ class TrainingData:
         return *s.training(seed), found | {"passed": self.passed}
 
 
-def training_data(recipe: Recipe, data: Source | None, former: Mapping[str, Any] | None, run: Path) -> TrainingData:
+def training_data(recipe: Recipe, data: Dataset | None, former: Mapping[str, Any] | None, run: Path) -> TrainingData:
     """Find the data of a new run, or those of the run that is resumed.
 
     Args:
@@ -81,7 +81,7 @@ def training_data(recipe: Recipe, data: Source | None, former: Mapping[str, Any]
     return TrainingData(source, as_then, passed, places, extra, run, former["data"])
 
 
-def find(facts: Mapping[str, Any], run: Path) -> Source:
+def find(facts: Mapping[str, Any], run: Path) -> Dataset:
     """The data that a run was trained on.
 
     Args:
@@ -103,7 +103,7 @@ def find(facts: Mapping[str, Any], run: Path) -> Source:
     return source
 
 
-def find_named(name: str, root: str | None, places: Places, folder: Path) -> Source:
+def find_named(name: str, root: str | None, places: Places, folder: Path) -> Dataset:
     """The data set of that name or path, where a path may have been recorded elsewhere.
 
     Args:
@@ -113,7 +113,7 @@ def find_named(name: str, root: str | None, places: Places, folder: Path) -> Sou
     Raises:
         ValueError, FileNotFoundError: as `find`.
     """
-    if name not in SOURCES or "data" in places:
+    if name not in DATASETS or "data" in places:
         return load(_located("data", name, places, folder))
     if root is None and "data_path" not in places:
         return load(name)
@@ -141,7 +141,7 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> No
 
 def places_of(name: str | None, root: str | None, folder: Path, extra: str | None = None) -> Places:
     """Where data lie now that were given by name or path: to be kept by files in `folder`."""
-    named = name in SOURCES
+    named = name in DATASETS
     told = {"data": None if named else name, "data_path": (root or str(ROOT)) if named else None, "extra_data": extra}
     there = {field: path for field, path in told.items() if path is not None and Path(path).expanduser().exists()}
     return {field: _place(path, folder) for field, path in there.items()}

@@ -1,4 +1,4 @@
-"""What a training leaves behind, what it tells while it runs, and how it ends before its end."""
+"""A run directory and its metrics, the progress of a training, and the exceptions that end it early."""
 
 import json
 from collections.abc import Iterator

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from gsem._env import DTYPES, choose_precision, require_float64, warn_if_emulated
 from gsem._io import part
 from gsem.attacks._core import project, random_start
-from gsem.attacks.pgd import climb
-from gsem.data import Source, auto_augment, crop_flip, cutout, to_float
+from gsem.attacks.pgd import pgd_loop
+from gsem.data import Dataset, auto_augment, crop_flip, cutout, to_float
 from gsem.losses import Loss, cross_entropy, divergence_from, mart, trades
-from gsem.nn.folded import SearchTwin, search_twin
-from gsem.rng import generator, reseed, split, stream
+from gsem.nn.folded import FoldedModel, fold
+from gsem.rng import derive_seed, generator, reseed, seeded
 from gsem.training.awp import awp
 from gsem.training.recipes import Recipe
 
@@ -54,10 +54,10 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 class Stepper:
-    """The moving parts of a training: model, average, optimizer, and the twin that attacks search on.
+    """The moving parts of a training: model, average, optimizer, and the folded model that attacks search on.
 
-    With `compiled`, torch.compile runs the training passes and the twin. `used` is the precision that the training
-    passes and the search run in: what the recipe's `auto` means on the model's device.
+    With `compiled`, torch.compile runs the training passes and the folded model. `used` is the precision that the
+    training passes and the search run in: what the recipe's `auto` means on the model's device.
 
     Raises:
         ValueError: a precision or an augmentation that the device cannot do.
@@ -66,7 +66,7 @@ class Stepper:
     def __init__(
         self,
         recipe: Recipe,
-        source: Source,
+        source: Dataset,
         eps: float,
         model: nn.Module,
         average: Average | None,
@@ -81,10 +81,10 @@ class Stepper:
         self.used = {field: choose_precision(getattr(recipe, field), self.device) for field in ("precision", "search")}
         warn_if_emulated(self.used.values(), self.device)
         self.dtype, self.search_dtype = DTYPES[self.used["precision"]], DTYPES[self.used["search"]]
-        self.twin = search_twin(model, self.search_dtype)
+        self.folded = fold(model, self.search_dtype)
         self.training_pass: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         if compiled:
-            self.twin.compile_graph()
+            self.folded.compile_graph()
         self.rows: dict[int, slice | Tensor] = {}
         self.new_optimizer()
         self.clear_sums()
@@ -124,13 +124,13 @@ class Stepper:
             averaged: steps averaged before this one; None while the average has not begun.
         """
         r = self.recipe
-        reseed(split(r.seed, "step", step), self.device)
+        reseed(derive_seed(r.seed, "step", step), self.device)
         x = self._augmented(pixels, step)
         x_adv = x
         if r.attacked > 0:
             rows = self._rows(len(x))
             x_adv = x if r.objective == "ce" else x.clone()  # the others need the clean images too
-            x_adv[rows] = self.attack(self.twin, x[rows], y[rows], steps=r.steps, eot=r.eot, number=step)
+            x_adv[rows] = self.attack(self.folded, x[rows], y[rows], steps=r.steps, eot=r.eot, number=step)
         for group in self.optimizer.param_groups:
             group["lr"] = r.learning_rate(epoch)
         self.model.train()
@@ -162,17 +162,17 @@ class Stepper:
         return to_float(pixels).contiguous(memory_format=torch.channels_last)
 
     def attack(
-        self, twin: SearchTwin, x: Tensor, y: Tensor, *, steps: int, eot: int, number: int, plain: bool = False
+        self, folded: FoldedModel, x: Tensor, y: Tensor, *, steps: int, eot: int, number: int, plain: bool = False
     ) -> Tensor:
-        """PGD on a refreshed twin, from the recipe's start and by its inner loss; `plain`: uniform start, CE.
+        """PGD on a refreshed folded model, from the recipe's start and by its inner loss; `plain`: uniform start, CE.
 
         Nothing here waits for the device: an infinite loss shows in `finite`, which is looked at now and then.
         """
         r = self.recipe
-        twin.refresh()
-        seed = split(r.seed, "attack", number)
+        folded.refresh()
+        seed = derive_seed(r.seed, "attack", number)
         objective: Loss = cross_entropy
-        with stream(split(seed, "model"), self.device):
+        with seeded(derive_seed(seed, "model"), self.device):
             if r.start == "gaussian" and not plain:
                 chance = generator(r.seed, "start", number, device=self.device)
                 start = x + 0.001 * torch.randn(x.shape, generator=chance, device=self.device)
@@ -181,9 +181,11 @@ class Stepper:
                 start = random_start(x, self.eps, "Linf", generator(seed, "start", 0, device=self.device))
             if r.objective == "trades" and not plain:
                 with torch.no_grad():
-                    objective = divergence_from(twin(x))
+                    objective = divergence_from(folded(x))
             step = r.step or self.eps / 4
-            x_adv, finite = climb(twin, x, y, start, eps=self.eps, step=step, steps=steps, eot=eot, objective=objective)
+            x_adv, finite = pgd_loop(
+                folded, x, y, start, eps=self.eps, step=step, steps=steps, eot=eot, objective=objective
+            )
         self.finite &= finite.all()
         return x_adv
 

@@ -1,7 +1,7 @@
 """One loop for every recipe: attack the rows that the recipe names, average the gradient over draws, step.
 
-Chance is counted, not carried: every step reseeds its streams from (seed, round, step), so that a run killed
-anywhere and resumed computes what the uninterrupted one does.
+RNG state is never saved: each step derives its seeds from (seed, round, step), so that a run that is killed anywhere
+and resumed computes the same as an uninterrupted one.
 """
 
 import json
@@ -22,12 +22,12 @@ from gsem._interrupt import Interruption, finish_step_on_interrupt
 from gsem._io import BEST, LAST, append_line, part, read_checkpoint, read_facts, save_checkpoint, write_atomically
 from gsem._lock import locked
 from gsem._provenance import commit, release
-from gsem.data import Source, Split, load, mixed_order, read_extra, to_float
-from gsem.nn.folded import SearchTwin, search_twin
+from gsem.data import Dataset, Split, load, mixed_order, read_extra, to_float
+from gsem.nn.folded import FoldedModel, fold
 from gsem.nn.load import load_model
 from gsem.nn.models import create_model
 from gsem.nn.predict import BATCH, correct_draws, is_stochastic
-from gsem.rng import generator, reseed, split, stream
+from gsem.rng import derive_seed, generator, reseed, seeded
 from gsem.training.recipes import Recipe
 from gsem.training.recorded import TrainingData, training_data
 from gsem.training.run import (
@@ -53,22 +53,22 @@ def train(
     recipe: Recipe,
     *,
     out: str | Path | None = None,
-    data: Source | None = None,
+    data: Dataset | None = None,
     device: str | None = None,
     resume: bool = False,
     compiled: bool = False,
-    report: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
     """Train as `recipe` says and keep the result in a run directory.
 
     Args:
-        out: the run directory; `runs/RECIPE-DATA-MODEL-seedN` unless told.
+        out: the run directory; default: `runs/RECIPE-DATA-MODEL-seedN`.
         data: where the images come from; `recipe.data` unless given. Its test split is never opened. The run records
             the name, shape, classes and a hash of what was used; to resume it, pass the same again.
-        device: "cpu", "cuda", "cuda:N"; the GPU where there is one unless told.
+        device: "cpu", "cuda", "cuda:N"; default: the GPU where there is one.
         resume: go on where `out` stopped. On a CPU, the end is the same, bit for bit, as without the stop.
         compiled: run the passes by torch.compile. Its first steps take minutes; on a CPU it gains nothing.
-        report: called with a `Progress` every few steps and after each epoch.
+        on_progress: called with a `Progress` every few steps and after each epoch.
 
     Raises:
         ValueError: a run is already there (and `resume` was not asked for), it follows another recipe, was trained
@@ -84,20 +84,20 @@ def train(
     found = training_data(recipe, data, former, path)
     recipe = found.recipe
     where = device_named(device)
-    with stream(split(recipe.seed, "run"), where), deterministic(recipe.deterministic):
+    with seeded(derive_seed(recipe.seed, "run"), where), deterministic(recipe.deterministic):
         # A resumed run keeps its precision, also on a machine where `auto` would now choose another.
         used = recorded_precision(path, where) if resume else {}
-        loop = _Loop(recipe, found, path, where, compiled, used)
+        loop = Trainer(recipe, found, path, where, compiled, used)
         path.mkdir(parents=True, exist_ok=True)
         instead = "wait for its end, or stop it" if resume else "wait for its end, or choose another --out"
         with locked(path / ".lock", f"training in {path}", instead):
             loop.begin_or_restore(resume)
             with finish_step_on_interrupt() as interrupted:
-                loop.run(interrupted, report)
+                loop.run(interrupted, on_progress)
     return Run(path, recipe, read_metrics(path))
 
 
-class _Loop:
+class Trainer:
     """A training run in memory: the weights, the optimizer, and the place in the schedule."""
 
     def __init__(
@@ -125,7 +125,7 @@ class _Loop:
         self.steps_per_epoch = len(self._order(0, 0))
         self.total_steps = self.steps_per_epoch * recipe.epochs * recipe.rounds
         self.last, self.best = path / LAST, path / BEST
-        reseed(split(recipe.seed, "weights"), device)
+        reseed(derive_seed(recipe.seed, "weights"), device)
         model = self._new_model()
         average = None
         if recipe.ema or recipe.swa_from is not None:
@@ -133,7 +133,7 @@ class _Loop:
         self.stepper = Stepper(replace(recipe, **used), source, self.eps, model, average, compiled=compiled)
         chosen = self.stepper.used.items()
         self.meta["precision"] = {field: {"asked": getattr(recipe, field), "used": value} for field, value in chosen}
-        self.validation_twin: SearchTwin | None = None
+        self.folded_for_validation: FoldedModel | None = None
         self.step = 0  # done, over all rounds
         self.best_robust = -1.0
         self.best_rank = (-1.0, -1.0)
@@ -191,7 +191,7 @@ class _Loop:
         if self.stepper.average:
             self.stepper.average.model.load_state_dict(weights)
 
-    def run(self, interrupted: Interruption, report: Callable[[Progress], None] | None) -> None:
+    def run(self, interrupted: Interruption, on_progress: Callable[[Progress], None] | None) -> None:
         per_round = self.steps_per_epoch * self.recipe.epochs
         order: Tensor | None = None
         first, started = self.step, time.monotonic()
@@ -216,8 +216,8 @@ class _Loop:
             if due:
                 self.save()
                 saved = now
-            if report is not None and (due or self.step % CHECK_EVERY == 0 or self.step == first + 1):
-                report(self._progress((now - started) / (self.step - first), ended))
+            if on_progress is not None and (due or self.step % CHECK_EVERY == 0 or self.step == first + 1):
+                on_progress(self._progress((now - started) / (self.step - first), ended))
             if interrupted.is_set() and self.step < self.total_steps and not self._stops_early:
                 stopped = TrainingInterrupted(self.path)
                 stopped.kind = interrupted.kind
@@ -308,16 +308,19 @@ class _Loop:
     def _accuracies(self, model: nn.Module) -> dict[str, float]:
         model.eval()
         if model is self.stepper.model:
-            twin = self.stepper.twin
+            folded = self.stepper.folded
         else:
-            self.validation_twin = twin = self.validation_twin or search_twin(model, self.stepper.search_dtype)
+            self.folded_for_validation = folded = self.folded_for_validation or fold(model, self.stepper.search_dtype)
         x, y = to_float(self.validation.x), self.validation.y
-        seed = split(self.recipe.seed, "validation")
+        seed = derive_seed(self.recipe.seed, "validation")
         draws = VALIDATION_DRAWS if is_stochastic(model, x[:1]) else 1
         parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
         attack = self.stepper.attack
         x_adv = torch.cat(
-            [attack(twin, *xy, steps=VALIDATION_STEPS, eot=1, number=-1 - i, plain=True) for i, xy in enumerate(parts)]
+            [
+                attack(folded, *xy, steps=VALIDATION_STEPS, eot=1, number=-1 - i, plain=True)
+                for i, xy in enumerate(parts)
+            ]
         )
         return {
             name: correct_draws(model, images, y, draws=draws, seed=seed).sum().item() / (draws * len(y))
