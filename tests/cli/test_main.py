@@ -92,6 +92,7 @@ def test_train_then_evaluate_then_resume(capsys, npz, in_tmp, tmp_path):
     assert gsem.EvaluationResult.load(tmp_path / "r/evaluation").draws == 7  # not overwritten
     assert gsem.EvaluationResult.load(tmp_path / "r/evaluation-2").draws == 100
     code, out, _ = run(capsys, "train", "--resume", "r")
+    assert "this training had ended before: nothing was left to train\n" in out
     assert code == 0  # finished already: says so again, computes nothing
     assert "already holds a run" in refused(capsys, "train", "--data", npz, "--out", "r", *TINY)
 

@@ -59,10 +59,13 @@ def _run(
                 scalars(p)
 
         try:
-            return train(recipe, out=out, device=device, resume=resume, compiled=compiled, on_progress=report)
+            run = train(recipe, out=out, device=device, resume=resume, compiled=compiled, on_progress=report)
         except TrainingInterrupted as stopped:
             again = shlex.join(["gsem", "train", "--resume", str(stopped)])
             raise stopped.kind(f"stopped; saved. Go on with: {again}") from None
+    if not begun:
+        console.print("this training had ended before: nothing was left to train")
+    return run
 
 
 def _heading(recipe: Recipe, p: Progress) -> str:
