@@ -1,7 +1,6 @@
 """Finished checks on disk, so that an interrupted audit resumes and ends with the same result."""
 
 import json
-import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from gsem._io import write_atomically, written_whole
 from gsem.auditing.check import Audit, Check
-from gsem.evaluation.partial import differences
-from gsem.evaluation.result import with_ending
+from gsem.evaluation.partial import Unfinished, differences
 
 T = TypeVar("T")
 
@@ -55,36 +53,20 @@ def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:
         )
 
 
-class Partial:
-    """A folder `PATH.unfinished`: a file for each finished check, and for each attack that several checks look at.
-
-    Args:
-        path: where the audit will go.
-        question: all that decides the audit (values as JSON takes them). The folder of another question is not
-            touched, unless nothing in it is finished.
+class Partial(Unfinished):
+    """The finished checks of an audit, and the points that several checks look at.
 
     Raises:
         AnotherAudit: something unfinished of another question is there.
     """
 
-    def __init__(self, path: str | Path, question: Mapping[str, Any], device: torch.device):
-        self.folder, self.device = with_ending(path, ".unfinished"), device
-        file = self.folder / "question.json"
-        if not file.exists() or not self.finished:
-            self.discard()
-        elif other := differences(json.loads(file.read_text()), question):
-            raise AnotherAudit(
-                f"{self.folder} holds something unfinished in which other things were asked. Different are: "
-                f"{'; '.join(other)}. Repeat that command to finish it, choose another --out, or delete the folder"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(question, indent=2).encode())
+    what = "something unfinished"
+    refusal = AnotherAudit
+    patterns = ("check-*.json", "*.npz")
 
-    @property
-    def finished(self) -> int:
-        """Files of what is not computed again."""
-        kept = [*self.folder.glob("check-*.json"), *self.folder.glob("*.npz")]
-        return sum(not file.name.startswith(".") for file in kept)
+    def __init__(self, path: str | Path, question: Mapping[str, Any], device: torch.device):
+        self.device = device
+        super().__init__(path, question)
 
     def read(self, name: str) -> Finished | None:
         """The check of this name, if it was finished."""
@@ -129,12 +111,3 @@ class Partial:
     def has(self, name: str) -> bool:
         """Whether `shared` of this name was computed."""
         return (self.folder / f"{name}.npz").exists()
-
-    def discard(self) -> None:
-        """The audit is saved: the pieces are not needed any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def discard_if_empty(self) -> None:
-        """Nothing was finished: the next audit finds the place free."""
-        if not self.finished:
-            self.discard()

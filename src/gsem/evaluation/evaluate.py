@@ -167,16 +167,8 @@ def evaluate(
 
     def scored(ledger: Ledger | None) -> EvaluationResult:
         evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, on_progress)
-        scores: list[AttackScores] = []
-        for mode in modes:
-            # What others are broken by, and unbounded points, are questions about the model as it is used.
-            asked_now = [a for a in chosen if mode == "fresh" or (a.bounded and a.name != "transfer")]
-            with _mode(model, mode, seed, len(modes) > 1), _rows_named(numbers):
-                transfers = any(a.name == "transfer" for a in asked_now)
-                evaluation.ready(mode, facts["draws"], sources if transfers else None)
-                if mode == "fresh" and any(a.follows_gradient for a in asked_now):
-                    check_gradient(evaluation.folded, x)
-                scores += [evaluation.score(attack) for attack in asked_now]
+        with _rows_named(numbers):
+            scores = evaluation.scores(chosen, modes, facts["draws"], sources)
         return EvaluationResult(scores, y.cpu().numpy(), facts, numbers)
 
     if save is None:
@@ -275,6 +267,21 @@ class _Evaluation:
         self.mode, self.draws = "fresh", 1
         self.folded: nn.Module = model
         self.sources: dict[str, nn.Module] = {}
+
+    def scores(
+        self, attacks: Sequence[AnyAttack], modes: Sequence[str], draws: int, sources: Mapping[str, nn.Module]
+    ) -> list[AttackScores]:
+        """Every attack in every mode of the noise."""
+        scores: list[AttackScores] = []
+        for mode in modes:
+            # What others are broken by, and unbounded points, are questions about the model as it is used.
+            asked = [a for a in attacks if mode == "fresh" or (a.bounded and a.name != "transfer")]
+            with _mode(self.model, mode, self.seed, len(modes) > 1):
+                self.ready(mode, draws, sources if any(a.name == "transfer" for a in asked) else None)
+                if mode == "fresh" and any(a.follows_gradient for a in asked):
+                    check_gradient(self.folded, self.x)
+                scores += [self.score(attack) for attack in asked]
+        return scores
 
     def ready(self, mode: str, draws: int, sources: Mapping[str, nn.Module] | None) -> None:
         """The noise was set: what follows from it. `sources` is None where nothing is transferred."""

@@ -67,27 +67,32 @@ def _plain(asked: Mapping[str, Any]) -> dict[str, Any]:
     return (found.pop("fingerprint", None) or {}) | found
 
 
-class Ledger:
-    """A folder `PATH.unfinished` with one file for each finished batch of each attack.
+class Unfinished:
+    """A folder `PATH.unfinished` with the finished parts of a computation, so that an interrupted one resumes.
 
     Args:
         path: where the result will go.
-        question: all that decides the result. A ledger of another question is not touched, unless nothing in it is
-            finished.
+        question: all that decides the result (values as JSON takes them). The folder of another question is not
+            touched, unless nothing in it is finished.
 
     Raises:
-        ValueError: an unfinished evaluation of another question is there.
+        ValueError (`refusal`): something unfinished of another question is there.
     """
 
-    def __init__(self, path: str | Path, question: dict[str, Any]):
+    what = "an unfinished evaluation"
+    refusal: type[ValueError] = ValueError
+    patterns: tuple[str, ...] = ("*.npz",)
+    """Of the files that hold finished parts."""
+
+    def __init__(self, path: str | Path, question: Mapping[str, Any]):
         self.folder = with_ending(path, ".unfinished")
         file = self.folder / "question.json"
         # (Pieces without their question are what a removal of the folder left that was itself interrupted.)
         if not file.exists() or not self.finished:
             self.discard()
         elif other := differences(json.loads(file.read_text()), question):
-            raise ValueError(
-                f"{self.folder} holds an unfinished evaluation in which other things were asked. Different are: "
+            raise self.refusal(
+                f"{self.folder} holds {self.what} in which other things were asked. Different are: "
                 f"{'; '.join(other)}. Repeat that command to finish it, choose another --out, or delete the folder"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,8 +100,22 @@ class Ledger:
 
     @property
     def finished(self) -> int:
-        """Batches that are not computed again."""
-        return sum(not file.name.startswith(".") for file in self.folder.glob("*.npz"))
+        """Parts that are not computed again."""
+        files = [file for pattern in self.patterns for file in self.folder.glob(pattern)]
+        return sum(not file.name.startswith(".") for file in files)
+
+    def discard(self) -> None:
+        """The result is saved: the parts are not needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def discard_if_empty(self) -> None:
+        """Nothing was finished: the next computation finds the place free."""
+        if not self.finished:
+            self.discard()
+
+
+class Ledger(Unfinished):
+    """The finished batches of an evaluation: one file for each batch of each attack."""
 
     def _file(self, name: str, first: int) -> Path:
         return self.folder / f"{derive_seed(0, name):016x}-{first}.npz"
@@ -118,15 +137,6 @@ class Ledger:
         arrays = {key: getattr(part, key) for key in (*ARRAYS, "x_adv")}
         with written_whole(self._file(name, first)) as file:
             np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
-
-    def discard(self) -> None:
-        """The result is saved: the pieces are not needed any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def discard_if_empty(self) -> None:
-        """Nothing was finished: the next evaluation finds the place free."""
-        if not self.finished:
-            self.discard()
 
 
 class AnotherQuestion(ValueError):
