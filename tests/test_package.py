@@ -93,5 +93,6 @@ def test_the_wheel_in_an_empty_environment_runs_the_demo(built, tmp_path):
     assert run(binaries / "gsem", "--version", cwd=tmp_path).startswith(f"gsem {gsem.__version__} (torch ")
     out = run(binaries / "gsem", "demo", cwd=tmp_path, PYTHONWARNINGS="default", COLUMNS="80")
     assert complaints(out) == [] and "gsem: note" not in out
-    assert out.splitlines()[-1] == "report: runs/demo/report.html"
+    *_, page, _, audit = out.splitlines()
+    assert (page, audit) == ("report: runs/demo/report.html", "  gsem audit runs/demo --quick")
     assert "<svg" in (tmp_path / "runs/demo/report.html").read_text()
