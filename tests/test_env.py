@@ -11,9 +11,11 @@ import gsem
 from gsem import _env as device
 from gsem._env import choose_precision, cpu_multiplies_bf16, device_named, require_float64
 from gsem._io import read_checkpoint
+from gsem.reporting.visuals import pictures
 from gsem.training.step import Stepper
 from gsem.training.trainer import train
 from killed_training import RECIPE
+from planted import halves, small_net
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 TINY = replace(RECIPE, rounds=1, epochs=2, validate_every=2)
@@ -136,7 +138,7 @@ def test_the_precision_that_a_run_chose_is_recorded_and_kept_on_the_other_kind(
 def test_bf16_on_a_processor_that_emulates_it_is_warned_of_once(tmp_path, few_digits, processor):
     processor()
     recipe = replace(TINY, precision="bf16", search="bf16", epochs=1, validate_every=1, warmup=0.0)
-    with pytest.warns(UserWarning, match="6 to 22 times as long") as caught:
+    with pytest.warns(UserWarning, match="5 to 22 times as long") as caught:
         train(recipe, data=few_digits, out=tmp_path / "run", device="cpu")
     assert len(caught) == 1
 
@@ -160,3 +162,22 @@ def test_the_published_recipe_on_a_cpu_follows_the_rule(few_digits, processor):
         stepper = Stepper(replace(TINY, precision="fp16"), few_digits, 0.1, model, None)
         assert stepper.dtype == (torch.bfloat16 if hardware else torch.float32)
         assert not stepper.scaler.is_enabled()
+
+
+def test_what_computes_in_float64_asks_for_it_before_it_begins(monkeypatch):
+    """mps has no float64. (No tensor can be put there on another machine: the device is asked for, and refused.)"""
+
+    def on_mps(device: torch.device, what: str) -> None:
+        require_float64(MPS, what)
+
+    model, (x, y) = small_net(), halves(4)
+    result = gsem.evaluate(model, x, y, "clean", eps=0.1, keep_images=True)
+    for module in ("gsem.auditing.audit", "gsem.evaluation.verify", "gsem.reporting.visuals"):
+        monkeypatch.setattr(f"{module}.require_float64", on_mps)
+    for what, run in (
+        ("an audit", lambda: gsem.audit(model, x, y, eps=0.1, quick=True)),
+        ("verify", lambda: gsem.verify(result, model, x, y)),
+        ("a report with pictures", lambda: pictures(model, x, y, eps=0.1)),
+    ):
+        with pytest.raises(ValueError, match=f"{what} computes in float64, which mps does not have"):
+            run()

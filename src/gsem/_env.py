@@ -93,7 +93,7 @@ def warn_if_emulated(used: Collection[str], device: torch.device) -> None:
     """One warning where bf16 is among the precisions used, and the processor emulates it."""
     if "bf16" in used and device.type == "cpu" and not cpu_multiplies_bf16():
         warnings.warn(
-            "this processor has no bf16 instructions: passes in bf16 take 6 to 22 times as long as in float32 "
+            "this processor has no bf16 instructions: passes in bf16 take 5 to 22 times as long as in float32 "
             "(precision auto chooses float32 here)",
             stacklevel=2,
         )

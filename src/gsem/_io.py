@@ -42,9 +42,9 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 def not_written(path: Path, error: OSError) -> OSError:
     """The error with a message for people: which file, why, and what is kept."""
     why = error.strerror or str(error)
-    told = OSError(f"{path} could not be written: {why}. What was written before is kept")
-    told.errno = error.errno
-    return told
+    named = OSError(f"{path} could not be written: {why}. What was written before is kept")
+    named.errno = error.errno
+    return named
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gsem._env import require_float64
 from gsem._fingerprint import data_fingerprint, model_fingerprint
 from gsem._lock import locked
 from gsem.attacks._core import Norm
@@ -72,7 +73,7 @@ def audit(
 
     The figure in question is the worst case over the white-box attacks among `attacks`. Each check measures one way
     in which it could be too high; where one is flagged, the mitigation is applied and the accuracy measured again.
-    docs/audit.md tells every check, its threshold and its paper.
+    docs/audit.md describes every check, its threshold and its paper.
 
     Args:
         model: images [b, c, h, w] in [0, 1] → logits, in eval mode. It is not changed.
@@ -91,7 +92,7 @@ def audit(
         surrogate: a model through which the attacks go instead of `model`: what a user of BPDA or of a substitute
             network evaluated with.
         save: where the audit goes (`Audit.save`). Each finished check is kept beside it meanwhile, in a folder
-            `….unfinished`, and the same call goes on behind the last of them after an interruption, to the same audit.
+            `….unfinished`, and the same call resumes after the last of them, to the same audit.
         about: what the caller wants to be kept in the audit's facts; its "command", if there is one, is what
             repeats the audit, and with `--only NAME` a check alone.
         on_progress: called with a `Progress` while it runs.
@@ -109,6 +110,7 @@ def audit(
     if not len(x):
         raise ValueError("there are no images to audit on")
     model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
+    require_float64(x.device, "an audit")
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
     sources = {name: plain_logits(source, x, y) for name, source in (sources or {}).items()}

@@ -334,7 +334,7 @@ def _numbered_from(first: int, on_step: OnStep) -> OnStep:
 
 
 def fold_quietly(model: nn.Module) -> nn.Module:
-    """A folded model; that a stranger cannot be folded was told once, and is no news in an audit."""
+    """A folded model, without the warning that a network cannot be folded: an audit folds it many times."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fold(model)

@@ -141,13 +141,6 @@ def evaluate(
         raise ValueError("transfer needs at least one source (--source, sources=): a model whose points are tried here")
     stochastic = is_stochastic(model, x[:batch])
     modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
-    labels = [a.label(eps=eps, stochastic=stochastic) for a in chosen]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"the same attack twice: {', '.join(labels)}")
-    options = {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, chosen, strict=True)}
-    for label, how in options.items():
-        if norm == "Linf" and (step := how.get("step", 0)) > 1:
-            raise ValueError(f"attack {label!r}: step = {step:g}, but images lie in [0, 1]: at most 1 (2/255, not 2)")
     facts: dict[str, Any] = {
         "images": len(x),
         "fingerprint": model_fingerprint(given) | data_fingerprint((x, y)),
@@ -157,7 +150,7 @@ def evaluate(
         "stochastic": stochastic,
         "seed": seed,
         "noise": modes,
-        "options": options,
+        "options": _options(chosen, eps=eps, norm=norm, stochastic=stochastic),
         "batch": batch,
         "sources": {name: model_fingerprint(source) for name, source in others.items()},
         "torch": torch.__version__,
@@ -182,6 +175,22 @@ def evaluate(
             "(again=True) computes it anew and keeps them"
         )
     return finished
+
+
+def _options(attacks: Sequence[AnyAttack], *, eps: float, norm: Norm, stochastic: bool) -> dict[str, dict[str, Any]]:
+    """What each attack runs with, by its label.
+
+    Raises:
+        ValueError: the same attack twice, or a step longer than the images' range.
+    """
+    labels = [a.label(eps=eps, stochastic=stochastic) for a in attacks]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"the same attack twice: {', '.join(labels)}")
+    options = {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, attacks, strict=True)}
+    for label, how in options.items():
+        if norm == "Linf" and (step := how.get("step", 0)) > 1:
+            raise ValueError(f"attack {label!r}: step = {step:g}, but images lie in [0, 1]: at most 1 (2/255, not 2)")
+    return options
 
 
 def _plain_source(name: str, source: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
@@ -339,7 +348,7 @@ class _Evaluation:
         right = scoring == y
         arrays = {
             "correct": right.sum(0),
-            "votes": vote_accuracy(scoring, y, VOTERS),
+            "votes": vote_accuracy(scoring.cpu(), y.cpu(), VOTERS),  # in float64, which not every device has
             "selection": (selection == y).sum(0),
             "single": torch.stack([selection[0] == y, right[0]], dim=1),
             "linf": linf,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gsem._env import require_float64
 from gsem._text import with_rows
 from gsem.evaluation.result import AttackScores, EvaluationResult
 from gsem.nn.contract import ImagesLike, LabelsLike, checked
@@ -56,6 +57,7 @@ def verify(
         ValueError: the result keeps no images, or is of another number or shape of images.
     """
     model, x, y, _ = checked(model, x, y, eps=result.facts["eps"], norm=result.facts["norm"])
+    require_float64(x.device, "verify")
     if any(s.x_adv is None for s in result.scores):
         raise ValueError("the result holds no adversarial examples: evaluate with --keep-images (keep_images=True)")
     if tuple(result.scores[0].x_adv.shape) != tuple(x.shape):  # type: ignore[union-attr]

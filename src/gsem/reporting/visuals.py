@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gsem._env import require_float64
 from gsem.attacks import apgd
 from gsem.attacks._core import Norm
 from gsem.nn.contract import ImagesLike, LabelsLike, checked
@@ -55,6 +56,7 @@ def pictures(
     if not len(x):
         raise ValueError("there are no images to show")
     model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, batch=batch)
+    require_float64(x.device, "a report with pictures")
     started = time.monotonic()
     stochastic = is_stochastic(model, x[:batch])
     draws = DRAWS if stochastic else 1
