@@ -92,12 +92,12 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, name: str, eps: float, o: ar
     row = {"attack": name, "images": len(x), "sides": {}}
     broken = {side: wrong(model, x_adv, y) for side, (x_adv, _) in sides.items()}
     for side, (_, cost) in sides.items():
-        standing = max(1, int((~broken[side]).sum()))
+        remaining = max(1, int((~broken[side]).sum()))
         row["sides"][side] = cost | {
             "broken": float(broken[side].double().mean()),
-            "standing": standing,
-            "forwards_per_survivor": cost["forwards"] / standing,
-            "gradients_per_survivor": cost["gradients"] / standing,
+            "standing": remaining,
+            "forwards_per_survivor": cost["forwards"] / remaining,
+            "gradients_per_survivor": cost["gradients"] / remaining,
             "only_here": int((broken[side] & ~broken["ours"]).sum()),
             "only_ours": int((broken["ours"] & ~broken[side]).sum()),
         }
@@ -200,7 +200,7 @@ def main() -> None:
                 show(rows[-1:])
         print()
         show(rows)
-    facts = {
+    metadata = {
         "run": str(o.run),
         "data": o.data,
         "images": len(x),
@@ -208,8 +208,10 @@ def main() -> None:
         "norm": o.norm,
         "torch": torch.__version__,
     }
-    facts |= {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": o.device, "seed": o.seed}
-    o.json.write_text(json.dumps({"facts": facts | {"steps": o.steps, "queries": o.queries}, "rows": rows}, indent=2))
+    metadata |= {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": o.device, "seed": o.seed}
+    o.json.write_text(
+        json.dumps({"metadata": metadata | {"steps": o.steps, "queries": o.queries}, "rows": rows}, indent=2)
+    )
 
 
 if __name__ == "__main__":

@@ -53,39 +53,39 @@ PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 }
 
 
-def pillow_crop_flip(image: Image.Image, padding: int, chance: random.Random) -> Image.Image:
+def pillow_crop_flip(image: Image.Image, padding: int, rng: random.Random) -> Image.Image:
     w, h = image.size
     image = ImageOps.expand(image, padding, fill=(FILL,) * 3)
-    left, top = chance.randint(0, 2 * padding), chance.randint(0, 2 * padding)
+    left, top = rng.randint(0, 2 * padding), rng.randint(0, 2 * padding)
     image = image.crop((left, top, left + w, top + h))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else image
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 
-def pillow_policy(image: Image.Image, chance: random.Random) -> Image.Image:
-    for name, probability, level in chance.choice(POLICY):
-        if chance.random() < probability:
+def pillow_policy(image: Image.Image, rng: random.Random) -> Image.Image:
+    for name, probability, level in rng.choice(POLICY):
+        if rng.random() < probability:
             middle, swing = magnitude(name, level)
-            image = PILLOW[name](image, middle + chance.choice((-1, 1)) * swing)
+            image = PILLOW[name](image, middle + rng.choice((-1, 1)) * swing)
     return image
 
 
-def cut(pixels: np.ndarray, size: int, chance: random.Random) -> None:
+def cut(pixels: np.ndarray, size: int, rng: random.Random) -> None:
     h, w = pixels.shape[:2]
-    top, left = chance.randrange(h) - size // 2, chance.randrange(w) - size // 2
+    top, left = rng.randrange(h) - size // 2, rng.randrange(w) - size // 2
     pixels[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = 0
 
 
-def one_by_one(images: list[np.ndarray], whole: bool, chance: random.Random) -> Tensor:
+def one_by_one(images: list[np.ndarray], whole: bool, rng: random.Random) -> Tensor:
     """Every image through Pillow, then one batch."""
     h = images[0].shape[0]
     out = []
     for pixels in images:
-        image = pillow_crop_flip(Image.fromarray(pixels), crop_padding(h), chance)
+        image = pillow_crop_flip(Image.fromarray(pixels), crop_padding(h), rng)
         if whole:
-            image = pillow_policy(image, chance)
+            image = pillow_policy(image, rng)
         made = np.array(image)
         if whole:
-            cut(made, h // 2, chance)
+            cut(made, h // 2, rng)
         out.append(torch.from_numpy(made.transpose(2, 0, 1)))
     return torch.stack(out)
 
@@ -98,9 +98,9 @@ def batched(x: Tensor, whole: bool, generator: torch.Generator) -> Tensor:
 
 def generated(n: int) -> Tensor:
     """Smooth colours with some noise, [n, 3, 32, 32]."""
-    chance = torch.Generator().manual_seed(0)
-    smooth = F.interpolate(torch.rand(n, 3, 4, 4, generator=chance), size=32, mode="bicubic", antialias=False)
-    return (smooth * 255 + 12 * torch.randn(n, 3, 32, 32, generator=chance)).clamp_(0, 255).to(torch.uint8)
+    rng = torch.Generator().manual_seed(0)
+    smooth = F.interpolate(torch.rand(n, 3, 4, 4, generator=rng), size=32, mode="bicubic", antialias=False)
+    return (smooth * 255 + 12 * torch.randn(n, 3, 32, 32, generator=rng)).clamp_(0, 255).to(torch.uint8)
 
 
 def of_source(path: str, n: int) -> tuple[str, Tensor]:
@@ -116,12 +116,12 @@ def of_source(path: str, n: int) -> tuple[str, Tensor]:
 def measure(x: Tensor, repeats: int) -> list[dict[str, Any]]:
     """Seconds of each side for each pipeline, one per repeat, the first (not kept) to warm up."""
     images = list(x.permute(0, 2, 3, 1).contiguous().numpy())
-    generator, chance = torch.Generator().manual_seed(0), random.Random(0)
+    generator, rng = torch.Generator().manual_seed(0), random.Random(0)
     rows = []
     for pipeline, whole in (("crop, flip", False), ("crop, flip, policy, Cutout", True)):
         sides: dict[str, Callable[[], Tensor]] = {
             "batched": lambda whole=whole: batched(x, whole, generator),  # type: ignore[misc]
-            "pillow": lambda whole=whole: one_by_one(images, whole, chance),  # type: ignore[misc]
+            "pillow": lambda whole=whole: one_by_one(images, whole, rng),  # type: ignore[misc]
         }
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(repeats + 1):
@@ -173,9 +173,9 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in machine.items()) + f", threads {torch.get_num_threads()}")
     print(table(rows))
     if args.json is not None:
-        facts = machine | {"threads": torch.get_num_threads(), "images": len(x), "shape": list(x.shape[1:])}
-        facts |= {"data": name, "repeats": args.repeats, "rows": rows}
-        args.json.write_text(json.dumps(facts, indent=2) + "\n")
+        metadata = machine | {"threads": torch.get_num_threads(), "images": len(x), "shape": list(x.shape[1:])}
+        metadata |= {"data": name, "repeats": args.repeats, "rows": rows}
+        args.json.write_text(json.dumps(metadata, indent=2) + "\n")
 
 
 if __name__ == "__main__":

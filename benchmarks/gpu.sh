@@ -57,7 +57,7 @@ attack, training = (statistics.median(found["times"][f"{kind} pass of the batch"
 images = len(gsem.data.load(data, where or None).training()[0])
 steps = gsem.RECIPES["gcat"].steps
 # (A tenth more for data, validation and the rest.)
-epoch = 1.1 * images / found["facts"]["batch"] * (steps * attack + training)
+epoch = 1.1 * images / found["metadata"]["batch_size"] * (steps * attack + training)
 print(max(2, min(60, int(float(budget) / epoch))))
 PYTHON
 )}

@@ -73,7 +73,7 @@ def step(device: str) -> None:
     images = Split(pixels.to(device), torch.arange(16, device=device) % 10)
     source = replace(gsem.data.load("digits"), shape=(3, 32, 32), read_train=lambda: images, read_test=lambda: images)
     told = {"model": "gsem-resnet10x16", "steps": 2, "eot": 3, "draws": 2, "augment": "none"}
-    recipe = replace(gsem.RECIPES["gcat-published"], **told, precision="float32", search="float32")
+    recipe = replace(gsem.RECIPES["gcat-published"], **told, precision="float32", attack_precision="float32")
     fast, slow = network(device, torch.float64), network(device, torch.float64)
     stepper = Stepper(recipe, source, EPS, fast, None)
     stepper.folded = fold(fast, torch.float64)

@@ -40,7 +40,7 @@ def sides(name: str, shape: tuple[int, int, int], batch: int, precision: str, de
     """The attack pass and the training pass of a network in one precision."""
     torch.manual_seed(0)
     model = gsem.create_model(name, in_channels=shape[0]).to(device, memory_format=torch.channels_last)
-    recipe = replace(gsem.RECIPES["gcat"], model=name, precision=precision, search=precision)
+    recipe = replace(gsem.RECIPES["gcat"], model=name, precision=precision, attack_precision=precision)
     stepper = Stepper(recipe, gsem.data.load("digits"), 8 / 255, model, None)
     x = torch.rand(batch, *shape, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (batch,), device=device)
@@ -99,8 +99,8 @@ def main() -> None:
             print(f"  {kind:<9}" + "".join(f"{cell:<30}" for cell in cells) + f"auto / best {ratio:.2f}", flush=True)
             rows.append({"network": name, "shape": shape, "batch": batch, "pass": kind, "ms": times, "ratio": ratio})
     print(f"\nauto is at most {max(row['ratio'] for row in rows):.2f} times the best")
-    facts = {"on": processor(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "auto": auto}
-    o.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=2))
+    metadata = {"on": processor(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "auto": auto}
+    o.json.write_text(json.dumps({"metadata": metadata, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

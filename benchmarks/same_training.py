@@ -42,10 +42,10 @@ def trained(side: str, recipe: Recipe, source: Dataset, o: argparse.Namespace) -
     stepper = Stepper(recipe, source, source.eps, model, None)
     momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, **momentum)
-    chance = torch.Generator().manual_seed(recipe.seed)
+    rng = torch.Generator().manual_seed(recipe.seed)
     losses = []
     for number in range(o.steps):
-        picked = torch.randint(len(data.x), (recipe.batch,), generator=chance)
+        picked = torch.randint(len(data.x), (recipe.batch_size,), generator=rng)
         pixels, y = data.x[picked], data.y[picked]
         epoch = recipe.epochs * number / o.steps
         if side == "ours":
@@ -87,8 +87,18 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     o = arguments()
     source = gsem.data.load(o.data)
-    told = {"batch": o.batch, "steps": 5, "eot": 2, "draws": 2, "attacked": 0.5, "ema": 0.0, "augment": "crop"}
-    base = replace(gsem.RECIPES["gcat"], data=o.data, model=o.model, precision=o.precision, search=o.precision, **told)
+    told = {
+        "batch_size": o.batch,
+        "steps": 5,
+        "eot": 2,
+        "draws": 2,
+        "adversarial_fraction": 0.5,
+        "ema": 0.0,
+        "augment": "crop",
+    }
+    base = replace(
+        gsem.RECIPES["gcat"], data=o.data, model=o.model, precision=o.precision, attack_precision=o.precision, **told
+    )
     print(f"{o.model} on {source.name}, {o.steps} steps of {o.batch}: 5 attack steps × 2 draws on half, 2 draws")
     curves: dict[str, list[list[float]]] = {"ours": [], "reference": []}
     accuracy: dict[str, list[float]] = {"ours": [], "reference": []}

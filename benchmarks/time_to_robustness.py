@@ -38,13 +38,13 @@ TRIED: dict[str, dict[str, Any]] = {
     "10 steps": {"steps": 10},
     "4 draws an attack": {"eot": 4},
     "4 draws a gradient": {"draws": 4},
-    "half attacked": {"attacked": 0.5},
+    "half attacked": {"adversarial_fraction": 0.5},
     "no average": {"ema": 0.0},
     "no warm-up": {"warmup": 0.0},
     "step schedule": {"schedule": "step", "milestones": (16, 24), "warmup": 0.0},
     "line to 0": {"schedule": "cyclic"},
     "rate 0.05": {"lr": 0.05},
-    "batch 256": {"batch": 256},
+    "batch 256": {"batch_size": 256},
 }
 
 
@@ -53,7 +53,7 @@ def variants(o: argparse.Namespace) -> list[Variant]:
         data = {"data": o.data, "data_path": o.data_path, "model": o.model}
         return replace(recipe.scaled(o.epochs), rounds=1, validate_every=o.validate_every, **data)
 
-    schedule = ("batch", "lr", "schedule", "milestones", "warmup", "nesterov", "ema", "weight_decay")
+    schedule = ("batch_size", "lr", "schedule", "milestones", "warmup", "nesterov", "ema", "weight_decay")
     ours = {field: getattr(GCAT, field) for field in schedule}
     rows = {
         "published": of(GCAT_PUBLISHED),
@@ -141,8 +141,8 @@ def main() -> None:
     print(
         "passes an image in all; accuracy in per cent with its 95% t-interval; training: wall time, median over seeds"
     )
-    facts = {key: str(value) for key, value in vars(o).items()} | {"torch": torch.__version__}
-    o.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=2))
+    metadata = {key: str(value) for key, value in vars(o).items()} | {"torch": torch.__version__}
+    o.json.write_text(json.dumps({"metadata": metadata, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def in_turns(device: torch.device, sides: dict[str, Callable[[], object]], repea
 
 
 def random_source(images: int, side: int) -> Dataset:
-    chance = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (images, 3, side, side), generator=chance, dtype=torch.uint8)
-    split = Split(x, torch.randint(0, 10, (images,), generator=chance))
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (images, 3, side, side), generator=rng, dtype=torch.uint8)
+    split = Split(x, torch.randint(0, 10, (images,), generator=rng))
     return replace(
         gsem.data.load("digits"),
         name="random",
@@ -96,8 +96,8 @@ class Sides:
             eot=o.eot,
             draws=o.draws,
             model=o.model,
-            batch=o.batch,
-            search="fp16" if o.fp16 else "auto",
+            batch_size=o.batch,
+            attack_precision="fp16" if o.fp16 else "auto",
         )
         gpu = self.device.type == "cuda"
         self.casts = {
@@ -267,9 +267,9 @@ def main() -> None:
         parts[name] = {"seconds": seconds, "share": seconds / whole, "floor": floor}
         print(f"  {name:<22} {seconds:9.4f} s  {seconds / whole:6.1%} of the step", end="")
         print(f"  arithmetic alone {floor:8.4f} s ({floor / seconds:.0%})" if floor else "")
-    facts = {key: value for key, value in vars(o).items() if key != "json"} | {"torch": torch.__version__, "on": on}
-    facts |= {"threads": torch.get_num_threads(), "ceiling": top}
-    o.json.write_text(json.dumps({"facts": facts, "times": found, "parts": parts}, indent=2))
+    metadata = {key: value for key, value in vars(o).items() if key != "json"} | {"torch": torch.__version__, "on": on}
+    metadata |= {"threads": torch.get_num_threads(), "ceiling": top}
+    o.json.write_text(json.dumps({"metadata": metadata, "times": found, "parts": parts}, indent=2))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 EPOCHS: 15 by default. The weights are written to own_network.pt. In the folder of this file, the command line then
 evaluates the same network, named by `module:function`:
 
-    gsem evaluate 03_your_own_network:trained --data digits --images 50 --first --attacks clean,pgd:steps=20:eot=5
+    gsem evaluate 03_your_own_network:trained --data digits --images 50 --subset first \\
+        --attacks clean,pgd:steps=20:eot=5
 """
 
 import sys

@@ -20,7 +20,14 @@ from gsem.evaluation.result import EvaluationResult
 from planted import Halves, halves
 
 resource = pytest.importorskip("resource")
-RECIPE = gsem.Recipe(model="resnet10x16", attacked=0.0, epochs=3, batch=64, precision="float32", search="float32")
+RECIPE = gsem.Recipe(
+    model="resnet10x16",
+    adversarial_fraction=0.0,
+    epochs=3,
+    batch_size=64,
+    precision="float32",
+    attack_precision="float32",
+)
 
 
 @contextmanager
@@ -80,7 +87,7 @@ def test_a_training_keeps_its_last_checkpoint_and_its_metrics(tmp_path, few_digi
 
 def test_an_evaluation_keeps_what_is_finished(tmp_path):
     x, y = halves(64)
-    how = {"attacks": "clean,pgd:steps=2", "eps": 0.1, "batch": 8, "keep_images": True, "save": tmp_path / "r"}
+    how = {"attacks": "clean,pgd:steps=2", "eps": 0.1, "batch_size": 8, "save_adv": True, "save": tmp_path / "r"}
     # The pieces are small enough, the result is not.
     with full_after(4000), pytest.raises(OSError, match=r"/r\.npz could not be written: File too large"):
         evaluate(Halves(), x, y, **how)

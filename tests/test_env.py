@@ -81,7 +81,7 @@ def test_mps_is_float32_and_refuses_the_rest_by_name():
 
 def test_every_recipe_asks_for_auto_but_the_published_ones_train_in_fp16():
     for name, recipe in gsem.RECIPES.items():
-        assert recipe.search == "auto"
+        assert recipe.attack_precision == "auto"
         assert recipe.precision == ("fp16" if name.endswith("-published") else "auto")
 
 
@@ -122,12 +122,12 @@ def test_the_precision_that_a_run_chose_is_recorded_and_kept_on_the_other_kind(
         resumed = train(
             TINY, data=few_digits, out=tmp_path / "stopped", device="cpu", resume=True, on_progress=stop_after_one
         )
-    assert {tuple(p.items()) for p in seen} == {(("precision", used), ("search", used))}
+    assert {tuple(p.items()) for p in seen} == {(("precision", used), ("attack_precision", used))}
     choice = {"asked": "auto", "used": used}
     for run in (whole, resumed):
         assert json.loads((run.path / "recipe.json").read_text())["precision"] == {
             "precision": choice,
-            "search": choice,
+            "attack_precision": choice,
         }
     one, other = (read_checkpoint(run.path / "checkpoints/last.safetensors")[0] for run in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -137,7 +137,7 @@ def test_the_precision_that_a_run_chose_is_recorded_and_kept_on_the_other_kind(
 
 def test_bf16_on_a_processor_that_emulates_it_is_warned_of_once(tmp_path, few_digits, processor):
     processor()
-    recipe = replace(TINY, precision="bf16", search="bf16", epochs=1, validate_every=1, warmup=0.0)
+    recipe = replace(TINY, precision="bf16", attack_precision="bf16", epochs=1, validate_every=1, warmup=0.0)
     with pytest.warns(UserWarning, match="5 to 22 times as long") as caught:
         train(recipe, data=few_digits, out=tmp_path / "run", device="cpu")
     assert len(caught) == 1
@@ -148,9 +148,9 @@ def test_a_run_in_fp16_is_not_resumed_on_a_cpu(tmp_path, few_digits):
         replace(TINY, epochs=1, validate_every=1, warmup=0.0), data=few_digits, out=tmp_path / "run", device="cpu"
     )
     file = run.path / "recipe.json"
-    facts = json.loads(file.read_text())
-    facts["precision"]["precision"]["used"] = "fp16"
-    file.write_text(json.dumps(facts))
+    metadata = json.loads(file.read_text())
+    metadata["precision"]["precision"]["used"] = "fp16"
+    file.write_text(json.dumps(metadata))
     with pytest.raises(ValueError, match=r"started in fp16.*resume it on a GPU"):
         train(run.recipe, data=few_digits, out=run.path, device="cpu", resume=True)
 
@@ -171,7 +171,7 @@ def test_what_computes_in_float64_asks_for_it_before_it_begins(monkeypatch):
         require_float64(MPS, what)
 
     model, (x, y) = small_net(), halves(4)
-    result = gsem.evaluate(model, x, y, "clean", eps=0.1, keep_images=True)
+    result = gsem.evaluate(model, x, y, "clean", eps=0.1, save_adv=True)
     for module in ("gsem.auditing.audit", "gsem.evaluation.verify", "gsem.reporting.visuals"):
         monkeypatch.setattr(f"{module}.require_float64", on_mps)
     for what, run in (

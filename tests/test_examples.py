@@ -64,7 +64,7 @@ def test_your_own_network(run, monkeypatch, capsys):
     assert found["clean"] > 80
     assert 20 < found["worst"] < found["clean"] - 5
     # The command line finds the same network by module:function, the same figures, and the same names.
-    words = re.search(r"^ +gsem (evaluate .*)$", file.read_text(), re.M)[1].split()
+    words = re.search(r"^ +gsem (evaluate .*\n.*)$", file.read_text(), re.M)[1].replace("\\\\\n", "").split()
     monkeypatch.delitem(sys.modules, file.stem, raising=False)
     assert main(words) == 0
     assert accuracies(capsys.readouterr().out) == found

@@ -11,7 +11,7 @@ from gsem.nn.folded import fold
 from gsem.study import _over_seeds, ablation, recipes, study
 from planted import planted
 
-BASE = replace(gsem.RECIPES["gcat"], epochs=1, warmup=0.0, steps=1, batch=128)
+BASE = replace(gsem.RECIPES["gcat"], epochs=1, warmup=0.0, steps=1, batch_size=128)
 
 
 def test_the_ablation_is_matched():

@@ -15,18 +15,23 @@ def check(name: str, outcome: str, figure: float | None = None, reason: str = "i
 
 
 def test_an_audit_prints_its_verdict_its_reason_and_every_check():
-    names = ["randomness", "gradient", "unavailable", "unstable", "unfinished", "transfer", "unconstrained", "noise"]
+    names = ["randomness", "gradient", "unavailable", "unstable", "incomplete", "transfer", "unconstrained", "noise"]
     checks = (
         *(check(name, "pass", 0.01) for name in names),
-        check("silent", "flag", 0.2, "apgd100-eot20 passed a point that breaks 3 images of 128, and returned another"),
+        check(
+            "silent_success",
+            "flag",
+            0.2,
+            "apgd100-eot20 passed a point that breaks 3 images of 128, and returned another",
+        ),
         check("binarization", "inconclusive", None, "random search finds 60% of the planted points"),
     )
     reason = "The robust accuracy may be too high: 3 images of 128 are broken by points that were passed."
     lines = repr(Audit(checks, "SUSPECT", reason, {})).splitlines()
     assert len(lines) <= 12 and max(map(len, lines)) <= 80
     assert " ".join(lines).startswith(f"SUSPECT: {reason} ")
-    assert lines[2].startswith("flag          silent        apgd100-eot20 passed a point that breaks 3 images")
-    assert lines[3] == "inconclusive  binarization  random search finds 60% of the planted points"
+    assert lines[2].startswith("flag          silent_success  apgd100-eot20 passed a point that breaks 3")
+    assert lines[3] == "inconclusive  binarization    random search finds 60% of the planted points"
     assert lines[4].startswith("pass          randomness, gradient, ")
     assert all(name in " ".join(lines[4:]) for name in names)
     assert str(Audit(checks, "SUSPECT", reason, {})) == "\n".join(lines)

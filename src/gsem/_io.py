@@ -72,7 +72,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Tensors and JSON-able facts in one file, so that they cannot disagree."""
+    """Tensors and JSON-able metadata in one file, so that they cannot disagree."""
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_atomically(path, save(ready, metadata={"gsem": json.dumps(meta)}))
 
@@ -84,18 +84,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: no such file. ValueError: not a gsem checkpoint, or damaged.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _facts_in(file)  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, _metadata_in(file)  # noqa: SIM118
 
 
-def read_checkpoint_facts(path: Path) -> dict[str, Any]:
-    """The facts alone, without reading the tensors. Raises as `read_checkpoint`."""
+def read_checkpoint_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone, without reading the tensors. Raises as `read_checkpoint`."""
     with _opened(path) as file:
-        return _facts_in(file)
+        return _metadata_in(file)
 
 
-def _facts_in(file: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((file.metadata() or {})["gsem"])
-    return facts
+def _metadata_in(file: Any) -> dict[str, Any]:
+    metadata: dict[str, Any] = json.loads((file.metadata() or {})["gsem"])
+    return metadata
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """recipe.json of an existing run directory: recipe, model, data, versions.
 
     Raises:

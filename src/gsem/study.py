@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gsem._env import device_named
-from gsem._io import read_facts, write_atomically
+from gsem._io import read_metadata, write_atomically
 from gsem.data import load, to_float
 from gsem.evaluation.evaluate import evaluate
 from gsem.evaluation.result import EvaluationResult, Interval
@@ -170,7 +170,7 @@ def _evaluated(
     on_progress: Report | None,
 ) -> EvaluationResult:
     where = device_named(device)
-    source = load(test_data) if test_data else find(read_facts(run.path), run.path)
+    source = load(test_data) if test_data else find(read_metadata(run.path), run.path)
     test = source.test()
     x, y = to_float(test.x[:images]).to(where), test.y[:images].to(where)
     eps = run.recipe.eps or source.eps

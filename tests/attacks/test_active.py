@@ -107,7 +107,7 @@ def test_a_cascade_regroups_what_stands_into_batches_and_numbers_the_images():
         on_step(Step(torch.tensor([0]), 0, x[:1], torch.zeros(1), torch.zeros(1)))
         return x[rows]
 
-    cascade(Brightness(), x, zeros(x), [run], eot=1, confirm=0, seed=0, batch=2, on_step=seen.append)
+    cascade(Brightness(), x, zeros(x), [run], eot=1, confirm=0, seed=0, batch_size=2, on_step=seen.append)
     assert batches == [[1, 3], [4]]
     assert [s.rows.tolist() for s in seen] == [[1], [4]]
 

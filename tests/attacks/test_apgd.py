@@ -226,9 +226,9 @@ def test_chance_follows_from_the_seed_alone_and_the_callers_is_left():
     seed=st.integers(0, 2**40),
 )
 def test_every_result_keeps_to_the_threat_model(eps, steps, norm, targets, edge, seed):
-    chance = torch.Generator().manual_seed(seed)
-    x = (torch.rand((3, 2, 4, 4), generator=chance) * 2 - 1 + edge).clamp(0, 1)
-    model, y = Linear(torch.randn((5, 32), generator=chance)), torch.arange(3)
+    rng = torch.Generator().manual_seed(seed)
+    x = (torch.rand((3, 2, 4, 4), generator=rng) * 2 - 1 + edge).clamp(0, 1)
+    model, y = Linear(torch.randn((5, 32), generator=rng)), torch.arange(3)
     x_adv = apgd(model, x, y, eps=eps, steps=steps, norm=norm, targets=targets, seed=seed)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
     offset = (x_adv - x).flatten(1).double()

@@ -19,13 +19,13 @@ from gsem.attacks._core import (
 from gsem.losses import LOSSES
 
 
-def chance(seed: int = 0) -> torch.Generator:
+def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def interior(b: int = 4, c: int = 2, side: int = 3) -> Tensor:
     """Images so far from 0 and 1 that nothing is clipped."""
-    return 0.45 + 0.1 * torch.rand((b, c, side, side), generator=chance(1), dtype=torch.float64)
+    return 0.45 + 0.1 * torch.rand((b, c, side, side), generator=rng(1), dtype=torch.float64)
 
 
 def length(x: Tensor) -> Tensor:
@@ -36,15 +36,15 @@ def length(x: Tensor) -> Tensor:
 
 
 def test_projection_linf_is_a_clamp_of_every_pixel():
-    x = torch.rand((4, 2, 3, 3), generator=chance(1), dtype=torch.float64)
-    y = x + torch.randn(x.shape, generator=chance(2), dtype=torch.float64)
+    x = torch.rand((4, 2, 3, 3), generator=rng(1), dtype=torch.float64)
+    y = x + torch.randn(x.shape, generator=rng(2), dtype=torch.float64)
     low, high = (x - 0.2).clamp_min(0), (x + 0.2).clamp_max(1)
     torch.testing.assert_close(project(y, x, 0.2, "Linf"), torch.minimum(torch.maximum(y, low), high))
 
 
 def test_projection_l2_is_the_nearest_point_of_the_ball():
     x = interior()
-    offset = torch.randn(x.shape, generator=chance(2), dtype=torch.float64)
+    offset = torch.randn(x.shape, generator=rng(2), dtype=torch.float64)
     offset *= torch.tensor([0.01, 0.1, 0.5, 3.0])[:, None, None, None]
     expected = torch.stack([o * min(1.0, 0.3 / float(o.norm())) for o in offset])
     torch.testing.assert_close(project(x + offset, x, 0.3, "L2") - x, expected)
@@ -52,8 +52,8 @@ def test_projection_l2_is_the_nearest_point_of_the_ball():
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_projecting_twice_is_projecting_once_and_the_centre_stays(norm):
-    x = torch.rand((4, 2, 3, 3), generator=chance(1), dtype=torch.float64)
-    once = project(x + torch.randn(x.shape, generator=chance(2), dtype=torch.float64), x, 0.3, norm)
+    x = torch.rand((4, 2, 3, 3), generator=rng(1), dtype=torch.float64)
+    once = project(x + torch.randn(x.shape, generator=rng(2), dtype=torch.float64), x, 0.3, norm)
     torch.testing.assert_close(project(once, x, 0.3, norm), once)
     assert torch.equal(project(x, x, 0.3, norm), x)
 
@@ -61,7 +61,7 @@ def test_projecting_twice_is_projecting_once_and_the_centre_stays(norm):
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_a_step_is_the_steepest_ascent_of_its_length(norm):
     x = interior()
-    grad = torch.randn(x.shape, generator=chance(2), dtype=torch.float64)
+    grad = torch.randn(x.shape, generator=rng(2), dtype=torch.float64)
     moved = ascend(x, x, grad, 0.05, 0.3, norm) - x
     linf, l2 = distances(x + moved, x)
     torch.testing.assert_close(linf if norm == "Linf" else l2, torch.full((4,), 0.05, dtype=torch.float64))
@@ -72,7 +72,7 @@ def test_a_step_is_the_steepest_ascent_of_its_length(norm):
 
 def test_a_start_linf_is_uniform_in_the_box():
     x = torch.full((1000, 1, 4, 4), 0.5, dtype=torch.float64)
-    offset = random_start(x, 0.2, "Linf", chance()) - x
+    offset = random_start(x, 0.2, "Linf", rng()) - x
     assert offset.abs().max() <= 0.2 + 1e-12
     assert abs(offset.mean()) < 0.004  # 16,000 draws, four standard errors
     assert offset.var().sqrt() == pytest.approx(0.2 / 3**0.5, rel=0.02)
@@ -81,7 +81,7 @@ def test_a_start_linf_is_uniform_in_the_box():
 
 def test_a_start_l2_is_uniform_in_the_ball():
     x = torch.full((4000, 1, 2, 2), 0.5, dtype=torch.float64)
-    offset = random_start(x, 0.2, "L2", chance()) - x
+    offset = random_start(x, 0.2, "L2", rng()) - x
     # The share of a ball's volume within the radius of a uniform point is uniform in [0, 1].
     share = (length(offset) / 0.2) ** 4
     assert share.max() <= 1 + 1e-9
@@ -91,8 +91,8 @@ def test_a_start_l2_is_uniform_in_the_ball():
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_starts_stay_in_the_cube(norm):
-    x = (torch.rand((50, 1, 4, 4), generator=chance()) > 0.5).float()
-    start = random_start(x, 0.3, norm, chance(1))
+    x = (torch.rand((50, 1, 4, 4), generator=rng()) > 0.5).float()
+    start = random_start(x, 0.3, norm, rng(1))
     assert start.min() == 0 and start.max() == 1 and not torch.equal(start, x)
 
 
@@ -110,8 +110,8 @@ def test_distances():
 def test_the_worst_point_is_that_of_sorting_all_of_them():
     x = torch.zeros((200, 1, 1, 1))
     worst = WorstSoFar(x)
-    loss = torch.randint(-3, 4, (9, 200), generator=chance()).float()
-    wrong = torch.tensor([0.0, 0.5, 0.9, 1.0])[torch.randint(0, 4, (9, 200), generator=chance(1))]
+    loss = torch.randint(-3, 4, (9, 200), generator=rng()).float()
+    wrong = torch.tensor([0.0, 0.5, 0.9, 1.0])[torch.randint(0, 4, (9, 200), generator=rng(1))]
     for number in range(9):
         worst.update(torch.full_like(x, number), loss[number], wrong[number] == 1)
     for image in range(200):

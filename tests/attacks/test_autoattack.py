@@ -64,8 +64,8 @@ def test_it_ends_no_higher_than_the_reference(attacked, norm, eps):
     assert ours.double().mean() >= theirs.double().mean() - 0.01
     # Images that stand pay for every step on both sides; FAB's second look where it crossed is our dearer part.
     assert counted.forwards + 2 * counted.gradients < 1.15 * (reference.forwards + 2 * reference.gradients)
-    standing = [stand for _, stand in stages]
-    assert standing == sorted(standing, reverse=True) and standing[-1] == int((~ours).sum())
+    remaining = [stand for _, stand in stages]
+    assert remaining == sorted(remaining, reverse=True) and remaining[-1] == int((~ours).sum())
 
 
 def test_each_part_works_on_what_the_former_left(attacked):

@@ -17,9 +17,9 @@ def wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def linear(classes: int = 4) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     """A linear classifier, images in the middle of the cube, their predictions, and their L2 distance to the
     nearest other class."""
-    chance = torch.Generator().manual_seed(0)
-    w = torch.randn((classes, 48), generator=chance)
-    x = 0.2 + 0.6 * torch.rand((60, 3, 4, 4), generator=chance)
+    rng = torch.Generator().manual_seed(0)
+    w = torch.randn((classes, 48), generator=rng)
+    x = 0.2 + 0.6 * torch.rand((60, 3, 4, 4), generator=rng)
     model = Linear(w, -w.mean(1) * 24)
     z = model(x)
     y = z.argmax(1)
@@ -139,7 +139,7 @@ def test_points_of_a_source_break_a_model_that_hides_its_gradient(attacked):
     model, x, y = attacked
     hidden = Masked(model)
     own = wrong(hidden, apgd(hidden, x, y, eps=0.1, steps=20), y)
-    theirs = wrong(hidden, transfer(hidden, x, y, sources=[model], eps=0.1, steps=20), y)
+    theirs = wrong(hidden, transfer(hidden, x, y, source_models=[model], eps=0.1, steps=20), y)
     white = wrong(model, apgd(model, x, y, eps=0.1, steps=20), y)
     assert own.double().mean() < 0.2  # no better than its random start
     assert theirs.double().mean() >= white.double().mean() - 0.02
@@ -148,7 +148,7 @@ def test_points_of_a_source_break_a_model_that_hides_its_gradient(attacked):
 def test_every_source_gets_what_stands_and_the_worst_is_kept(attacked):
     model, x, y = attacked
     sources = [counting(model), counting(model)]
-    x_adv = transfer(model, x, y, sources=sources, eps=0.1, steps=5, losses=["ce"])
+    x_adv = transfer(model, x, y, source_models=sources, eps=0.1, steps=5, losses=["ce"])
     assert sources[0].gradients == 120 * 5 > sources[1].gradients > 0
     assert (wrong(model, x_adv, y).sum() * 5 + sources[1].gradients) <= 120 * 5 + 120
 
@@ -156,4 +156,4 @@ def test_every_source_gets_what_stands_and_the_worst_is_kept(attacked):
 def test_transfer_needs_a_source(attacked):
     model, x, y = attacked
     with pytest.raises(ValueError, match="transfer needs at least one source"):
-        transfer(model, x, y, sources=[], eps=0.1)
+        transfer(model, x, y, source_models=[], eps=0.1)

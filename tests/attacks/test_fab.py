@@ -18,7 +18,7 @@ from gsem.attacks._planes import gradients, onto_plane
 from gsem.attacks.fab import _look, _Path, _Task, fab
 from gsem.losses import margin
 from gsem.rng import seeded
-from landscapes import Landscape, Linear, chance, images, zeros
+from landscapes import Landscape, Linear, images, rng, zeros
 
 NORMS = ["Linf", "L2"]
 
@@ -77,11 +77,11 @@ def slow_offset(point: np.ndarray, normal: np.ndarray, gap: float, norm: str) ->
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e12])
 @pytest.mark.parametrize("pixels", [1, 7, 300])
 def test_the_projection_is_exact(norm, scale, pixels):
-    points = torch.rand((200, pixels), generator=chance())
+    points = torch.rand((200, pixels), generator=rng())
     points[::3] = points[::3].round()  # corners of the cube
-    normal = torch.randn((200, pixels), generator=chance(1)) ** 3
+    normal = torch.randn((200, pixels), generator=rng(1)) ** 3
     normal[1::4, ::2] = 0
-    gap = torch.randn(200, generator=chance(2)) * normal.abs().sum(1) * 0.5
+    gap = torch.randn(200, generator=rng(2)) * normal.abs().sum(1) * 0.5
     gap[5] = 0
     ours = onto_plane(points, scale * normal, scale * gap, norm)
     slow = [
@@ -106,8 +106,8 @@ def linear_programme(point: np.ndarray, normal: np.ndarray, gap: float) -> float
 
 
 def test_the_linf_projection_solves_the_linear_programme():
-    points, normal = torch.rand((40, 12), generator=chance()), torch.randn((40, 12), generator=chance(1))
-    gap = 3 * torch.randn(40, generator=chance(2))
+    points, normal = torch.rand((40, 12), generator=rng()), torch.randn((40, 12), generator=rng(1))
+    gap = 3 * torch.randn(40, generator=rng(2))
     ours = onto_plane(points, normal, gap, "Linf").abs().amax(1)
     solved = 0
     for p, w, g, size in zip(points, normal, gap, ours, strict=True):
@@ -119,7 +119,7 @@ def test_the_linf_projection_solves_the_linear_programme():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_zero_normal_moves_nothing(norm):
-    points = torch.rand((3, 5), generator=chance())
+    points = torch.rand((3, 5), generator=rng())
     for gap in (torch.zeros(3), torch.tensor([1.0, -1.0, 1e30])):
         assert torch.equal(onto_plane(points, torch.zeros(3, 5), gap, norm).abs(), torch.zeros(3, 5))
 
@@ -130,7 +130,7 @@ def test_a_zero_normal_moves_nothing(norm):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("targets", [None, 3, 9])
 def test_the_nearest_point_of_a_linear_classifier(norm, targets):
-    w, b = torch.randn((4, 64), generator=chance()), 0.1 * torch.randn(4, generator=chance(1))
+    w, b = torch.randn((4, 64), generator=rng()), 0.1 * torch.randn(4, generator=rng(1))
     model, x = Linear(w, b), 0.4 + 0.2 * images(64)
     y = predicted(model, x)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_the_nearest_point_of_a_linear_classifier(norm, targets):
 
 
 def test_the_nearest_point_where_the_cube_is_in_the_way():
-    w = torch.randn((2, 16), generator=chance())
+    w = torch.randn((2, 16), generator=rng())
     x = images(40, side=4).round().mul(0.96).add(0.02)
     with torch.no_grad():
         gap = Linear(w)(x) @ torch.tensor([1.0, -1.0])
@@ -168,7 +168,7 @@ def test_the_nearest_point_where_the_cube_is_in_the_way():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_within_a_ball_exactly_the_images_near_the_boundary_are_broken(norm):
-    w = torch.randn((2, 64), generator=chance())
+    w = torch.randn((2, 64), generator=rng())
     model, x = Linear(w), 0.4 + 0.2 * images(64)
     y = predicted(model, x)
     with torch.no_grad():
@@ -311,7 +311,7 @@ class SignNoise(nn.Module):
 @pytest.mark.parametrize("target", [None, 2])
 @pytest.mark.parametrize(("b", "eot"), [(1, 1), (5, 3), (300, 5)])
 def test_planes_are_the_mean_of_the_draws(b, eot, target):
-    model, x, y = SignNoise(torch.randn((3, 64), generator=chance())), images(b), torch.arange(b) % 2
+    model, x, y = SignNoise(torch.randn((3, 64), generator=rng())), images(b), torch.arange(b) % 2
     towards = None if target is None else torch.full((b,), target)
     path = _Path.begin(x, x, y, towards)
     task = _Task(model, x, y, None, "L2", 1, eot, 0)
@@ -351,7 +351,7 @@ class _NoVmap(torch.autograd.Function):
 
 
 def test_a_model_whose_backward_pass_cannot_be_vectorised():
-    w, x, y = torch.randn((10, 64), generator=chance()), images(4), torch.arange(4)
+    w, x, y = torch.randn((10, 64), generator=rng()), images(4), torch.arange(4)
     classes = (torch.arange(9)[:, None] + (torch.arange(9)[:, None] >= y)).expand(9, 4)
     for model in (Linear(w), lambda x: Linear(w / 2)(_NoVmap.apply(x))):
         z = x.clone().requires_grad_()
@@ -432,7 +432,7 @@ def test_the_cost_is_exact(eot):
     """The cascade looks at the image; a run at the pushed start, every iterate, and the projection of what lies
     outside; the cascade at what it returns."""
     x = images(5)
-    never = Linear(torch.randn((4, 64), generator=chance()), torch.tensor([1000.0, 0, 0, 0]))
+    never = Linear(torch.randn((4, 64), generator=rng()), torch.tensor([1000.0, 0, 0, 0]))
     for how, runs, extra in (({}, 1, 1), ({"targets": 9}, 3, 2), ({"restarts": 2}, 2, 1)):
         counted = counting(never)
         fab(counted, x, zeros(x), eps=0.1, steps=7, eot=eot, **how)
@@ -442,7 +442,7 @@ def test_the_cost_is_exact(eot):
 
 
 def test_work_is_spent_on_standing_images_only():
-    w = torch.randn((2, 64), generator=chance())
+    w = torch.randn((2, 64), generator=rng())
     x = 0.5 * torch.ones(8, 1, 8, 8)
     model = Linear(w, torch.stack([torch.tensor(2.0), w[0].sum() / 2 - w[1].sum() / 2]))
     near = torch.tensor([True] * 6 + [False] * 2)
@@ -483,7 +483,7 @@ def test_the_observer_sees_every_iterate_as_it_is():
 )
 def test_every_result_keeps_to_the_threat_model(eps, steps, restarts, targets, norm, edge, noisy, seed):
     x = (images(3, 2, 4, seed=seed) * 2 - 1 + edge).clamp(0, 1)
-    w = torch.randn((3, 32), generator=chance(seed))
+    w = torch.randn((3, 32), generator=rng(seed))
     model = SignNoise(w) if noisy else Linear(w)
     how = {"eps": eps, "norm": norm, "steps": steps, "restarts": restarts, "targets": targets, "seed": seed}
     x_adv = fab(model, x, zeros(x), **how)
@@ -519,7 +519,7 @@ def test_what_it_refuses(change, message):
 @pytest.mark.parametrize("targets", [None, 2])
 @pytest.mark.parametrize("on_the_way", [False, True])
 def test_logits_that_are_not_finite_are_an_error_that_names_the_image(eps, targets, on_the_way):
-    w, x = torch.randn((3, 64), generator=chance()), images()
+    w, x = torch.randn((3, 64), generator=rng()), images()
     y = predicted(Linear(w), x)
     x, y = torch.cat([x, x]), torch.cat([(y + 1) % 3, y])  # the first 16 are not attacked
     bad = x[27, 0, 0, 0].item()

@@ -34,7 +34,7 @@ def test_functions_and_pairs_are_named_scored_and_saved_like_the_others(tmp_path
     twice = ("by-numpy", lambda model, x, y, eps: np.clip(x.numpy() + eps, 0, 1))
     saved = tmp_path / "own"
     result = evaluate(
-        model, x, y, ["pgd:steps=1", darker, twice, jitter], eps=0.1, batch=8, keep_images=True, save=saved
+        model, x, y, ["pgd:steps=1", darker, twice, jitter], eps=0.1, batch_size=8, save_adv=True, save=saved
     )
     assert [s.name for s in result.scores] == ["clean", "pgd1-eot1", "darker", "by-numpy", "jitter"]
     assert torch.equal(x, kept) and torch.equal(torch.get_rng_state(), state)
@@ -42,9 +42,9 @@ def test_functions_and_pairs_are_named_scored_and_saved_like_the_others(tmp_path
         assert (result["darker"].correct == (model((x - 0.1).clamp(0, 1)).argmax(1) == y).numpy()).all()
     assert (result["by-numpy"].x_adv == (x + 0.1).clamp(0, 1).numpy()).all()
     assert np.median(result["jitter"].linf) > 0.08
-    again = evaluate(model, x, y, jitter, eps=0.1, batch=8, keep_images=True)
+    again = evaluate(model, x, y, jitter, eps=0.1, batch_size=8, save_adv=True)
     assert (again["jitter"].x_adv == result["jitter"].x_adv).all()
-    assert result.facts["options"]["darker"] == {"function": "test_own.darker", "eot": 1}
+    assert result.metadata["options"]["darker"] == {"function": "test_own.darker", "eot": 1}
     assert (result["worst"].selection <= result["darker"].selection).all()
     assert all(v.problems == [] for v in verify(EvaluationResult.load(saved), model, x, y))
 
@@ -60,7 +60,7 @@ def test_it_gets_the_keywords_that_it_takes_and_a_model_to_differentiate():
 
     torch.manual_seed(2)
     model, (x, y) = gsem.create_model("gsem-resnet10x16", num_classes=3, in_channels=1).eval(), halves(6)
-    result = evaluate(model, x, y, [all_of_them], eps="25.5/255", draws=3, batch=4)
+    result = evaluate(model, x, y, [all_of_them], eps="25.5/255", draws=3, batch_size=4)
     assert [s.name for s in result.scores if not s.name.startswith("clean")] == [
         f"all_of_them{noise}" for noise in ("", "@frozen", "@off")
     ]
@@ -74,8 +74,8 @@ def test_it_gets_the_keywords_that_it_takes_and_a_model_to_differentiate():
 def test_an_attack_of_gsem_with_arguments_set_is_itself():
     model, (x, y) = small_net(), halves(8)
     short = ("short", partial(pgd, step=0.05, steps=2))
-    result = evaluate(model, x, y, [short], eps=0.1, keep_images=True)
-    assert result.facts["options"]["short"]["function"] == "gsem.attacks.pgd.pgd(step=0.05, steps=2)"
+    result = evaluate(model, x, y, [short], eps=0.1, save_adv=True)
+    assert result.metadata["options"]["short"]["function"] == "gsem.attacks.pgd.pgd(step=0.05, steps=2)"
     assert 0.05 < result["short"].linf.max() <= 0.1 + 1e-6
 
 
@@ -131,12 +131,12 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_function_only(tmp_path)
         return (x - eps).clamp(0, 1)
 
     model, (x, y) = small_net(), halves(12)
-    how = {"eps": 0.1, "batch": 4, "save": tmp_path / "out"}
+    how = {"eps": 0.1, "batch_size": 4, "save": tmp_path / "out"}
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, x, y, [("own", breaks_once)], **how)
     with pytest.raises(ValueError, match=r"other things were asked. Different are: the options of own"):
         evaluate(model, x, y, [("own", darker)], **how)
     result = evaluate(model, x, y, [("own", breaks_once)], **how)
     assert calls == [4, 4, 4, 4]  # the first batch was kept
-    whole = evaluate(model, x, y, [("own", darker)], eps=0.1, batch=4)
+    whole = evaluate(model, x, y, [("own", darker)], eps=0.1, batch_size=4)
     assert (result["own"].correct == whole["own"].correct).all()

@@ -17,7 +17,7 @@ from gsem.attacks._core import expected, expected_gradient
 from gsem.attacks.suite import AttackSpec
 from gsem.losses import LOSSES, margin
 from gsem.rng import seeded
-from landscapes import Landscape, Linear, chance, images, pixel, zeros
+from landscapes import Landscape, Linear, images, pixel, rng, zeros
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_equal_to_foolbox_bit_by_bit_from_the_same_random_start(name):
     import eagerpy as ep
 
     model, x, y = small(name), images(), torch.arange(16) % 10
-    start = (x + 0.2 * (torch.rand(x.shape, generator=chance(3)) - 0.5)).clamp(0, 1)
+    start = (x + 0.2 * (torch.rand(x.shape, generator=rng(3)) - 0.5)).clamp(0, 1)
 
     class FromOurs(fb.attacks.LinfProjectedGradientDescentAttack):
         def get_random_start(self, x0, epsilon):
@@ -68,8 +68,8 @@ def test_equal_to_art_but_for_rounding():
     from art.estimators.classification import PyTorchClassifier
 
     model, x, y = small(), images(96), torch.arange(96) % 10
-    facts = {"input_shape": (1, 8, 8), "nb_classes": 10, "clip_values": (0, 1), "device_type": "cpu"}
-    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), **facts)
+    metadata = {"input_shape": (1, 8, 8), "nb_classes": 10, "clip_values": (0, 1), "device_type": "cpu"}
+    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), **metadata)
     attack = ProjectedGradientDescent(
         classifier, np.inf, eps=0.1, eps_step=0.03, max_iter=7, num_random_init=0, batch_size=96, verbose=False
     )
@@ -86,7 +86,7 @@ def test_equal_to_art_but_for_rounding():
 @pytest.mark.parametrize("loss", ["ce", "margin"])
 @pytest.mark.parametrize("eps", [0.02, 0.3])
 def test_two_linear_classes_linf(loss, eps):
-    w = torch.randn((2, 64), generator=chance())
+    w = torch.randn((2, 64), generator=rng())
     x, y = images(), torch.arange(16) % 2
     best = (x + eps * (w[1 - y] - w[y]).sign().view_as(x)).clamp(0, 1)
     x_adv = pgd(Linear(w), x, y, eps=eps, step=eps / 2, steps=5, loss=loss, keep="last")
@@ -95,7 +95,7 @@ def test_two_linear_classes_linf(loss, eps):
 
 def test_many_linear_classes_linf():
     """The margin is a maximum of linear functions: its optimum over the box is the best of their optima."""
-    w, b = torch.randn((4, 4), generator=chance()), 0.1 * torch.randn(4, generator=chance(1))
+    w, b = torch.randn((4, 4), generator=rng()), 0.1 * torch.randn(4, generator=rng(1))
     model, x, y = Linear(w, b), images(side=2), torch.arange(16) % 4
     best = torch.full((16,), float("-inf"))
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_many_linear_classes_linf():
 
 @pytest.mark.parametrize("eps", [0.05, 0.5])
 def test_two_linear_classes_l2(eps):
-    w = torch.randn((2, 64), generator=chance())
+    w = torch.randn((2, 64), generator=rng())
     x, y = 0.4 + 0.2 * images(), torch.arange(16) % 2
     direction = (w[1 - y] - w[y]).view_as(x)
     best = x + eps * direction / direction.flatten(1).norm(dim=1)[:, None, None, None]
@@ -144,7 +144,7 @@ def test_best_finds_the_iterate_that_the_last_has_left():
 
 def test_the_defaults_are_those_of_the_suite():
     model, x, y = small(), images(), torch.arange(16) % 10
-    how = {"eps": 0.1, "norm": "Linf", "stochastic": False, "seed": 3, "sources": {}}
+    how = {"eps": 0.1, "norm": "Linf", "stochastic": False, "seed": 3, "source_models": {}}
     suites = AttackSpec.parse("pgd:steps=7").run(model, x, y, **how)
     ours = pgd(model, x, y, eps=0.1, step=0.025, steps=7, seed=3)
     assert torch.equal(ours, suites)
@@ -201,7 +201,7 @@ def test_more_effort_is_never_worse(name, loss):
 
 
 def test_the_search_model_gives_directions_only():
-    w = torch.randn((2, 64), generator=chance())
+    w = torch.randn((2, 64), generator=rng())
     x, y = images(), torch.arange(16) % 2
     model, reverse = Linear(w), Linear(-w)
     how = {"eps": 0.1, "step": 0.1, "steps": 3, "init": x, "loss": "margin", "settle": False}
@@ -240,9 +240,9 @@ def test_a_broken_image_is_left_alone_and_the_others_go_on_as_if_alone():
 def test_one_lucky_draw_does_not_settle_an_image():
     # Wrong in nine draws of ten at 0.6, the first point reached, and in every draw at 0.8.
     def f(x: Tensor) -> Tensor:
-        x, chance = x[:, 0], torch.rand(len(x))
-        wrong = (x > 0.75) | ((x > 0.55) & (chance < 0.9))
-        return x - x.detach() + torch.where(wrong, 1.0, -1.0) + 0.01 * chance
+        x, rng = x[:, 0], torch.rand(len(x))
+        wrong = (x > 0.75) | ((x > 0.55) & (rng < 0.9))
+        return x - x.detach() + torch.where(wrong, 1.0, -1.0) + 0.01 * rng
 
     x = pixel(*[0.5] * 20)
     how = {"eps": 0.4, "step": 0.1, "steps": 12, "loss": "margin", "keep": "best", "init": x}
@@ -269,7 +269,7 @@ class SignNoise(nn.Module):
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("b", [1, 7, 300])
 def test_the_gradient_is_the_mean_of_the_draws(b, k):
-    model, x = SignNoise(torch.randn(64, generator=chance())), images(b)
+    model, x = SignNoise(torch.randn(64, generator=rng())), images(b)
     y = torch.arange(b) % 2
     losses, wrongs, grads = [], [], []
     with seeded(4, CPU):
@@ -290,7 +290,7 @@ def test_the_gradient_is_the_mean_of_the_draws(b, k):
 
 
 def test_averaging_finds_the_direction_that_one_draw_misses():
-    w = torch.randn(64, generator=chance())
+    w = torch.randn(64, generator=rng())
     model, x = SignNoise(w), 0.4 + 0.2 * images()
     right = {}
     for eot in (1, 400):
@@ -406,7 +406,7 @@ def test_the_observer_sees_every_iterate_as_it_is():
 )
 def test_every_result_keeps_to_the_threat_model(eps, stride, steps, restarts, norm, keep, edge, seed):
     x = (images(3, 2, 4, seed=seed) * 2 - 1 + edge).clamp(0, 1)
-    model = SignNoise(torch.randn(32, generator=chance(seed)))
+    model = SignNoise(torch.randn(32, generator=rng(seed)))
     how = {"eps": eps, "step": stride * eps, "steps": steps, "norm": norm, "keep": keep, "seed": seed}
     x_adv = pgd(model, x, zeros(x), **how, restarts=restarts)
     assert x_adv.shape == x.shape and x_adv.min() >= 0 and x_adv.max() <= 1

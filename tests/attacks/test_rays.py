@@ -13,7 +13,7 @@ from gsem.attacks import NotFinite, Step, counting
 from gsem.attacks.rays import rays
 from gsem.attacks.square import square
 from gsem.nn.predict import correct_draws
-from landscapes import Landscape, Quantised, chance, images, zeros
+from landscapes import Landscape, Quantised, images, rng, zeros
 
 module = import_module("gsem.attacks.rays")  # in gsem.attacks the name is the function's
 
@@ -32,7 +32,7 @@ def test_a_network_without_gradient_is_broken(digits, norm, eps):
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_the_shortest_ray_of_a_linear_model_is_found(norm):
     """Along a sign direction of radius r, the best gain is r·‖w‖₁ (L2: divided by √d), where nothing is clipped."""
-    w = torch.randn(48, generator=chance())
+    w = torch.randn(48, generator=rng())
     x = 0.4 + 0.2 * images(40, 3, 4)
     bias = (x.flatten(1) @ w).max() + 0.3
     depth = bias - x.flatten(1) @ w
@@ -128,8 +128,8 @@ def test_a_kept_flip_shortens_the_ray(digits):
     seed=st.integers(0, 2**40),
 )
 def test_every_point_keeps_to_the_threat_model(eps, norm, shape, edge, noise, seed):
-    x = (torch.rand((3, *shape), generator=chance(seed)) * 2 - 1 + edge).clamp(0, 1)
-    w = torch.randn(x[0].numel(), generator=chance(seed))
+    x = (torch.rand((3, *shape), generator=rng(seed)) * 2 - 1 + edge).clamp(0, 1)
+    w = torch.randn(x[0].numel(), generator=rng(seed))
     model = Landscape(lambda x: x @ w - 0.5 + noise * torch.rand(len(x)))
     seen: list[Step] = []
     x_adv = rays(model, x, zeros(x), eps=eps, norm=norm, queries=90, seed=seed, on_step=seen.append)
@@ -150,14 +150,14 @@ def test_broken_images_leave_as_soon_as_they_are(digits):
     seen: list[Step] = []
     x_adv = rays(model, x, y, eps=0.1, queries=200, on_step=seen.append)
     assert torch.equal(x_adv[::5], x[::5])
-    standing = torch.ones(len(x), dtype=torch.bool)
+    remaining = torch.ones(len(x), dtype=torch.bool)
     for s in seen:
-        assert torch.equal(s.rows, standing.nonzero()[:, 0])
+        assert torch.equal(s.rows, remaining.nonzero()[:, 0])
         assert torch.equal(s.loss, s.wrong)
         radius = (s.x - x[s.rows]).flatten(1).abs().amax(1)
-        standing[s.rows] = (s.wrong == 0) | (radius > 0.1)
-    assert 0 < standing.sum() < 0.8 * len(x)
-    assert torch.equal(model(x_adv).argmax(1) == y, standing)
+        remaining[s.rows] = (s.wrong == 0) | (radius > 0.1)
+    assert 0 < remaining.sum() < 0.8 * len(x)
+    assert torch.equal(model(x_adv).argmax(1) == y, remaining)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -195,7 +195,7 @@ def test_the_process_and_the_arguments_are_left_alone():
 
 def test_a_point_that_is_wrong_in_most_draws_is_not_broken():
     """Wrong in nine draws of ten from a gain of 0.5 on, in all from 0.9 on: the search stops only there."""
-    w = torch.randn(64, generator=chance())
+    w = torch.randn(64, generator=rng())
     x = 0.5 * torch.ones(12, 1, 8, 8)
     full = 0.1 * w.abs().sum()
 
@@ -212,7 +212,7 @@ def test_a_point_that_is_wrong_in_most_draws_is_not_broken():
 
 def test_a_lucky_radius_does_not_stop_the_search(monkeypatch):
     """One answer in two hundred is wrong by luck, at whatever radius."""
-    w = torch.randn(64, generator=chance())
+    w = torch.randn(64, generator=rng())
     x = 0.5 * torch.ones(16, 1, 8, 8)
 
     def f(x: Tensor) -> Tensor:

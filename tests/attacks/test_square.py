@@ -14,7 +14,7 @@ from gsem.attacks import NotFinite, Step, counting
 from gsem.attacks.square import _bumps, _share, square
 from gsem.losses import margin
 from gsem.nn.predict import correct_draws
-from landscapes import Landscape, Quantised, chance, images, size, zeros
+from landscapes import Landscape, Quantised, images, rng, size, zeros
 
 module = import_module("gsem.attacks.square")  # in gsem.attacks the name is the function's
 
@@ -41,7 +41,7 @@ def test_a_network_without_gradient_is_broken(digits, norm, eps):
 
 
 def test_the_linear_optimum_is_reached_linf():
-    w = torch.randn(64, generator=chance())
+    w = torch.randn(64, generator=rng())
     x = images()
     x_adv = square(Landscape(lambda x: x @ w - 1000), x, zeros(x), eps=0.1, queries=3000)
     best = (x + 0.1 * w.sign().view(1, 1, 8, 8)).clamp(0, 1)
@@ -50,7 +50,7 @@ def test_the_linear_optimum_is_reached_linf():
 
 
 def test_the_linear_optimum_is_near_l2():
-    w = torch.randn(64, generator=chance())
+    w = torch.randn(64, generator=rng())
     x = 0.4 + 0.2 * images()
     x_adv = square(Landscape(lambda x: x @ w - 1000), x, zeros(x), eps=0.15, norm="L2", queries=3000)
     gain = (x_adv - x).flatten(1) @ w
@@ -170,8 +170,8 @@ def test_an_l2_proposal_has_length_eps_where_nothing_is_clipped():
     seed=st.integers(0, 2**40),
 )
 def test_every_iterate_keeps_to_the_threat_model(eps, norm, shape, edge, noise, p_init, seed):
-    x = (torch.rand((3, *shape), generator=chance(seed)) * 2 - 1 + edge).clamp(0, 1)
-    w = torch.randn(x[0].numel(), generator=chance(seed))
+    x = (torch.rand((3, *shape), generator=rng(seed)) * 2 - 1 + edge).clamp(0, 1)
+    w = torch.randn(x[0].numel(), generator=rng(seed))
     model = Landscape(lambda x: x @ w - 5 + noise * torch.rand(len(x)))
     seen: list[Step] = []
     how = {"eps": eps, "norm": norm, "queries": 80, "p_init": p_init, "seed": seed}
@@ -190,15 +190,15 @@ def test_the_kept_point_is_the_best_that_was_asked_for_and_broken_images_leave(d
     seen: list[Step] = []
     x_adv = square(model, x, y, eps=eps, norm=norm, queries=200, on_step=seen.append)
     best, point = margin(model(x), y), x.clone()
-    standing = torch.ones(len(x), dtype=torch.bool)
+    remaining = torch.ones(len(x), dtype=torch.bool)
     for s in seen:
-        assert torch.equal(s.rows, standing.nonzero()[:, 0])
+        assert torch.equal(s.rows, remaining.nonzero()[:, 0])
         torch.testing.assert_close(s.loss, margin(model(s.x), y[s.rows]))
         better = s.loss > best[s.rows]
         best[s.rows] = torch.where(better, s.loss, best[s.rows])
         point[s.rows] = torch.where(better[:, None, None, None], s.x, point[s.rows])
-        standing[s.rows] = s.wrong < 1
-    assert standing.any() and not standing.all()
+        remaining[s.rows] = s.wrong < 1
+    assert remaining.any() and not remaining.all()
     assert torch.equal(x_adv, point)
 
 
@@ -257,7 +257,7 @@ class OwnNoise(nn.Module):
 
     def __init__(self, w: Tensor):
         super().__init__()
-        self.w, self.own = w, chance(7)
+        self.w, self.own = w, rng(7)
 
     def forward(self, x: Tensor) -> Tensor:
         lucky = torch.rand(len(x), generator=self.own) < 0.02
@@ -266,7 +266,7 @@ class OwnNoise(nn.Module):
 
 
 def test_a_lucky_draw_does_not_freeze_the_search(monkeypatch):
-    w, x = torch.randn(64, generator=chance()), images()
+    w, x = torch.randn(64, generator=rng()), images()
     gain = {}
     for redraw in (module.REDRAW, 10**9):
         monkeypatch.setattr(module, "REDRAW", redraw)
@@ -278,7 +278,7 @@ def test_a_lucky_draw_does_not_freeze_the_search(monkeypatch):
 
 def test_one_lucky_draw_breaks_nothing():
     """Half the draws are wrong beyond a third of the best perturbation; all are near the best."""
-    w = torch.randn(64, generator=chance())
+    w = torch.randn(64, generator=rng())
     x = 0.5 * torch.ones(12, 1, 8, 8)
     full = 0.1 * w.abs().sum()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import gsem
 from gsem.attacks import Step, apgd, cw, fab, fgsm, pgd, square
-from landscapes import Linear, chance, images, size, zeros
+from landscapes import Linear, images, rng, size, zeros
 
 PGD = {"step": 0.03, "steps": 7}
 
@@ -48,7 +48,7 @@ ATTACKS = {
 @pytest.mark.parametrize("name", ATTACKS)
 def test_of_two_classes_towards_the_other_is_away_from_the_label(name, norm):
     attack, how = ATTACKS[name]
-    model, x, y = Linear(torch.randn((2, 64), generator=chance())), images(), torch.arange(16) % 2
+    model, x, y = Linear(torch.randn((2, 64), generator=rng())), images(), torch.arange(16) % 2
     how = how | {"eps": 0.05 if norm == "Linf" else 0.4, "norm": norm}
     away, towards = attack(model, x, y, **how), attack(model, x, y, **how, target=1 - y)
     assert not torch.equal(away, x)
@@ -70,7 +70,7 @@ def least(model: Linear, x: Tensor, target: int) -> float:
 
 
 def test_of_four_linear_classes_every_attack_reaches_what_can_be_reached_and_fab_the_nearest():
-    model, x = Linear(torch.randn((4, 16), generator=chance())), images(side=4)
+    model, x = Linear(torch.randn((4, 16), generator=rng())), images(side=4)
     y = model(x).argmax(1)
     target = (y + 1 + torch.arange(16) % 3) % 4
     nearest = torch.tensor([least(model, one, int(t)) for one, t in zip(x, target, strict=True)])
@@ -101,7 +101,7 @@ def test_of_four_linear_classes_every_attack_reaches_what_can_be_reached_and_fab
 
 
 def test_an_image_that_is_taken_for_its_target_is_left_alone():
-    model, x = Linear(torch.randn((4, 64), generator=chance())), images()
+    model, x = Linear(torch.randn((4, 64), generator=rng())), images()
     there = model(x).argmax(1)
     for attack, how in list(ATTACKS.values())[3:]:
         assert torch.equal(attack(model, x, zeros(x), eps=0.1, target=there, norm="L2", **how), x)
@@ -114,7 +114,7 @@ class Noisy(nn.Module):
 
     def __init__(self, noise: float):
         super().__init__()
-        self.linear, self.noise = Linear(torch.randn((4, 64), generator=chance())), noise
+        self.linear, self.noise = Linear(torch.randn((4, 64), generator=rng())), noise
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.linear(x)
@@ -136,7 +136,7 @@ def test_a_stochastic_model_is_broken_where_every_draw_is_the_target():
 
 
 def test_targets_are_labels_one_for_all_or_an_array():
-    model, x = Linear(torch.randn((4, 64), generator=chance())), images()
+    model, x = Linear(torch.randn((4, 64), generator=rng())), images()
     plain = pgd(model, x, zeros(x), eps=0.1, **PGD, target=torch.full((16,), 3))
     for target in (3, np.full(16, 3), np.full(16, 3, dtype=np.uint8)):
         assert torch.equal(pgd(model, x, zeros(x), eps=0.1, **PGD, target=target), plain)

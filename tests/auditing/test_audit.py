@@ -37,7 +37,7 @@ def test_quantise_and_noise_seems_robust_is_found_out_and_is_broken(masked):
     gradient = audit["gradient"]
     assert gradient.outcome == "flag" and gradient.details["layer"] == "front"
     assert gradient.details["mitigation"]["after"]["accuracy"] < 0.05
-    assert audit.facts["attacked"]["accuracy"] > 0.8 and audit.facts["lowest"]["accuracy"] < 0.05
+    assert audit.metadata["attacked"]["accuracy"] > 0.8 and audit.metadata["lowest"]["accuracy"] < 0.05
     # What the advice says, done by hand.
     through = gsem.straight_through(model, "front")
     x_adv = gsem.attacks.apgd(through, x, y, eps=0.2, steps=20, eot=5)
@@ -64,7 +64,7 @@ def test_a_killed_network_is_no_measurement():
     x, y = digits()
     audit = gsem.audit(Killed(mlp()), x, y, "apgd:steps=20", eps=0.2, quick=True)
     assert audit.verdict == "INVALID" and audit["blackbox"].outcome == "flag"
-    assert audit.facts["lowest"]["accuracy"] < 0.1 < 0.9 < audit.facts["attacked"]["accuracy"]
+    assert audit.metadata["lowest"]["accuracy"] < 0.1 < 0.9 < audit.metadata["attacked"]["accuracy"]
 
 
 def test_a_network_that_autograd_cannot_differentiate():
@@ -89,7 +89,7 @@ def test_a_healthy_network_is_trusted(robust: bool):
     assert [p.ended.name for p in told if p.ended] == list(CHECKS)
     assert torch.equal(torch.get_rng_state(), before)
     exact = gsem.evaluate(mlp(robust=robust), x, y, STRONG, eps=EPS)
-    assert audit.facts["attacked"]["accuracy"] == pytest.approx(exact.expected("worst").mean, abs=0.011)
+    assert audit.metadata["attacked"]["accuracy"] == pytest.approx(exact.expected("worst").mean, abs=0.011)
 
 
 def test_an_audit_is_its_file_and_a_check_alone_says_the_same(masked, tmp_path):
@@ -127,8 +127,8 @@ def test_a_black_box_flags_beyond_what_chance_explains(hidden: int, outcome: str
     assert (check.outcome, check.figure) == (outcome, hidden / 100)
     assert ("up to 2 may be chance" in check.reason) == (outcome == "pass")
     # Whether flagged or not, what was broken counts.
-    assert audit.facts["attacked"]["accuracy"] == pytest.approx(hidden / 100)
-    assert audit.facts["lowest"]["accuracy"] == 0
+    assert audit.metadata["attacked"]["accuracy"] == pytest.approx(hidden / 100)
+    assert audit.metadata["lowest"]["accuracy"] == 0
 
 
 @pytest.mark.parametrize("images", [1, 20, 100, 128, 500, 10_000])
@@ -168,7 +168,7 @@ def test_robustness_that_is_not_knowing_the_noise_vanishes_with_it():
 
 def made(outcome, **how) -> Check:
     return Check(**{"name": "x", "title": "", "figure": 1.0, "threshold": "", "outcome": outcome, "reason": "because"}
-                 | {"advice": "", "source": ""} | how)  # fmt: skip
+                 | {"advice": "", "reference": ""} | how)  # fmt: skip
 
 
 def test_the_rules_of_the_verdict():

@@ -47,7 +47,7 @@ def same(one: Audit, other: Audit) -> bool:
     """All but the time it took."""
     plain = [json.loads(json.dumps(a.to_dict())) for a in (one, other)]
     for audit in plain:
-        del audit["facts"]["seconds"]
+        del audit["metadata"]["seconds"]
     return plain[0] == plain[1]
 
 

@@ -43,11 +43,11 @@ def test_the_controls_hold_a_really_robust_network():
 
 
 def test_mitigations_lower_the_accuracy_and_say_so():
-    found = audited(only=["silent", "transfer"], **FAILURES["silent"](0))
-    lost = found["silent"].details["mitigation"]
+    found = audited(only=["silent_success", "transfer"], **FAILURES["silent_success"](0))
+    lost = found["silent_success"].details["mitigation"]
     assert lost["how"] == "the best point of the path"
     assert lost["after"]["accuracy"] < lost["before"]["accuracy"]
-    assert f"{100 * lost['after']['accuracy']:.1f}%" in found["silent"].reason
+    assert f"{100 * lost['after']['accuracy']:.1f}%" in found["silent_success"].reason
     assert found["transfer"].outcome == "pass"
 
 

@@ -57,8 +57,8 @@ def test_a_run_is_audited_by_its_own_data_into_its_directory(capsys, here):
     assert [c.name for c in audit.checks] == ["randomness", "gradient"] and audit.verdict in out
     assert audit["gradient"].outcome == "flag" and audit["gradient"].details["layer"] == "gsem_module"
     # The command that is shown repeats a check, to the same figure.
-    again = f"{audit.facts['command']} --only gradient --out again.json"
-    assert f"Again: {audit.facts['command']} --only gradient" in out
+    again = f"{audit.metadata['command']} --only gradient --out again.json"
+    assert f"Again: {audit.metadata['command']} --only gradient" in out
     assert run(capsys, *shlex.split(again)[1:])[0] == 0
     assert Audit.load("again.json")["gradient"] == audit["gradient"]
     assert run(capsys, *words, "--gradient", "corrected")[0] == 0
@@ -76,7 +76,7 @@ def test_a_stranger_is_audited_and_the_table_fits(capsys, here):
     for word in ("flagged when", "INVALID", "the forward of Net itself", "What to do:", "4/4 unstable"):
         assert word in " ".join(out.split())
     found = json.loads((here / "found" / "audit.json").read_text())
-    assert found["verdict"] == "INVALID" and found["facts"]["data"] == "digits"
+    assert found["verdict"] == "INVALID" and found["metadata"]["data"] == "digits"
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_draws_that_are_given_are_used_in_the_quick_form_too(capsys, here, words
     code, out, err = run(capsys, "audit", *told, "--quick", *words)
     assert code == 0, err
     assert f"10 images, {draws} scoring draws" in out
-    facts = Audit.load("audit.json").facts
-    assert facts["draws"] == draws
-    assert ("--draws" in facts["command"]) == bool(words)
+    metadata = Audit.load("audit.json").metadata
+    assert metadata["draws"] == draws
+    assert ("--draws" in metadata["command"]) == bool(words)
 
 
 SHORT = ["roundnet:net", "--data", "digits", "--images", "10", "--eps", "0.3", "--attacks", "pgd:steps=2"]
@@ -132,7 +132,7 @@ def test_an_interrupted_audit_goes_on_when_started_again(capsys, here):
     assert "saved in strict.txt.json" in out
     found = Audit.load("strict.txt.json")
     assert found.checks == whole.checks
-    assert found.facts | {"seconds": 0} == whole.facts | {"seconds": 0}
+    assert found.metadata | {"seconds": 0} == whole.metadata | {"seconds": 0}
     assert not list(here.glob("*.unfinished"))
 
 
@@ -158,9 +158,9 @@ def test_it_prints_a_line_now_and_then_with_the_time_left(terminal: bool):
     clock, file = Clock(), io.StringIO()
     bar = AuditBar(Console(file=file, width=80, force_terminal=terminal), clock)
 
-    def at(seconds: float, *facts, **how) -> list[str]:
+    def at(seconds: float, *metadata, **how) -> list[str]:
         clock.now = seconds
-        bar(Progress(*facts, **how))
+        bar(Progress(*metadata, **how))
         return file.getvalue().splitlines()
 
     assert at(1, "gradient", 2, 12, "begins") == []

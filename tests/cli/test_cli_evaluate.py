@@ -86,8 +86,8 @@ def test_a_suite_on_a_factory_named_by_an_option(capsys, here):
     for label in ("clean", "apgd20-eot1", "apgd20-t3-eot1", "square300-eot1"):
         assert label in out
     assert max(len(line) for line in out.splitlines()[2:]) <= 80
-    facts = json.loads((here / "evaluation.json").read_text())["facts"]
-    assert facts["about"]["model"] == "halfnet:net"
+    metadata = json.loads((here / "evaluation.json").read_text())["metadata"]
+    assert metadata["about"]["model"] == "halfnet:net"
 
 
 def test_normalised_input_keeps_eps_in_pixels(capsys, here):
@@ -103,7 +103,7 @@ def test_the_subset_is_balanced_or_the_first_and_says_so(capsys, here):
     out = evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6")
     assert "a fixed, class-balanced subset of 6 of 24 test images" in " ".join(out.split())
     assert np.bincount(gsem.EvaluationResult.load("evaluation").y).tolist() == [3, 3]
-    out = evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6", "--first")
+    out = evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6", "--subset", "first")
     assert "the first 6 of 24 test images" in " ".join(out.split())
     assert gsem.EvaluationResult.load("evaluation-2").y.tolist() == [0] * 6
     assert "--images must be at least 1" in refused(
@@ -138,7 +138,7 @@ def test_other_models_become_sources_of_transfer(capsys, here):
 
 
 def test_saved_points_are_verified_and_a_changed_one_is_found(capsys, here):
-    evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", "--images", "10", "--keep-images")
+    evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", "--images", "10", "--save-adv")
     code, out, _ = run(capsys, "verify", "evaluation.npz", "--model", "halfnet:net")
     assert code == 0 and "10 images: bounds, labels, distances and accuracies hold" in out
     result = gsem.EvaluationResult.load("evaluation")
@@ -173,10 +173,10 @@ def test_a_finished_evaluation_is_shown_again_and_computed_anew_only_when_asked(
             main(["--debug", "evaluate", "halfnet:net", "--attacks", "pgd:steps=4", "--data", "images.npz",
                   "--eps", "0.05", "--again"])  # fmt: skip
         err = refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--eps", "0.05", "--attacks",
-                      "pgd:steps=4", "--keep-images")  # fmt: skip
+                      "pgd:steps=4", "--save-adv")  # fmt: skip
         assert "finished without its adversarial examples. --again (again=True) computes it anew" in err
     assert (here / "evaluation.npz").stat().st_mtime_ns == before
-    anew = evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", "--again", "--keep-images")
+    anew = evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", "--again", "--save-adv")
     assert "saved in evaluation.json and evaluation.npz" in anew
     assert (here / "evaluation.npz").stat().st_mtime_ns > before
     assert {p.name for p in here.glob("*.npz")} == {"evaluation.npz", "evaluation-2.npz", "images.npz"}
@@ -199,7 +199,7 @@ def test_without_a_terminal_every_finished_attack_prints_a_line(capsys, here):
 
 
 def test_the_rows_of_the_images_are_kept_and_named(capsys, here):
-    evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6", "--keep-images", "--out", "few")
+    evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6", "--save-adv", "--out", "few")
     evaluated(capsys, "halfnet:net", "--attacks", "clean", "--out", "all")
     few, whole = gsem.EvaluationResult.load("few"), gsem.EvaluationResult.load("all")
     with np.load("images.npz") as file:
@@ -227,7 +227,7 @@ def test_an_unfinished_evaluation_of_another_question_is_not_touched(capsys, her
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--suite", "hard"), "suite 'hard' is unknown: it is one of quick, standard, paper, published"),
+        (("--suite", "hard"), "suite 'hard' is unknown: it is one of quick, standard, paper, paper-code"),
         (("--suite", "quick", "--attacks", "clean"), "give --suite or --attacks, not both"),
         (("--attacks", "cw:form=l2"), "cw:form=l2 bounds the L2 norm"),
         (("--attacks", "apgd:loss=hinge"), "loss 'hinge' is unknown"),
@@ -255,7 +255,7 @@ def test_a_warning_is_one_line_for_people(capsys, here):
 
 @pytest.mark.parametrize(("number", "stopped"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_evaluation_keeps_what_is_finished_and_says_how_to_go_on(capsys, here, monkeypatch, number, stopped):
-    words = ("evaluate", "halfnet:net", "--data", "images.npz", "--attacks", "pgd:steps=2", "--batch", "12")
+    words = ("evaluate", "halfnet:net", "--data", "images.npz", "--attacks", "pgd:steps=2", "--batch-size", "12")
 
     def stop(bar, progress) -> None:
         if progress.done == 12:

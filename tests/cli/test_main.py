@@ -17,15 +17,15 @@ from gsem.cli.evaluate import evaluate_command
 from gsem.cli.main import COMMANDS, _scaled, main
 from gsem.cli.options import TrainOptions, parse
 
-TINY = ["--epochs", "1", "--warmup", "0", "--steps", "1", "--batch", "64"]
+TINY = ["--epochs", "1", "--warmup", "0", "--steps", "1", "--batch-size", "64"]
 
 
 @pytest.fixture
 def npz(tmp_path):
     """24 training and 8 test images of two classes, as an .npz file."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     y = np.arange(32) % 2
-    x = (chance.integers(0, 100, (32, 8, 8, 1)) + 120 * y[:, None, None, None]).astype(np.uint8)
+    x = (rng.integers(0, 100, (32, 8, 8, 1)) + 120 * y[:, None, None, None]).astype(np.uint8)
     file = tmp_path / "images.npz"
     np.savez(file, x_train=x[:24], y_train=y[:24], x_test=x[24:], y_test=y[24:])
     return file
@@ -100,7 +100,7 @@ def test_train_then_evaluate_then_resume(capsys, npz, in_tmp, tmp_path):
 def test_a_published_checkpoint_is_evaluated(capsys, npz, in_tmp, tmp_path):
     torch.save(gsem.create_model("gsem-resnet10x16", num_classes=2, in_channels=3).state_dict(), "w.pt")
     assert "give its name" in refused(capsys, "evaluate", "w.pt", "--data", npz)
-    message = refused(capsys, "evaluate", "w.pt", "--data", npz, "--name", "GSeMResNet18", "--num-classes", 2)
+    message = refused(capsys, "evaluate", "w.pt", "--data", npz, "--arch", "GSeMResNet18", "--num-classes", 2)
     assert "w.pt" in message
 
 
@@ -132,7 +132,7 @@ def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path):
         ("gcat", ["--epochs", "1"], (1, 1 / 30, ())),
         ("pgd-at", ["--epochs=20"], (20, 0.0, (10, 15))),
         ("gcat", ["--epochs", "6", "--warmup", "2"], (6, 2.0, ())),
-        ("pgd-at", ["--batch", "8"], (200, 0.0, (100, 150))),
+        ("pgd-at", ["--batch-size", "8"], (200, 0.0, (100, 150))),
     ],
 )
 def test_epochs_alone_scale_the_schedule(recipe, words, found):
@@ -231,7 +231,7 @@ def test_a_stopped_training_is_saved_and_says_how_to_go_on(tmp_path, number, cod
 
 
 def test_a_training_says_what_it_computes_in(capsys, npz, in_tmp):
-    options = ["--precision", "float32", "--search", "auto", "--device", "cpu"]
+    options = ["--precision", "float32", "--attack-precision", "auto", "--device", "cpu"]
     code, out, _ = run(capsys, "train", "--data", npz, "--out", "r", *options, *TINY)
     assert code == 0
     search = choose_precision("auto", torch.device("cpu"))

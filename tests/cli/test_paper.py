@@ -48,7 +48,7 @@ def test_every_command_of_the_paper_trains_and_its_checkpoint_evaluates(tmp_path
     assert saved.name.startswith(f"{classifier}_6_4_")
     assert ran.stdout.splitlines()[-1] == f"saved adv_model/{dataset}/{saved.name}"
     classes = len(gsem.data.load(dataset, tmp_path / "dataset").classes)
-    options = ["--name", classifier, "--num-classes", classes, "--data", dataset, "--data-path", tmp_path / "dataset"]
+    options = ["--arch", classifier, "--num-classes", classes, "--data", dataset, "--data-path", tmp_path / "dataset"]
     short = ["--images", 4, "--draws", 2, "--attacks", "clean,pgd:steps=1:eot=1", "--no-frozen"]
     short += ["--out", tmp_path / "result"]
     assert main([str(word) for word in ["evaluate", saved, *options, *short]]) == 0
@@ -111,7 +111,7 @@ def test_the_options_reach_the_recipe():
     )
     found = (r.milestones, r.epochs, r.rounds, r.levels, r.noise, r.draws, r.eot, r.precision, r.data_path, r.model)
     assert found == ((3, 5), 7, 2, 8, 0, 2, 3, "float32", "d", "gsem-wideresnet28x10")
-    assert (r.objective, r.awp, r.attacked) == ("mart", 0.01, 1.0)
+    assert (r.objective, r.awp, r.adversarial_fraction) == ("mart", 0.01, 1.0)
     assert recipe_of(replace(o, milestones=("3", "5")), "gcat-published").milestones == (3, 5)
     assert recipe_of(TrainOptions(), "gcat-published").scaled(150) == replace(
         gsem.RECIPES["gcat-published"], data="cifar10", data_path="dataset"

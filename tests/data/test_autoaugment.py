@@ -59,16 +59,16 @@ def assert_like_pillow(ours: Tensor, theirs: Tensor, names: set[str]) -> None:
 
 def pictures(h: int, w: int) -> Tensor:
     """Noise, gradients of full and of narrow range, shapes of few levels, and one colour only: [20, 3, h, w]."""
-    chance = torch.Generator().manual_seed(h * w)
-    noise = torch.randint(256, (4, 3, h, w), generator=chance)
+    rng = torch.Generator().manual_seed(h * w)
+    noise = torch.randint(256, (4, 3, h, w), generator=rng)
     down, across = torch.meshgrid(torch.linspace(0, 1, h), torch.linspace(0, 1, w), indexing="ij")
-    slope = torch.rand(4, 3, 2, 1, 1, generator=chance)
+    slope = torch.rand(4, 3, 2, 1, 1, generator=rng)
     gradient = (slope[:, :, 0] * down + slope[:, :, 1] * across) * 127.5
-    centre, radius = torch.rand(2, 4, 1, 1, 1, generator=chance), torch.rand(4, 3, 1, 1, generator=chance)
+    centre, radius = torch.rand(2, 4, 1, 1, 1, generator=rng), torch.rand(4, 3, 1, 1, generator=rng)
     disc = (down - centre[0]) ** 2 + (across - centre[1]) ** 2 < radius / 4
-    colours = torch.randint(256, (2, 4, 3, 1, 1), generator=chance)
+    colours = torch.randint(256, (2, 4, 3, 1, 1), generator=rng)
     shapes = torch.where(disc, *colours)
-    noisy = (shapes + torch.randn(4, 3, h, w, generator=chance) * 8).clamp(0, 255)
+    noisy = (shapes + torch.randn(4, 3, h, w, generator=rng) * 8).clamp(0, 255)
     flat = colours[0].expand(4, 3, h, w)
     return torch.cat([noise, gradient, shapes, noisy, flat]).to(torch.uint8)
 
@@ -101,12 +101,12 @@ def test_geometry_at_any_magnitude(seed, fill, side):
 def policy_reference(x: Tensor, fill: int, generator: torch.Generator) -> Tensor:
     """auto_augment as its docstring says it, by Pillow, image by image."""
     policy = torch.randint(25, (len(x),), generator=generator)
-    chance = torch.rand(2, len(x), generator=generator)
+    rng = torch.rand(2, len(x), generator=generator)
     sign = torch.randint(2, (2, len(x)), generator=generator) * 2 - 1
     out = []
     for i, image in enumerate(x):
         for j, (name, probability, level) in enumerate(autoaugment.POLICY[policy[i]]):
-            if chance[j, i] < probability:
+            if rng[j, i] < probability:
                 middle, swing = autoaugment.magnitude(name, level)
                 image = pillow(name, image, middle + swing * int(sign[j, i]), fill)
         out.append(image)

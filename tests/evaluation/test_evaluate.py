@@ -12,7 +12,7 @@ from gsem.attacks import pgd, suite
 from gsem.evaluation.evaluate import Progress, _chosen, evaluate, undefended
 from gsem.evaluation.partial import AnotherQuestion
 from gsem.nn.predict import correct_draws, is_stochastic
-from planted import Flipper, Halves, chance, halves, small_net
+from planted import Flipper, Halves, halves, rng, small_net
 
 # --- planted accuracy --------------------------------------------------------------------------------------------
 
@@ -22,7 +22,7 @@ def test_a_flipper_that_no_image_influences_gives_an_attack_nothing():
     x, y = halves(500)
     result = evaluate(Flipper(), x, y, ["clean", "pgd:steps=10:eot=10:loss=margin"], eps=0.1)
     clean, attacked = (result.expected(s.name).mean for s in result.scores)
-    assert result.facts["stochastic"] and result.draws == 100
+    assert result.metadata["stochastic"] and result.draws == 100
     assert clean == pytest.approx(0.70, abs=0.01)
     assert clean - attacked == pytest.approx(0.0, abs=0.015)
 
@@ -38,7 +38,7 @@ class Rising(nn.Module):
 
 @pytest.mark.parametrize("loss", ["ce", "margin"])
 def test_a_flip_that_attacks_make_likelier_is_measured_and_not_rounded(loss):
-    x = 0.4 + 0.2 * torch.rand((400, 1, 4, 4), generator=chance())
+    x = 0.4 + 0.2 * torch.rand((400, 1, 4, 4), generator=rng())
     x += 0.5 - x.mean((1, 2, 3), keepdim=True)
     y = torch.zeros(400, dtype=torch.int64)
     result = evaluate(Rising(), x, y, ["clean", f"pgd:steps=10:eot=10:loss={loss}"], eps=0.1)
@@ -50,7 +50,7 @@ def test_a_deterministic_model_has_one_draw_and_the_plain_accuracy():
     x, y = halves(300, contrast=0.15)
     y = torch.where(torch.arange(300) < 30, 1 - y, y)  # a tenth of the labels is wrong
     result = evaluate(Halves(), x, y, ["clean", "pgd:steps=5"], eps=0.05)
-    assert not result.facts["stochastic"] and result.draws == 1
+    assert not result.metadata["stochastic"] and result.draws == 1
     assert result.expected("clean").mean == pytest.approx(0.9)
     assert (result["clean"].correct == (Halves()(x).argmax(1) == y).numpy()).all()
     # PGD lowers the difference of the halves by 2 · eps at most: short of the contrast.
@@ -63,7 +63,7 @@ def test_a_deterministic_model_has_one_draw_and_the_plain_accuracy():
 def test_the_score_is_the_true_models_on_the_images_that_are_kept():
     model = small_net()
     x, y = halves(40)
-    result = evaluate(model, x, y, ["clean", "pgd:steps=3"], eps=0.05, batch=16, keep_images=True)
+    result = evaluate(model, x, y, ["clean", "pgd:steps=3"], eps=0.05, batch_size=16, save_adv=True)
     for s in result.scores:
         x_adv = torch.from_numpy(s.x_adv)
         with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_source_that_does_not_fit_is_named():
     x, y = halves(6)
     two = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 1))
     with pytest.raises(ValueError, match=r"source 'two': image 1 \(row 8 of the data set\) has label 1"):
-        evaluate(Halves(), x, y, "transfer", eps=0.1, sources={"two": two}, rows=[7, 8, 9, 10, 11, 12])
+        evaluate(Halves(), x, y, "transfer", eps=0.1, source_models={"two": two}, rows=[7, 8, 9, 10, 11, 12])
 
 
 def test_the_suites_add_transfer_where_there_is_something_to_transfer_from():
@@ -158,7 +158,7 @@ def test_noise_known_to_the_attacker_is_only_for_gsem():
 
 def test_correct_draws_counts_the_planted_share():
     x, y = halves(200)
-    counts = correct_draws(Flipper(0.25), x, y, draws=200, seed=0, batch=64)
+    counts = correct_draws(Flipper(0.25), x, y, draws=200, seed=0, batch_size=64)
     assert counts.double().mean() / 200 == pytest.approx(0.75, abs=0.01)
     spread = counts.double().var() / (200 * 0.75 * 0.25)
     assert 0.7 < spread < 1.4  # binomial: every image has draws of its own
@@ -175,7 +175,7 @@ def test_is_stochastic_tells_them_apart_and_leaves_chance_alone():
 @pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
 def test_the_same_seed_gives_the_same_result_and_the_callers_chance_is_left():
     x, y = halves(30)
-    how = {"attacks": ["clean", "pgd:steps=2:eot=2"], "eps": 0.1, "draws": 20, "keep_images": True}
+    how = {"attacks": ["clean", "pgd:steps=2:eot=2"], "eps": 0.1, "draws": 20, "save_adv": True}
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = evaluate(Flipper(), x, y, **how)
@@ -193,7 +193,7 @@ def test_scoring_draws_do_not_depend_on_the_search(monkeypatch):
     x, y = halves(60)
 
     def another(model, x, y, **how):
-        torch.rand(5, generator=chance(how["seed"]))
+        torch.rand(5, generator=rng(how["seed"]))
         for _ in range(3):
             model(x)
         return x.clone()
@@ -241,11 +241,11 @@ def test_options_reach_the_attack(monkeypatch):
     x, y = halves(6)
     options = {"steps": 3, "step": 0.02, "restarts": 2, "eot": 1, "loss": "dlr", "keep": "last"}
     text = "pgd:" + ":".join(f"{k}={v}" for k, v in options.items())
-    result = evaluate(small_net(), x, y, [text], eps=0.1, batch=4)
+    result = evaluate(small_net(), x, y, [text], eps=0.1, batch_size=4)
     assert len(seen) == 2 and all(how.items() >= options.items() for how in seen)
     assert seen[0]["seed"] != seen[1]["seed"]
-    _, label = result.facts["options"]
-    assert label == "pgd3-eot1-dlr-x2-last-step0.02" and result.facts["options"][label] == options
+    _, label = result.metadata["options"]
+    assert label == "pgd3-eot1-dlr-x2-last-step0.02" and result.metadata["options"][label] == options
     seen.clear()
     evaluate(small_net(), x, y, ["pgd:steps=1"], eps=0.1)
     assert seen[0]["step"] == 0.1 / 4 and set(seen[0]) >= set(suite.ATTACKS["pgd"])
@@ -284,7 +284,7 @@ def test_attacks_it_refuses(attacks, message):
         ({"eps": 0.0}, "eps must be positive"),
         ({"norm": "L0"}, "norm 'L0' is unknown"),
         ({"draws": 0}, "draws must be an integer"),
-        ({"batch": 0}, "batch must be an integer"),
+        ({"batch_size": 0}, "batch_size must be an integer"),
         ({"x": 255 * halves(4)[0]}, r"must lie in \[0, 1\]"),
         ({"y": torch.zeros(4)}, "int64"),
         ({"model": gsem.create_model("resnet10x16", in_channels=1)}, "is in train mode"),
@@ -305,7 +305,7 @@ def test_logits_that_are_not_finite_name_the_image_among_all():
     x, y = halves(10)
     x[7, 0, 0, 0] = 0.25
     with pytest.raises(ValueError, match=r"image 7: the model's logits are not finite"):
-        evaluate(Poisoned(), x, y, ["clean"], eps=0.1, batch=4)
+        evaluate(Poisoned(), x, y, ["clean"], eps=0.1, batch_size=4)
 
 
 def test_errors_name_the_row_in_the_data_set(monkeypatch):
@@ -319,7 +319,7 @@ def test_errors_name_the_row_in_the_data_set(monkeypatch):
 
     monkeypatch.setitem(suite._FUNCTIONS, "pgd", broken)
     with pytest.raises(ValueError, match=r"^attack 'pgd100-eot1': image 2 \(row 22 of the data set\): the attack re"):
-        evaluate(Halves(), x, y, ["pgd"], eps=0.1, batch=4, rows=rows.tolist())
+        evaluate(Halves(), x, y, ["pgd"], eps=0.1, batch_size=4, rows=rows.tolist())
 
 
 @pytest.mark.parametrize("rows", [[0, 1], [0, 1, 2, -3], [0.0, 1.0, 2.0, 3.0], [[0, 1, 2, 3]]])
@@ -356,8 +356,8 @@ def test_the_model_is_left_as_it_was_and_progress_is_reported():
     before, flags = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     x, y = halves(10)
     told: list[Progress] = []
-    result = evaluate(model, x, y, ["clean", "pgd:steps=1"], eps=0.1, batch=4, on_progress=told.append)
-    ends = [p for p in told if p.standing == 0]
+    result = evaluate(model, x, y, ["clean", "pgd:steps=1"], eps=0.1, batch_size=4, on_progress=told.append)
+    ends = [p for p in told if p.remaining == 0]
     assert [(p.name, p.done, p.images) for p in ends] == [
         (label, done, 10) for label in ("clean", "pgd1-eot1") for done in (4, 8, 10)
     ]
@@ -384,5 +384,5 @@ def test_a_model_that_is_random_only_off_the_images_is_stochastic():
 
     x = torch.full((3, 1, 2, 2), 0.5)
     result = evaluate(Flickers(), x, torch.zeros(3, dtype=torch.int64), "clean", eps=0.2, draws=7)
-    assert result.facts["stochastic"]
+    assert result.metadata["stochastic"]
     assert result.draws == 7

@@ -45,24 +45,24 @@ def table(result: EvaluationResult) -> list:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> EvaluationResult:
-    return evaluate(**question(), save=tmp_path_factory.mktemp("whole") / "r", keep_images=True)
+    return evaluate(**question(), save=tmp_path_factory.mktemp("whole") / "r", save_adv=True)
 
 
 def test_killed_at_ten_random_moments_it_ends_with_the_table_of_the_uninterrupted_one(tmp_path, uninterrupted):
-    chance = random.Random(0)
+    rng = random.Random(0)
     words = [sys.executable, str(HELPERS / "killed_evaluation.py"), str(tmp_path / "r")]
     kills, pieces = 0, set()
     for _ in range(10):
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdout is not None and process.stdout.readline() == b"begins\n"
-        time.sleep(chance.uniform(0.0, 0.8))
+        time.sleep(rng.uniform(0.0, 0.8))
         if process.poll() is None:
             kills += 1
         process.kill()
         process.wait()
         pieces |= {p.name for p in tmp_path.glob("r.unfinished/*.npz")}
     assert kills > 0
-    result = evaluate(**question(), save=tmp_path / "r", keep_images=True)
+    result = evaluate(**question(), save=tmp_path / "r", save_adv=True)
     assert table(result) == table(uninterrupted)
     for a, b in zip(result.scores, uninterrupted.scores, strict=True):
         assert np.array_equal(a.x_adv, b.x_adv)
@@ -82,7 +82,7 @@ def test_stopped_between_and_inside_batches_it_goes_on(tmp_path, uninterrupted, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(**question(), save=tmp_path / "r", keep_images=True, on_progress=stop)
+        evaluate(**question(), save=tmp_path / "r", save_adv=True, on_progress=stop)
     finished = list(tmp_path.glob("r.unfinished/*-*.npz"))
     assert finished
     before = {f: f.stat().st_mtime_ns for f in finished}
@@ -90,7 +90,7 @@ def test_stopped_between_and_inside_batches_it_goes_on(tmp_path, uninterrupted, 
     result = evaluate(
         **question(),
         save=tmp_path / "r",
-        keep_images=True,
+        save_adv=True,
         on_progress=lambda p: seen.append([f.stat() for f in before if f.exists()]),
     )
     assert all(len(stats) == len(before) for stats in seen)
@@ -108,13 +108,13 @@ def test_a_half_written_piece_counts_as_not_written(tmp_path, uninterrupted):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(**question(), save=tmp_path / "r", keep_images=True, on_progress=stop)
+        evaluate(**question(), save=tmp_path / "r", save_adv=True, on_progress=stop)
     folder = tmp_path / "r.unfinished"
     piece = next(folder.glob("[0-9a-f]*.npz"))
     half = folder / f".{piece.stem}.writing.npz"
     half.write_bytes(piece.read_bytes()[:200])
     piece.unlink()
-    assert table(evaluate(**question(), save=tmp_path / "r", keep_images=True)) == table(uninterrupted)
+    assert table(evaluate(**question(), save=tmp_path / "r", save_adv=True)) == table(uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_a_half_written_piece_counts_as_not_written(tmp_path, uninterrupted):
             "the attacks (clean, pgd4-eot2, apgd6-eot2, square20-eot2 then, clean, pgd5-eot20 now)",
         ),
         ({"attacks": "clean,pgd:steps=4:step=0.01:eot=2,apgd:steps=6:eot=2,square:queries=20:eot=2"}, "the attacks"),
-        ({"batch": 4}, "batch (8 then, 4 now)"),
+        ({"batch_size": 4}, "batch_size (8 then, 4 now)"),
         ({"seed": 1}, "seed (0 then, 1 now)"),
-        ({"sources": {"other": small_net()}}, "the other models of the transfer attack"),
+        ({"source_models": {"other": small_net()}}, "the other models of the transfer attack"),
         ({"model": gsem_net()}, "the model's weights"),
         ({"model": gsem_net(levels=5)}, "the model's layers, settings or normalisation; the model's weights"),
         ({"x": halves(24, contrast=0.2)[0]}, "the images"),
@@ -260,7 +260,7 @@ def changed(result: EvaluationResult, number: int, **change) -> EvaluationResult
 def plain() -> tuple[EvaluationResult, dict]:
     x, y = halves(40, contrast=0.15)
     how = {"model": Halves(), "x": x, "y": y}
-    return evaluate(**how, attacks="clean,pgd:steps=9", eps=0.05, keep_images=True), how
+    return evaluate(**how, attacks="clean,pgd:steps=9", eps=0.05, save_adv=True), how
 
 
 def test_planted_lies_are_found(plain):
@@ -289,7 +289,7 @@ def test_planted_lies_are_found(plain):
 @pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
 def test_chance_is_allowed_and_no_more():
     x, y = halves(300)
-    flips = evaluate(Flipper(0.3), x, y, "clean", eps=0.1, keep_images=True)
+    flips = evaluate(Flipper(0.3), x, y, "clean", eps=0.1, save_adv=True)
     found = verify(flips, Flipper(0.3), x, y)[0]
     assert found.problems == [] and found.again != found.saved  # the draws are others
     assert "expected accuracy" in verify(flips, Flipper(0.34), x, y)[0].problems[0]
@@ -298,7 +298,7 @@ def test_chance_is_allowed_and_no_more():
 def test_a_result_without_images_cannot_be_verified(plain):
     result, how = plain
     without = replace(result, scores=[replace(s, x_adv=None) for s in result.scores])
-    with pytest.raises(ValueError, match=r"holds no adversarial examples.*keep_images"):
+    with pytest.raises(ValueError, match=r"holds no adversarial examples.*save_adv"):
         verify(without, **how)
     with pytest.raises(ValueError, match="the result is of images"):
         verify(result, how["model"], how["x"][:3], how["y"][:3])

@@ -27,8 +27,8 @@ def _coarse_intervals(monkeypatch):
 def test_the_worst_of_many_attacks_on_a_flipper_gains_nothing_and_a_persistent_attacker_needs_none():
     """2000 images: the standard error of the mean of 100 draws each is 0.1 points."""
     x, y = halves(2000)
-    result = evaluate(Flipper(), x, y, SEVERAL, eps=0.1, batch=2000)
-    assert result.facts["stochastic"] and len(result.scores) == 5
+    result = evaluate(Flipper(), x, y, SEVERAL, eps=0.1, batch_size=2000)
+    assert result.metadata["stochastic"] and len(result.scores) == 5
     clean, worst = (result.expected(name).mean for name in ("clean", "worst"))
     assert worst == pytest.approx(0.70, abs=0.01)
     assert clean - worst == pytest.approx(0, abs=0.01)
@@ -57,7 +57,7 @@ def test_a_best_perturbation_that_flips_four_draws_of_ten_leaves_60_percent():
     x, _ = halves(800, contrast=0)
     x -= (x[..., :2].mean((1, 2, 3), keepdim=True) - x[..., 2:].mean((1, 2, 3), keepdim=True)) / 2 * SIDE
     y = torch.zeros(800, dtype=torch.int64)
-    result = evaluate(Limited(), x, y, SEVERAL, eps=0.1, batch=800)
+    result = evaluate(Limited(), x, y, SEVERAL, eps=0.1, batch_size=800)
     assert result.expected("clean").mean == pytest.approx(0.90, abs=0.01)
     assert result.expected("worst").mean == pytest.approx(0.60, abs=0.02)
     assert result.persistent("worst", 100).mean == pytest.approx(0, abs=1e-3)
@@ -91,7 +91,7 @@ def fragile() -> tuple[nn.Module, Tensor, Tensor]:
 
 def test_a_killed_gradient_stops_pgd_and_neither_random_search_nor_labels_only(fragile):
     network, x, y = fragile
-    how = {"eps": FRAGILE, "batch": 100}
+    how = {"eps": FRAGILE, "batch_size": 100}
     assert evaluate(network, x, y, "pgd:steps=20", **how).expected("worst").mean < 0.05  # it is not robust at all
     result = evaluate(Killed(network), x, y, "pgd:steps=20,square:queries=1000,rays:queries=1500", **how)
     clean, pgd, square, rays = (result.expected(s.name).mean for s in result.scores)
@@ -115,10 +115,10 @@ class Quantised(nn.Module):
 @pytest.mark.filterwarnings("ignore:search_twin runs Quantised")
 def test_quantise_and_noise_holds_against_plain_pgd_only(fragile):
     network, x, y = fragile
-    how = {"eps": FRAGILE, "batch": 100}
+    how = {"eps": FRAGILE, "batch_size": 100}
     listed = "pgd:steps=20:eot=1,square:queries=300:eot=5,transfer:steps=30:eot=5"
-    result = evaluate(Quantised(network).eval(), x, y, listed, **how, sources={"bare": network})
-    assert result.facts["stochastic"]
+    result = evaluate(Quantised(network).eval(), x, y, listed, **how, source_models={"bare": network})
+    assert result.metadata["stochastic"]
     _, pgd, square, transfer = (result.expected(s.name).mean for s in result.scores)
     assert pgd > 0.9 and transfer < 0.05 and square < 0.15
     assert result.expected("worst").mean < 0.05
@@ -131,7 +131,7 @@ def test_the_accuracies_of_a_deterministic_model_are_one(fragile):
     network, x, y = fragile
     y = torch.where(torch.arange(len(y)) < 7, (y + 1) % 10, y)
     result = evaluate(network, x, y, "clean,pgd:steps=5,square:queries=50", eps=0.05)
-    assert not result.facts["stochastic"] and result.facts["noise"] == ["fresh"]
+    assert not result.metadata["stochastic"] and result.metadata["noise"] == ["fresh"]
     for name in (*(s.name for s in result.scores), "worst"):
         expected = result.expected(name)
         assert 0 < expected.mean < 1 and math.isfinite(expected.low)

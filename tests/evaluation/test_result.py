@@ -16,7 +16,7 @@ from gsem.cli.display import show_result
 from gsem.evaluation.evaluate import evaluate
 from gsem.evaluation.result import ARRAYS, EvaluationResult, Interval, attack_name
 from gsem.nn.predict import vote_accuracy
-from planted import chance, halves, planted, scores, small_net
+from planted import halves, planted, rng, scores, small_net
 
 module = importlib.import_module("gsem.evaluation.result")
 
@@ -50,11 +50,11 @@ def test_where_all_images_agree_the_interval_has_no_width():
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep_images", [True, False])
+@pytest.mark.parametrize("save_adv", [True, False])
 @pytest.mark.parametrize("name", ["result", "result.json", "result.npz", "deeper/pgd-eps0.15", "v1.2.json"])
-def test_a_result_is_read_back_as_it_was(tmp_path, keep_images, name):
+def test_a_result_is_read_back_as_it_was(tmp_path, save_adv, name):
     x, y = halves(10)
-    result = evaluate(small_net(), x, y, ["clean", "pgd:steps=2"], eps=0.1, keep_images=keep_images)
+    result = evaluate(small_net(), x, y, ["clean", "pgd:steps=2"], eps=0.1, save_adv=save_adv)
     result.save(tmp_path / name)
     again = EvaluationResult.load(tmp_path / name)
     assert again.to_dict() == result.to_dict()
@@ -62,7 +62,7 @@ def test_a_result_is_read_back_as_it_was(tmp_path, keep_images, name):
     for a, b in zip(again.scores, result.scores, strict=True):
         assert (a.name, a.forwards, a.gradients, a.seconds) == (b.name, b.forwards, b.gradients, b.seconds)
         assert all((getattr(a, key) == getattr(b, key)).all() for key in ARRAYS)
-        assert (a.x_adv is None) if not keep_images else (a.x_adv == b.x_adv).all()
+        assert (a.x_adv is None) if not save_adv else (a.x_adv == b.x_adv).all()
     stem = name.removesuffix(".json").removesuffix(".npz")
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert files == {f"{stem}.json", f"{stem}.npz"}  # nothing half-written is left
@@ -111,7 +111,7 @@ def test_one_name_is_the_key_in_the_api_in_the_files_and_in_the_table(tmp_path):
     with np.load(tmp_path / "r.npz") as file:
         assert (file["pgd5-eot1@frozen.correct"] == result["pgd5-eot1@frozen"].correct).all()
     shown = io.StringIO()
-    show_result(Console(file=shown, width=80), replace(result, facts=result.facts | {"images": 30}), "x")
+    show_result(Console(file=shown, width=80), replace(result, metadata=result.metadata | {"images": 30}), "x")
     first_words = [line.split(" ")[0] for line in shown.getvalue().splitlines()]
     assert [word for word in first_words if word in keys] == [
         *("clean", "pgd5-eot2", "worst", "cw9-unbounded"),
@@ -121,7 +121,7 @@ def test_one_name_is_the_key_in_the_api_in_the_files_and_in_the_table(tmp_path):
 
 def as_before(result: EvaluationResult, file, about: dict) -> None:
     """The npz of an earlier version: no name of the noise in an attack's, arrays by number, no rows."""
-    meta = result.to_dict() | {"facts": result.facts | about}
+    meta = result.to_dict() | {"metadata": result.metadata | about}
     meta["attacks"] = [row | {"attack": row["attack"].split("@")[0]} for row in meta["attacks"]]
     meta["worst"] = {name.partition("@")[2] or "fresh": found for name, found in meta["worst"].items()}
     arrays = {f"{i}.{key}": getattr(s, key) for i, s in enumerate(result.scores) for key in ARRAYS}
@@ -141,7 +141,7 @@ def test_files_of_earlier_versions_are_read(tmp_path, about, rows):
     as_before(result, tmp_path / "r.npz", about)
     again = EvaluationResult.load(tmp_path / "r")
     assert again.names == result.names
-    assert again.to_dict() == result.to_dict() | {"facts": result.facts | about}
+    assert again.to_dict() == result.to_dict() | {"metadata": result.metadata | about}
     assert (None if again.rows is None else again.rows.tolist()) == rows
 
 
@@ -187,7 +187,7 @@ def test_a_result_of_many_attacks_prints_as_short_a_table():
 
 def test_a_result_is_a_value():
     result = planted(np.full(5, 1), 2)
-    assert replace(result, facts={"draws": 1, "seed": 0}).expected("clean").mean == 1.0
+    assert replace(result, metadata={"draws": 1, "seed": 0}).expected("clean").mean == 1.0
     assert result.expected("clean") == result.expected("clean")
 
 
@@ -228,7 +228,7 @@ def test_of_a_deterministic_model_all_accuracies_agree():
 def test_the_vote_is_that_of_eleven_fresh_draws(p):
     """Two classes: the vote is right where at least six of eleven draws are."""
     y = torch.zeros(5000, dtype=torch.int64)
-    found = (torch.rand((100, 5000), generator=chance()) > p).long()
+    found = (torch.rand((100, 5000), generator=rng()) > p).long()
     share = vote_accuracy(found, y, 11)
     assert share.mean() == pytest.approx(scipy.stats.binom(11, p).sf(5), abs=0.01)
     assert set((share * 9).round().int().tolist()) <= set(range(10))

@@ -21,7 +21,9 @@ from gsem.training.step import Stepper
 from gsem.training.trainer import Trainer, train
 from planted import small_digits
 
-RECIPE = Recipe(model="gsem-resnet10x16", attacked=0.5, steps=2, epochs=3, rounds=2, batch=32, ema=0.9, lr=0.05)
+RECIPE = Recipe(
+    model="gsem-resnet10x16", adversarial_fraction=0.5, steps=2, epochs=3, rounds=2, batch_size=32, ema=0.9, lr=0.05
+)
 DATA = small_digits()
 
 
@@ -86,13 +88,13 @@ def life(path: Path, place: str | None, after: int) -> bool:
 def main() -> None:
     path, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)  # a fork must not inherit a pool of threads
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     places = ["step", "write", "rename", "save", "round", "time"]
     died = 0
     for number in range(kills):
         place = places[number % len(places)]
         # A round begins once: its first call is the one.
-        if life(path, place, 0 if place == "round" else chance.randrange(1, 3)):
+        if life(path, place, 0 if place == "round" else rng.randrange(1, 3)):
             break
         died += 1
     assert life(path, None, 0)

@@ -30,12 +30,12 @@ class Landscape(nn.Module):
         return torch.stack([torch.zeros_like(value), value], dim=1)
 
 
-def chance(seed: int = 0) -> torch.Generator:
+def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def images(b: int = 16, c: int = 1, side: int = 8, seed: int = 1) -> Tensor:
-    return torch.rand((b, c, side, side), generator=chance(seed))
+    return torch.rand((b, c, side, side), generator=rng(seed))
 
 
 def pixel(*values: float) -> Tensor:

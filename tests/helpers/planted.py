@@ -21,7 +21,7 @@ def small_digits() -> Dataset:
     return replace(source, read_train=lambda: few, read_test=lambda: Split(test.x[:40], test.y[:40]))
 
 
-def chance(seed: int = 0) -> torch.Generator:
+def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -60,7 +60,7 @@ class Killed(nn.Module):
 def halves(n: int, *, contrast: float = 0.6, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images that `Halves` classifies rightly, with a difference of `contrast` between the halves."""
     y = torch.arange(n) % 2
-    x = 0.5 + 0.1 * (torch.rand((n, 1, 4, 4), generator=chance(seed)) - 0.5)
+    x = 0.5 + 0.1 * (torch.rand((n, 1, 4, 4), generator=rng(seed)) - 0.5)
     side = torch.where(y == 0, 1.0, -1.0)[:, None, None]
     x[:, 0, :, :2] += side * contrast / 2
     x[:, 0, :, 2:] -= side * contrast / 2

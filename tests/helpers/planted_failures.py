@@ -53,8 +53,8 @@ def _unconstrained(seed: int) -> dict[str, Any]:
 FAILURES: dict[str, Callable[[int], dict[str, Any]]] = {
     "unavailable": _unavailable,
     "unstable": _unstable,
-    "silent": _silent,
-    "unfinished": _unfinished,
+    "silent_success": _silent,
+    "incomplete": _unfinished,
     "transfer": _transfer,
     "unconstrained": _unconstrained,
 }

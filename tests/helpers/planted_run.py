@@ -69,7 +69,7 @@ def planted_result(x: np.ndarray | None = None, x_adv: np.ndarray | None = None)
         planted_scores("clean@off", np.ones(IMAGES, dtype=int), 1, noise="off", **kept),
         planted_scores("apgd100-eot1@off", (y > 4).astype(int), 1, noise="off", **moved),
     ]  # fmt: skip
-    facts = {
+    metadata = {
         "images": IMAGES,
         "fingerprint": planted_fingerprint(),
         "eps": EPS,
@@ -84,7 +84,7 @@ def planted_result(x: np.ndarray | None = None, x_adv: np.ndarray | None = None)
         "device": "cpu",
         "about": {"model": "run", "data": "digits", "data_path": None, "subset": {"kind": "first", "images": IMAGES}},
     }
-    return EvaluationResult(scores, y, facts)
+    return EvaluationResult(scores, y, metadata)
 
 
 @cache
@@ -113,7 +113,7 @@ def planted_audit(**change: Any) -> Audit:
         Check("binarization", "Is a point found?", None, "under 0.95", "inconclusive", "too few", "More.", "C, 2022"),
         Check("sweeps", "Does it fall?", 0.002, "over 0.003", "pass", "it falls", "", "D, 2019", details=curves),
     )  # fmt: skip
-    facts = {
+    metadata = {
         "images": 128,
         "fingerprint": planted_fingerprint(),
         "eps": EPS,
@@ -126,7 +126,7 @@ def planted_audit(**change: Any) -> Audit:
         "attacked": {"accuracy": 0.43, "low": 0.4, "high": 0.46},
     }
     reason = "The robust accuracy is no measurement: gradient: slope 1.36."
-    return replace(Audit(checks, "INVALID", reason, facts), **change)
+    return replace(Audit(checks, "INVALID", reason, metadata), **change)
 
 
 def planted_run(

@@ -58,9 +58,9 @@ class Detached(nn.Module):
 def test_logits_are_taken_from_what_holds_them_and_that_is_said(message):
     x, y = halves(12)
     model = Holding(HOLDERS[message])
-    plain = evaluate(Halves(), x, y, ["pgd:steps=3", "square:queries=20"], eps=0.3, keep_images=True)
+    plain = evaluate(Halves(), x, y, ["pgd:steps=3", "square:queries=20"], eps=0.3, save_adv=True)
     with pytest.warns(UserWarning, match=f"the model returns a {message} taken for the logits") as said:
-        held = evaluate(model, x, y, ["pgd:steps=3", "square:queries=20"], eps=0.3, keep_images=True)
+        held = evaluate(model, x, y, ["pgd:steps=3", "square:queries=20"], eps=0.3, save_adv=True)
     assert sum("taken for the logits" in str(w.message) for w in said) == 1
     for one, other in zip(plain.scores, held.scores, strict=True):
         assert (one.x_adv == other.x_adv).all() and (one.correct == other.correct).all()
@@ -68,7 +68,7 @@ def test_logits_are_taken_from_what_holds_them_and_that_is_said(message):
         assert all(v.problems == [] for v in verify(held, model, x, y))
     with pytest.warns(UserWarning, match="taken for the logits"):
         found = audit(model, x, y, "pgd:steps=2", eps=0.1, only=["randomness"])
-    assert found.facts["classes"] == 3
+    assert found.metadata["classes"] == 3
     for attack, how in ((pgd, HOW), (apgd, {"eps": 0.1, "steps": 2}), (rays, {"eps": 0.1, "queries": 9})):
         with pytest.warns(UserWarning, match="taken for the logits"):
             assert torch.equal(attack(model, x, y, **how), attack(Halves(), x, y, **how))
@@ -204,12 +204,12 @@ def test_numpy_arrays_and_radii_as_text_are_taken(tmp_path):
     ):
         plain = how | {key: 2 / 255 for key in how if key == "step"}
         assert torch.equal(attack(model, images, labels, eps="8/255", **how), attack(model, x, y, eps=8 / 255, **plain))
-    result = evaluate(model, images, labels, "pgd:steps=1", eps="8/255", keep_images=True)
-    assert result.facts["eps"] == 8 / 255
-    plain = evaluate(model, x, y, "pgd:steps=1", eps=8 / 255, keep_images=True)
+    result = evaluate(model, images, labels, "pgd:steps=1", eps="8/255", save_adv=True)
+    assert result.metadata["eps"] == 8 / 255
+    plain = evaluate(model, x, y, "pgd:steps=1", eps=8 / 255, save_adv=True)
     assert (result["pgd1-eot1"].x_adv == plain["pgd1-eot1"].x_adv).all()
     assert [v.problems for v in verify(result, model, images, labels)] == [[], []]
-    assert audit(model, images, labels, "pgd:steps=1", eps="8/255", only=["randomness"]).facts["eps"] == 8 / 255
+    assert audit(model, images, labels, "pgd:steps=1", eps="8/255", only=["randomness"]).metadata["eps"] == 8 / 255
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_the_check_draws_from_no_stream_of_the_callers():
 def test_a_torchscript_model_is_evaluated_like_the_network_that_it_was_made_from():
     net, (x, y) = small_net(), halves(6)
     traced = torch.jit.trace(net, x[:2])
-    one, other = (evaluate(model, x, y, "pgd:steps=2", eps=0.1, keep_images=True) for model in (net, traced))
+    one, other = (evaluate(model, x, y, "pgd:steps=2", eps=0.1, save_adv=True) for model in (net, traced))
     np.testing.assert_allclose(one["pgd2-eot1"].x_adv, other["pgd2-eot1"].x_adv, atol=1e-4)
 
 

@@ -48,8 +48,8 @@ def predict_draws(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor,
     """Logits, and the gradient of a fixed random combination of them with respect to the images."""
     x = x.detach().clone().requires_grad_()
     logits = model(x)
-    chance = torch.Generator().manual_seed(5)
-    weight = torch.randn(logits.shape, generator=chance, dtype=torch.float64).to(logits.dtype)
+    rng = torch.Generator().manual_seed(5)
+    weight = torch.randn(logits.shape, generator=rng, dtype=torch.float64).to(logits.dtype)
     (grad,) = torch.autograd.grad((logits * weight).sum(), x)
     return logits.detach(), grad
 
@@ -159,9 +159,9 @@ def assert_same_state(a: tuple, b: tuple) -> None:
 def test_a_model_in_training_is_not_changed_and_its_twin_is_of_eval_time(build):
     model = randomised(build()).double().train()
     model.get_submodule("gsem_module" if isinstance(model, gsem.nn.models.ResNet) else "body.gsem_module").bn.eval()
-    before, chance = state(model), torch.get_rng_state()
+    before, rng = state(model), torch.get_rng_state()
     folded = fold(model, torch.float64)
-    assert torch.equal(torch.get_rng_state(), chance)
+    assert torch.equal(torch.get_rng_state(), rng)
     assert folded.train() is folded
     assert not any(m.training for m in folded.modules() if not isinstance(m, IntegerNoise))
     folded.eval()

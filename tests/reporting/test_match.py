@@ -110,13 +110,13 @@ def test_an_audit_is_not_overwritten_by_another(here, capsys):
     with pytest.raises(AssertionError):
         audited("nets:one", "--out", "notes.json")
     assert "notes.json is there already, and is no audit" in capsys.readouterr().err
-    facts = json.loads(before)["facts"], json.loads(Path("a.json").read_bytes())["facts"]
-    assert facts[0]["fingerprint"] == facts[1]["fingerprint"] and Path("notes.json").read_text() == "{}"
+    metadata = json.loads(before)["metadata"], json.loads(Path("a.json").read_bytes())["metadata"]
+    assert metadata[0]["fingerprint"] == metadata[1]["fingerprint"] and Path("notes.json").read_text() == "{}"
 
 
 def test_a_run_its_evaluation_and_its_audit_are_of_one_network(here, few_digits):
     """With averaged weights, as `best` has them, and a GSeM."""
-    recipe = gsem.Recipe(steps=1, epochs=1, batch=64, ema=0.9, eps=0.05)
+    recipe = gsem.Recipe(steps=1, epochs=1, batch_size=64, ema=0.9, eps=0.05)
     gsem.train(recipe, out="r", data=few_digits, device="cpu")
     common = ("--data", "digits", "--images", 10, "--draws", 5)
     run("evaluate", "r", *common, "--attacks", "clean", "--no-frozen")
@@ -126,7 +126,7 @@ def test_a_run_its_evaluation_and_its_audit_are_of_one_network(here, few_digits)
     # Of the gradient that the evaluation did not follow, an audit says nothing about it.
     run("audit", "r", *common, "--only", "randomness", "--attacks", "pgd:steps=1", "--gradient", "semi-masked")
     entry = read_runs(["r"])[0]
-    assert "semi-masked" not in entry.audit.facts["command"]
+    assert "semi-masked" not in entry.audit.metadata["command"]
     [left_out] = entry.unmatched
     assert left_out == "audit-2.json: it is of the same weights in another network, or with another setting (r)"
     # The run was trained further, or its checkpoint replaced: what was measured is not of it any more.
@@ -143,15 +143,15 @@ def test_an_evaluation_of_another_network_in_a_run_directory(tmp_path):
     assert read_runs([path])[0].unmatched == ()
     other = {"structure": "0", "weights": "1"}
     result = planted_result()
-    about = result.facts["about"] | {"model": "mine:net"}
-    replace(result, facts=result.facts | {"fingerprint": other, "about": about}).save(path / "evaluation-2")
+    about = result.metadata["about"] | {"model": "mine:net"}
+    replace(result, metadata=result.metadata | {"fingerprint": other, "about": about}).save(path / "evaluation-2")
     entry = read_runs([path])[0]
     assert entry.file == "evaluation.npz" and entry.others == ()
     assert entry.unmatched == ("evaluation-2.npz: it is of another network (mine:net)",)
     assert entry.audit.verdict == "INVALID"
     # Asked for by its file, it stands alone.
     entry = read_runs([path / "evaluation-2.npz"])[0]
-    assert (entry.name, entry.facts, entry.metrics, entry.audit) == ("mine:net", {}, (), None)
+    assert (entry.name, entry.metadata, entry.metrics, entry.audit) == ("mine:net", {}, (), None)
     run_left_out, audit_left_out = entry.unmatched
     assert run_left_out.startswith("recipe.json, metrics.jsonl: evaluation-2.npz is not of this run (it is of another")
     assert audit_left_out == "audit.json: it is of another network"
@@ -174,11 +174,11 @@ def test_commands_of_a_page_quote_paths_with_spaces(tmp_path, monkeypatch):
 
 def test_what_does_not_say_what_it_is_of_is_not_joined(tmp_path):
     path = planted_run(tmp_path / "run", weights=True)
-    facts = {k: v for k, v in planted_audit().facts.items() if k != "fingerprint"}
-    planted_audit(facts=facts).save(path / "audit.json")
+    metadata = {k: v for k, v in planted_audit().metadata.items() if k != "fingerprint"}
+    planted_audit(metadata=metadata).save(path / "audit.json")
     assert read_runs([path])[0].unmatched[0].startswith("audit.json: it does not say which network it is of")
-    facts = {k: v for k, v in planted_result().facts.items() if k != "fingerprint"}
-    replace(planted_result(), facts=facts).save(path / "evaluation")
+    metadata = {k: v for k, v in planted_result().metadata.items() if k != "fingerprint"}
+    replace(planted_result(), metadata=metadata).save(path / "evaluation")
     entry = read_runs([path])[0]
     assert entry.result is None and entry.unmatched[0].startswith("evaluation.npz: it does not say")
     planted_audit().save(path / "audit.json")

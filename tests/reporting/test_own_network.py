@@ -60,7 +60,7 @@ def page(*words) -> str:
 
 
 def test_with_the_network_there_are_all_pictures(here):
-    evaluated("--keep-images")
+    evaluated("--save-adv")
     found = page("--model", "ownnets:one")
     assert all(part in found for part in (GALLERY, CONFUSION, SURFACE))
     assert "the points of the evaluation" in found and "taken for" in found
@@ -69,7 +69,7 @@ def test_with_the_network_there_are_all_pictures(here):
 
 
 def test_without_kept_images_those_that_were_evaluated_are_attacked_anew(here):
-    evaluated("--first")
+    evaluated("--subset", "first")
     found = page("--model", "ownnets:one")
     assert "points found for this report only" in found and "Around row 0: left" in found
     assert "Row 7: <b>right</b>" in found and "Row 8" not in found
@@ -79,7 +79,7 @@ def test_without_kept_images_those_that_were_evaluated_are_attacked_anew(here):
 
 
 def test_without_the_network_the_gallery_shows_what_was_kept_and_says_what_is_missing(here):
-    evaluated("--keep-images", "--first")
+    evaluated("--save-adv", "--subset", "first")
     found = page()
     assert GALLERY in found and CONFUSION not in found and SURFACE not in found
     assert "clean: right" in found and "attacked: wrong" in found
@@ -87,11 +87,11 @@ def test_without_the_network_the_gallery_shows_what_was_kept_and_says_what_is_mi
     assert "Row 0: <b>left</b>" in page("--data", "images.npz")
     (here / "evaluation.npz").unlink()
     evaluated("--again")
-    assert GALLERY not in page() and "An evaluation with --keep-images keeps" in page()
+    assert GALLERY not in page() and "An evaluation with --save-adv keeps" in page()
 
 
 def test_another_network_than_the_evaluated_one_is_refused(here, capsys):
-    evaluated("--keep-images")
+    evaluated("--save-adv")
     assert main(["report", "evaluation.npz", "--model", "ownnets:other"]) == 2
     err = capsys.readouterr().err
     assert "is not an evaluation of the network that is given" in err and "other weights" in err

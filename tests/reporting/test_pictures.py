@@ -206,7 +206,7 @@ def test_without_the_images_it_says_so(tmp_path):
     report(run, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "The test images are not there" in page
-    assert "--keep-images" in page
+    assert "--save-adv" in page
 
 
 def test_a_commit_is_that_of_the_folders_own_repository(tmp_path):

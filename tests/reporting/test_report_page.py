@@ -89,7 +89,7 @@ def test_the_verdict_comes_first_and_every_check_is_there(entry):
         assert f"flagged when {check.threshold}" in text
         assert check.outcome in text
         assert check.advice in text
-        assert check.source in text
+        assert check.reference in text
     assert "figure 1.358" in text
     asked = judged(entry).checks
     assert [a.check.outcome for a in asked] == ["flag", "inconclusive", "pass", "pass"]
@@ -151,8 +151,8 @@ def test_nothing_is_loaded_from_anywhere(entry):
 
 def test_names_are_text(tmp_path):
     run = planted_run(tmp_path / HOSTILE.replace("/", "-"), classes=(HOSTILE, *CLASSES[1:]))
-    facts = planted_audit().facts | {"command": f"gsem audit {HOSTILE}", "attacks": [HOSTILE]}
-    planted_audit(reason=HOSTILE, facts=facts).save(run / "audit.json")
+    metadata = planted_audit().metadata | {"command": f"gsem audit {HOSTILE}", "attacks": [HOSTILE]}
+    planted_audit(reason=HOSTILE, metadata=metadata).save(run / "audit.json")
     entries = read_runs([run])
     page = html(entries)
     assert page.count("<script") == 1  # the page's own
@@ -164,8 +164,8 @@ def test_names_are_text(tmp_path):
 
 def test_paths_of_the_machine_stay_there(tmp_path):
     run = planted_run(tmp_path / "planted")
-    facts = planted_audit().facts | {"command": f"gsem audit {run} --data {tmp_path}/photos --quick"}
-    planted_audit(facts=facts).save(run / "audit.json")
+    metadata = planted_audit().metadata | {"command": f"gsem audit {run} --data {tmp_path}/photos --quick"}
+    planted_audit(metadata=metadata).save(run / "audit.json")
     told = json.loads((run / "recipe.json").read_text())
     told["recipe"] |= {"data": f"{tmp_path}/photos", "data_path": str(tmp_path)}
     (run / "recipe.json").write_text(json.dumps(told))
@@ -265,7 +265,7 @@ def test_the_card_has_robustbench_field_names(entry):
 
 def test_an_audit_of_all_checks_goes_before_a_later_one_of_some(tmp_path):
     run = planted_run(tmp_path / "run")
-    planted_audit(verdict="SUSPECT", facts={"only": ["gradient"]}).save(run / "audit-2.json")
+    planted_audit(verdict="SUSPECT", metadata={"only": ["gradient"]}).save(run / "audit-2.json")
     assert read_runs([run])[0].audit.verdict == "INVALID"
     planted_audit(verdict="TRUSTED").save(run / "audit-10.json")
     assert read_runs([run])[0].audit.verdict == "TRUSTED"

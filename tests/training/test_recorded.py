@@ -13,14 +13,21 @@ from gsem.cli.main import main
 from gsem.data import Dataset, load
 from gsem.training.run import Run
 
-RECIPE = gsem.Recipe(model="resnet10x16", attacked=0.0, epochs=1, batch=64, precision="float32", search="float32")
+RECIPE = gsem.Recipe(
+    model="resnet10x16",
+    adversarial_fraction=0.0,
+    epochs=1,
+    batch_size=64,
+    precision="float32",
+    attack_precision="float32",
+)
 
 
 def write_images(file: Path, *, seed: int = 0, classes: int = 2) -> Path:
     """24 training and 8 test images, 8 × 8 grey."""
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     y = np.arange(32) % classes
-    x = (chance.integers(0, 100, (32, 8, 8, 1)) + 60 * y[:, None, None, None]).astype(np.uint8)
+    x = (rng.integers(0, 100, (32, 8, 8, 1)) + 60 * y[:, None, None, None]).astype(np.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez(file, x_train=x[:24], y_train=y[:24], x_test=x[24:], y_test=y[24:])
     return file
@@ -41,8 +48,8 @@ def home(tmp_path_factory) -> Path:
 def project(home, tmp_path, monkeypatch) -> Path:
     """A copy of it under another path; the first one is gone. Commands run in a third place."""
     shutil.copytree(home, tmp_path / "my project")
-    facts = tmp_path / "my project/runs/x/recipe.json"
-    facts.write_text(facts.read_text().replace(str(home), "/gone"))
+    metadata = tmp_path / "my project/runs/x/recipe.json"
+    metadata.write_text(metadata.read_text().replace(str(home), "/gone"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return tmp_path / "my project"
@@ -65,7 +72,7 @@ def refused(capsys, *words) -> str:
     return err
 
 
-def facts_of(path: Path) -> dict:
+def metadata_of(path: Path) -> dict:
     return json.loads((path / "recipe.json").read_text())
 
 
@@ -78,14 +85,14 @@ def trained(mine: Dataset, out: str = "r", **change) -> Run:
 
 def test_data_passed_in_python_are_recorded_as_what_they_are(mine):
     found = trained(mine)
-    data = facts_of(found.path)["data"]
+    data = metadata_of(found.path)["data"]
     assert (data["name"], data["classes"], data["shape"]) == ("mine", ["cat", "dog"], [1, 8, 8])
-    assert found.recipe.data == facts_of(found.path)["recipe"]["data"] == "mine"
+    assert found.recipe.data == metadata_of(found.path)["recipe"]["data"] == "mine"
     again = trained(mine, "again")
     other = trained(load(write_images(Path("other.npz"), seed=1)), "other")
-    assert facts_of(again.path)["data"] == data
-    assert facts_of(other.path)["data"]["images"] != data["images"]
-    assert facts_of(other.path)["data"]["labels"] == data["labels"]
+    assert metadata_of(again.path)["data"] == data
+    assert metadata_of(other.path)["data"]["images"] != data["images"]
+    assert metadata_of(other.path)["data"]["labels"] == data["labels"]
 
 
 def test_what_cannot_be_found_is_asked_for(capsys, mine):
@@ -127,7 +134,7 @@ def test_a_run_is_not_resumed_on_other_data(capsys, mine, tmp_path):
 def test_a_run_finds_its_data_from_elsewhere(capsys, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = home / "runs/x"
-    assert run(capsys, "evaluate", path, "--attacks", "clean", "--out", "e", "--keep-images")[0] == 0
+    assert run(capsys, "evaluate", path, "--attacks", "clean", "--out", "e", "--save-adv")[0] == 0
     (tmp_path / "deeper").mkdir()
     monkeypatch.chdir(tmp_path / "deeper")
     assert run(capsys, "verify", "../e.npz", "--model", path)[0] == 0
@@ -139,8 +146,8 @@ def test_a_project_that_was_moved_works(capsys, project):
         code, _, err = run(capsys, *words)
         assert code == 0, err
     # The resumed run has noted the new place.
-    assert facts_of(project / "runs/x")["places"]["data"][0].startswith(str(project))
-    assert facts_of(project / "runs/x")["recipe"]["data"] == "sets/images.npz"
+    assert metadata_of(project / "runs/x")["places"]["data"][0].startswith(str(project))
+    assert metadata_of(project / "runs/x")["recipe"]["data"] == "sets/images.npz"
 
 
 def test_additional_images_are_found_too(capsys, tmp_path, monkeypatch):
@@ -228,7 +235,7 @@ def test_one_training_at_a_time(mine):
     ("words", "told"),
     [
         (("--epochs", "5"), "--epochs cannot be given with --resume: r goes on with its own recipe"),
-        (("--lr", "0.2", "--batch", "3"), "--batch, --lr cannot"),
+        (("--lr", "0.2", "--batch-size", "3"), "--batch-size, --lr cannot"),
         (("--out", "s"), "--out cannot"),
         (("--warmup", "0.5"), "--warmup cannot"),
         (("--epochs", "30"), "--epochs cannot"),  # the default of the named recipe, but not what the run has
@@ -237,7 +244,7 @@ def test_one_training_at_a_time(mine):
 def test_what_would_be_ignored_is_refused(capsys, mine, words, told):
     trained(mine)
     err = refused(capsys, "train", "--resume", "r", "--data", "mine.npz", *words)
-    assert told in err and "start a new run from its weights: gsem train --start-from r" in err
+    assert told in err and "start a new run from its weights: gsem train --init-from r" in err
 
 
 def test_epochs_beside_resume_are_refused_whatever_the_schedule(capsys, mine):
@@ -258,7 +265,7 @@ def test_paths_with_spaces_are_quoted_in_commands(capsys, mine):
     trained(mine, "my run")
     with pytest.raises(ValueError, match=r"--resume 'my run'"):
         trained(mine, "my run")
-    assert "--start-from 'my run'" in refused(capsys, "train", "--resume", "my run", "--lr", "1")
+    assert "--init-from 'my run'" in refused(capsys, "train", "--resume", "my run", "--lr", "1")
     code, out, _ = run(capsys, "train", "--data", "mine.npz", "--epochs", "1", "--model", "resnet10x16", "--steps", "1",
                        "--out", "one more")  # fmt: skip
     assert code == 0 and "next: gsem evaluate 'one more'" in out

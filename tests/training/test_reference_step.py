@@ -30,7 +30,7 @@ RECIPE = replace(
     eot=4,
     draws=3,
     precision="float32",
-    search="float32",
+    attack_precision="float32",
     augment="none",
 )
 

@@ -45,7 +45,7 @@ def test_all_rows_attacked():
 
 
 def test_a_run_learns_and_leaves_its_files(tmp_path):
-    recipe = replace(gsem.RECIPES["gcat"], epochs=4, batch=64)
+    recipe = replace(gsem.RECIPES["gcat"], epochs=4, batch_size=64)
     run = train(recipe, out=tmp_path / "run", device="cpu")
     assert [m["epoch"] for m in run.metrics] == [1, 2, 3, 4]
     assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
@@ -56,8 +56,8 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
         "last.safetensors",
         "best.safetensors",
     }
-    facts = json.loads((run.path / "recipe.json").read_text())
-    assert gsem.Recipe.from_dict(facts["recipe"]) == recipe
+    metadata = json.loads((run.path / "recipe.json").read_text())
+    assert gsem.Recipe.from_dict(metadata["recipe"]) == recipe
     x = gsem.data.to_float(gsem.data.load("digits").test().x[:8])
     with gsem.noise(model := run.model(), "off"):
         assert model(x).shape == (8, 10)
@@ -185,10 +185,10 @@ def test_half_a_line_of_metrics_counts_as_not_written(tmp_path, few_digits):
 
 def test_training_starts_from_given_weights(tmp_path, few_digits):
     first = train(TINY, out=tmp_path / "first", data=few_digits, device="cpu")
-    still = replace(TINY, start_from=str(first.path), lr=1e-12, epochs=1, weight_decay=0.0)
+    still = replace(TINY, init_from=str(first.path), lr=1e-12, epochs=1, weight_decay=0.0)
     second = train(still, out=tmp_path / "second", data=few_digits, device="cpu")
     torch.testing.assert_close(second.model().conv1.weight, first.model().conv1.weight)
-    other = replace(TINY, start_from=str(first.path), model="gsem-wideresnet10x2")
+    other = replace(TINY, init_from=str(first.path), model="gsem-wideresnet10x2")
     with pytest.raises(ValueError, match=r"start_from .*conv1"):
         train(other, out=tmp_path / "third", data=few_digits, device="cpu")
 
@@ -227,16 +227,16 @@ def test_extra_images_are_mixed_in(tmp_path, few_digits):
     # The extra images are all of class 3: a network that mostly sees them says 3 more often.
     import numpy as np
 
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     file = tmp_path / "extra.npz"
-    np.savez(file, image=chance.integers(0, 256, (64, 8, 8, 1), dtype=np.uint8), label=np.full(64, 3))
+    np.savez(file, image=rng.integers(0, 256, (64, 8, 8, 1), dtype=np.uint8), label=np.full(64, 3))
     mixed = replace(TINY, extra_data=str(file), extra_share=0.75, epochs=4)
     run = train(mixed, out=tmp_path / "mixed", data=few_digits, device="cpu")
     # 110 real images, 8 a batch: an epoch is as long as the real images last
     assert run.metrics[0]["step"] == 13
     assert json.loads((run.path / "recipe.json").read_text())["training_images"] == 110
     plain = train(replace(TINY, epochs=16), out=tmp_path / "plain", data=few_digits, device="cpu")
-    x = torch.from_numpy(chance.integers(0, 256, (64, 1, 8, 8))).float() / 255
+    x = torch.from_numpy(rng.integers(0, 256, (64, 1, 8, 8))).float() / 255
     said = [float((r.model()(x).argmax(1) == 3).float().mean()) for r in (run, plain)]
     assert said[0] > 0.9 > said[1]
     with pytest.raises(ValueError, match="extra_share"):
@@ -256,7 +256,7 @@ def test_the_best_epoch_is_the_most_robust_then_the_cleanest_and_without_attacks
 
 
 def test_the_checkpoint_kept_is_that_of_the_best_epoch(tmp_path, few_digits):
-    for recipe in (TINY, replace(TINY, attacked=0.0)):
-        run = train(replace(recipe, epochs=4), out=tmp_path / str(recipe.attacked), data=few_digits)
+    for recipe in (TINY, replace(TINY, adversarial_fraction=0.0)):
+        run = train(replace(recipe, epochs=4), out=tmp_path / str(recipe.adversarial_fraction), data=few_digits)
         _, meta = read_checkpoint(run.path / "checkpoints/best.safetensors")
         assert meta["metrics"] == run.best

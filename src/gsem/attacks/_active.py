@@ -93,7 +93,7 @@ def cascade(
     eot: int,
     confirm: int,
     seed: int,
-    batch: int | None = None,
+    batch_size: int | None = None,
     settle: bool = True,
     on_step: OnStep | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -106,7 +106,7 @@ def cascade(
 
     Args:
         settle: False attacks every image in every run.
-        batch: images attacked at once, of those that remain; default: all.
+        batch_size: images attacked at once, of those that remain; default: all.
         on_progress: called after each run with its number and how many images stand.
     """
     worst = WorstSoFar(x)
@@ -120,13 +120,13 @@ def cascade(
                 raise NotFinite(f"image {int(rows[bad[0, 0]])} of the attacked batch: {NOT_FINITE}")
             worst.update(found, values, confirm_broken(model, found, y[rows], wrong, confirm), rows)
 
-    for part, rows in enumerate(everything.split(batch or max(1, len(x)))):
+    for part, rows in enumerate(everything.split(batch_size or max(1, len(x)))):
         judge(x[rows], rows, part)
     for number, run in enumerate(runs):
-        standing = (~worst.broken).nonzero()[:, 0] if settle else everything
-        if not len(standing):
+        remaining = (~worst.broken).nonzero()[:, 0] if settle else everything
+        if not len(remaining):
             break
-        for part, rows in enumerate(standing.split(batch or len(standing))):
+        for part, rows in enumerate(remaining.split(batch_size or len(remaining))):
             found = run(rows, derive_seed(seed, "run", number, part), shifted(on_step, rows))
             judge(found, rows, number, part)
         if on_progress is not None:

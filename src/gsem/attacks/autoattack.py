@@ -116,7 +116,7 @@ def autoattack(
             eot=eot,
             confirm=confirmation(model, x),
             seed=seed,
-            batch=batch_size,
+            batch_size=batch_size,
             on_step=on_step,
             on_progress=None if on_progress is None else lambda number, stand: on_progress(schedule[number][0], stand),
         )

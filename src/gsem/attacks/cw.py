@@ -97,7 +97,7 @@ def cw(
         weight, low = x.new_full((len(x),), c), x.new_zeros(len(x))
         high = x.new_full((len(x),), math.inf)
         for _ in range(searches):
-            if not len(search.standing):
+            if not len(search.remaining):
                 break
             reached = search.descend(weight, steps, lr)
             high = torch.where(reached, torch.minimum(high, weight), high)
@@ -126,14 +126,14 @@ class _Search:
         self.number = 0
 
     @property
-    def standing(self) -> Tensor:
+    def remaining(self) -> Tensor:
         """Numbers of the images that are still worked on: with a bound, those not broken within it."""
         open_ = self.distance > 0 if math.isinf(self.radius) else ~self.worst.broken
         return open_.nonzero()[:, 0]
 
     def descend(self, weight: Tensor, steps: int, lr: float) -> Tensor:
         """One search: Adam from each image. Returns [b], whether it broke the image at all."""
-        rows = self.standing
+        rows = self.remaining
         reached = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
         w = torch.atanh((2 * self.x[rows] - 1) * TOP)
         first, second = torch.zeros_like(w), torch.zeros_like(w)

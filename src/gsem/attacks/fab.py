@@ -217,8 +217,8 @@ def _nearest(task: _Task, every: list[tuple[int, Tensor | None]], seed: int, on_
             # Where nothing was found, from anywhere in the cube.
             cube = 1.0 if task.norm == "Linf" else x[0].numel() ** 0.5
             radius = best.distance.clamp_max(cube)[:, None, None, None]
-            chance = generator(seed, "start", number, device=x.device)
-            unit = 2 * random_start(torch.full_like(x, 0.5), 0.5, task.norm, chance) - 1
+            rng = generator(seed, "start", number, device=x.device)
+            unit = 2 * random_start(torch.full_like(x, 0.5), 0.5, task.norm, rng) - 1
             start = (x + radius * unit).clamp(0, 1)
         with seeded(derive_seed(seed, "model", number), x.device):
             path = _Path.begin(start, x, y, None if target is None else target[rows])

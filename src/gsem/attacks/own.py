@@ -74,7 +74,7 @@ class OwnAttack:
         norm: Norm,
         stochastic: bool,
         seed: int,
-        sources: dict[str, nn.Module],
+        source_models: dict[str, nn.Module],
         on_step: OnStep | None = None,
         on_step_always: bool = False,
     ) -> Tensor:

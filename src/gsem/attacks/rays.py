@@ -80,7 +80,7 @@ def rays(
     size = x.shape[1:].numel()
     # Radii are those of a single pixel here: the L2 length of a sign direction is √d times that.
     limit = eps if norm == "Linf" else eps / size**0.5
-    chance = generator(seed, "orders", device=x.device)
+    rng = generator(seed, "orders", device=x.device)
     rows = torch.arange(len(x), device=x.device)
 
     def ask(points: Flat, rows: Int[Tensor, " r"], number: int) -> Float[Tensor, " r"]:
@@ -110,7 +110,7 @@ def rays(
                 continue
             wrong = ask(search.proposals(), search.rows, number)
             # A deterministic model's point is broken at once; the others' radius is worth the whole search.
-            shorter = search.learn(wrong > 0.5, chance, enough=0.0 if confirm else limit)
+            shorter = search.learn(wrong > 0.5, rng, enough=0.0 if confirm else limit)
             reached = shorter & (search.radius <= limit)
             if bool(reached.any()):
                 points = search.points(search.radius.new_tensor(limit) if confirm else search.radius)
@@ -181,7 +181,7 @@ class _Search:
         """The best ray is longer than it seemed where it is not wrong."""
         self.radius = torch.where(wrong, self.radius, (self.radius * GROWTH).clamp_max(2))
 
-    def learn(self, wrong: Bool[Tensor, " b"], chance: torch.Generator, *, enough: float) -> Bool[Tensor, " b"]:
+    def learn(self, wrong: Bool[Tensor, " b"], rng: torch.Generator, *, enough: float) -> Bool[Tensor, " b"]:
         """Take in the answers to `proposals`; a search ends early at `enough`. Returns which best rays are shorter."""
         trial, bisecting = self.trial(), self.bisecting
         self.low = torch.where(bisecting & ~wrong, trial, torch.where(bisecting, self.low, 0.0))
@@ -192,10 +192,10 @@ class _Search:
             self.radius = torch.where(shorter, self.high, self.radius)
             self.sign = torch.where(shorter[:, None] & self.flipped(), -self.sign, self.sign)
         self.bisecting = ~ends
-        self._next_block(ends, chance)
+        self._next_block(ends, rng)
         return shorter
 
-    def _next_block(self, ends: Bool[Tensor, " b"], chance: torch.Generator) -> None:
+    def _next_block(self, ends: Bool[Tensor, " b"], rng: torch.Generator) -> None:
         width, size = self.width(), self.x.shape[1]
         self.block = self.block + ends
         full = self.block * width >= size
@@ -205,5 +205,5 @@ class _Search:
         anew = (full & (width == 1)).nonzero()[:, 0]
         if len(anew):
             self.level[anew] = 0
-            order = torch.rand((len(anew), size), generator=chance, device=chance.device)
+            order = torch.rand((len(anew), size), generator=rng, device=rng.device)
             self.rank[anew] = order.argsort(1)

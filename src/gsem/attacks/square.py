@@ -148,9 +148,9 @@ def _search(
 
     Only the square's own pixels are read and written; no query costs a pass over the images but the model's.
     """
-    chance = generator(seed, "squares", device=x.device)
+    rng = generator(seed, "squares", device=x.device)
     shape = x.shape[1:]
-    found = squares.start(x, chance).flatten(1)
+    found = squares.start(x, rng).flatten(1)
     rows = torch.arange(len(x), device=x.device)
     x, z = x.flatten(1), found.clone()
     best = x.new_full((len(x),), float("-inf"))
@@ -163,7 +163,7 @@ def _search(
             if number == drawn:
                 best = torch.full_like(best, float("-inf"))  # the incumbent is the proposal
             elif number:
-                patches = squares.propose(z, x, shape, number - 1, chance)
+                patches = squares.propose(z, x, shape, number - 1, rng)
             for patch in patches:
                 z.scatter_(1, patch.at, patch.new)
             if confirm:
@@ -199,11 +199,11 @@ class _Squares:
     side: int = 0
     offsets: Int[Tensor, " n"] = field(default_factory=lambda: torch.empty(0))
 
-    def start(self, x: Images, chance: torch.Generator) -> Images:
+    def start(self, x: Images, rng: torch.Generator) -> Images:
         """The first points [b, c, h, w], on the ball's surface but for the clipping to [0, 1]."""
         raise NotImplementedError
 
-    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, chance: torch.Generator) -> list[_Patch]:
+    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, rng: torch.Generator) -> list[_Patch]:
         """Patches of the points z around the images x, to be laid one over the other."""
         raise NotImplementedError
 
@@ -215,34 +215,34 @@ class _Squares:
         self.offsets = (channel[:, None, None] * h * w + line[:, None] * w + column).flatten()
 
 
-def _corners(b: int, side: int, shape: torch.Size, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+def _corners(b: int, side: int, shape: torch.Size, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Top and left [b, 1] of a random square in each image."""
     _, h, w = shape
-    top, left = (torch.randint(n - side + 1, (b, 1), generator=chance, device=chance.device) for n in (h, w))
+    top, left = (torch.randint(n - side + 1, (b, 1), generator=rng, device=rng.device) for n in (h, w))
     return top, left
 
 
-def _signs(*shape: int, like: Tensor, chance: torch.Generator) -> Tensor:
-    return torch.randint(2, shape, generator=chance, device=chance.device).to(like.dtype) * 2 - 1
+def _signs(*shape: int, like: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randint(2, shape, generator=rng, device=rng.device).to(like.dtype) * 2 - 1
 
 
 class _Linf(_Squares):
     """Squares of one colour: in every channel x + eps or x − eps."""
 
-    def start(self, x: Images, chance: torch.Generator) -> Images:
+    def start(self, x: Images, rng: torch.Generator) -> Images:
         """Vertical stripes, one pixel wide."""
         b, c, _, w = x.shape
-        return (x + self.eps * _signs(b, c, 1, w, like=x, chance=chance)).clamp(0, 1)
+        return (x + self.eps * _signs(b, c, 1, w, like=x, rng=rng)).clamp(0, 1)
 
-    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, chance: torch.Generator) -> list[_Patch]:
+    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, rng: torch.Generator) -> list[_Patch]:
         c, h, w = shape
         side = min(max(round((_share(self.p_init, proposal) * h * w) ** 0.5), 1), h, w)
         if side != self.side:
             self.fit(side, shape, z.device)
-        top, left = _corners(len(z), side, shape, chance)
+        top, left = _corners(len(z), side, shape, rng)
         at = top * w + left + self.offsets
         old, under = z.gather(1, at), x.gather(1, at)
-        offset = (self.eps * _signs(len(z), c, like=z, chance=chance)).repeat_interleave(side * side, 1)
+        offset = (self.eps * _signs(len(z), c, like=z, rng=rng)).repeat_interleave(side * side, 1)
         new = (under + offset).clamp(0, 1)
         # Nothing is learnt from a square that is painted so already: it gets the opposite colour.
         idle = (new == old).all(1, keepdim=True)
@@ -254,29 +254,29 @@ class _L2(_Squares):
 
     tile: Float[Tensor, "2 n"]  # the bumps one above the other, and side by side
 
-    def start(self, x: Images, chance: torch.Generator) -> Images:
+    def start(self, x: Images, rng: torch.Generator) -> Images:
         """About five by five squares, each with a sign of its own."""
         b, c, h, w = x.shape
         side = max(1, min(h, w) // 5)
         high, wide = h // side, w // side
-        upright = torch.randint(2, (b, 1, high, 1, wide, 1), generator=chance, device=x.device) > 0
+        upright = torch.randint(2, (b, 1, high, 1, wide, 1), generator=rng, device=x.device) > 0
         tile = _bumps(side).to(x)
         tiles = torch.where(upright, tile[:, None], tile.T[:, None])  # [b, 1, high, side, wide, side]
-        tiles = tiles * _signs(b, c, high, 1, wide, 1, like=x, chance=chance)
+        tiles = tiles * _signs(b, c, high, 1, wide, 1, like=x, rng=rng)
         offset = torch.zeros_like(x)
         top, left = (h - high * side) // 2, (w - wide * side) // 2
         offset[:, :, top : top + high * side, left : left + wide * side] = tiles.reshape(b, c, high * side, -1)
         length = offset.flatten(1).norm(dim=1)[:, None, None, None]
         return (x + offset * (self.eps / length)).clamp(0, 1)
 
-    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, chance: torch.Generator) -> list[_Patch]:
+    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, rng: torch.Generator) -> list[_Patch]:
         (b, _), (c, h, w) = z.shape, shape
         side = max(round((_share(self.p_init, proposal) * h * w) ** 0.5), 3)
         side = min(side + 1 - side % 2, h, w)
         if side != self.side:
             self.fit(side, shape, z.device)
             self.tile = torch.stack([_bumps(side), _bumps(side).T]).flatten(1).to(z)
-        (top, left), (top2, left2) = (_corners(b, side, shape, chance) for _ in range(2))
+        (top, left), (top2, left2) = (_corners(b, side, shape, rng) for _ in range(2))
         at, at2 = top * w + left + self.offsets, top2 * w + left2 + self.offsets
         old, old2, under, under2 = z.gather(1, at), z.gather(1, at2), x.gather(1, at), x.gather(1, at2)
         offset, offset2 = (old - under).view(b, c, -1), (old2 - under2).view(b, c, -1)
@@ -287,8 +287,8 @@ class _L2(_Squares):
         shared = (lines[:, :, None] & columns[:, None, :]).view(b, 1, -1)
         held = offset.square().sum(2) + offset2.square().masked_fill(shared, 0).sum(2)
         spare = (self.eps**2 - (z - x).square().sum(1, keepdim=True)).clamp_min(0)
-        which = torch.randint(2, (b,), generator=chance, device=z.device)
-        bumps = self.tile[which][:, None] * _signs(b, c, 1, like=z, chance=chance)
+        which = torch.randint(2, (b,), generator=rng, device=z.device)
+        bumps = self.tile[which][:, None] * _signs(b, c, 1, like=z, rng=rng)
         paint = _unit(bumps + _unit(offset)) * (held + spare / c).sqrt()[:, :, None]
         return [_Patch(at2, old2, under2), _Patch(at, old, (under + paint.flatten(1)).clamp(0, 1))]
 

@@ -36,7 +36,7 @@ SUITES: dict[str, tuple[str, str]] = {
         "clean,pgd:steps=500,cw:steps=100,cw:steps=100:form=unbounded,apgd:steps=500:restarts=5,autoattack",
         "the paper's five, at their true strength",
     ),
-    "published": (
+    "paper-code": (
         "clean,pgd:steps=500:keep=last,cw:steps=500:form=unbounded,apgd:steps=500:restarts=50,autoattack:steps=10",
         "the budgets that the paper's code ran, and no others",
     ),
@@ -150,7 +150,7 @@ class AttackSpec:
         norm: Norm,
         stochastic: bool,
         seed: int,
-        sources: dict[str, nn.Module],
+        source_models: dict[str, nn.Module],
         on_step: OnStep | None = None,
         on_step_always: bool = False,
     ) -> Tensor:
@@ -160,20 +160,20 @@ class AttackSpec:
         o = self.resolved(eps=eps, stochastic=stochastic)
         if (o.get("keep") == "last" or self.name == "fgsm") and not on_step_always:
             on_step = None
-        chance: dict[str, Any] = {"seed": seed, "on_step": on_step}
+        rng: dict[str, Any] = {"seed": seed, "on_step": on_step}
         if self.name == "cw":
-            return _cw(model, x, y, eps, norm, o, chance)
+            return _cw(model, x, y, eps, norm, o, rng)
         if "targets" in o:
             o["targets"] = o["targets"] or None
         if self.name == "transfer":
-            o["sources"] = list(sources.values())
-        return _FUNCTIONS[self.name](model, x, y, eps=eps, norm=norm, **o, **chance)
+            o["source_models"] = list(source_models.values())
+        return _FUNCTIONS[self.name](model, x, y, eps=eps, norm=norm, **o, **rng)
 
 
 def _cw(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: Norm, o: dict[str, Any], chance: dict[str, Any]
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: Norm, o: dict[str, Any], rng: dict[str, Any]
 ) -> Tensor:
-    how = {key: o[key] for key in ("steps", "eot")} | chance
+    how = {key: o[key] for key in ("steps", "eot")} | rng
     if o["form"] == "margin":
         # The bounded form is PGD on the margin, in either norm.
         return pgd(model, x, y, eps=eps, step=eps / 4, norm=norm, loss="margin", keep="best", **how)

@@ -16,7 +16,7 @@ def transfer(
     x: ImagesLike,
     y: LabelsLike,
     *,
-    sources: Sequence[nn.Module],
+    source_models: Sequence[nn.Module],
     eps: float | str,
     norm: Norm = "Linf",
     steps: int = 100,
@@ -28,7 +28,7 @@ def transfer(
     """APGD on every source with every loss, to the path's end; the points are judged by `model`.
 
     Args:
-        sources: models of the same images and classes, each of them in eval mode: another network, another
+        source_models: models of the same images and classes, each of them in eval mode: another network, another
             checkpoint, this one without its noise. The attack does not stop when the source is broken: a point
             that breaks it barely does not transfer.
         steps: gradients on a source, for each loss.
@@ -37,9 +37,9 @@ def transfer(
     The other arguments, what is returned and raised: as in `apgd`.
     """
     model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, steps=steps, eot=eot)
-    if not sources:
+    if not source_models:
         raise ValueError("transfer needs at least one source: a model whose adversarial examples are tried on this one")
-    sources = [plain_logits(source, x, y) for source in sources]
+    source_models = [plain_logits(source, x, y) for source in source_models]
 
     def run(source: nn.Module, loss: str) -> Run:
         def pgd_loop(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
@@ -49,7 +49,7 @@ def transfer(
         return pgd_loop
 
     with seeded(derive_seed(seed, "model"), x.device):
-        runs = [run(source, loss) for source in sources for loss in losses]
+        runs = [run(source, loss) for source in source_models for loss in losses]
         confirm = confirmation(model, x)
         x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, on_step=on_step)
     return check_result(x_adv, x, eps=eps, norm=norm)

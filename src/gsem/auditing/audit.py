@@ -18,7 +18,7 @@ from gsem.auditing.binarization import binarization
 from gsem.auditing.check import Audit, Check
 from gsem.auditing.context import LEADING, AuditContext, fold_quietly, lowest, percent
 from gsem.auditing.gradient import gradient
-from gsem.auditing.indicators import silent, transfer_failure, unavailable, unconstrained, unfinished, unstable
+from gsem.auditing.indicators import incomplete, silent_success, transfer_failure, unavailable, unconstrained, unstable
 from gsem.auditing.noise import ablation, randomness
 from gsem.auditing.partial import Finished, Partial, refuse_to_overwrite
 from gsem.auditing.progress import Progress, Teller, planned
@@ -39,8 +39,8 @@ CHECKS: dict[str, Callable[[AuditContext], Check]] = {
     "gradient": gradient,
     "unavailable": unavailable,
     "unstable": unstable,
-    "silent": silent,
-    "unfinished": unfinished,
+    "silent_success": silent_success,
+    "incomplete": incomplete,
     "transfer": transfer_failure,
     "unconstrained": unconstrained,
     "binarization": binarization,
@@ -60,10 +60,10 @@ def audit(
     norm: Norm = "Linf",
     draws: int | None = None,
     seed: int = 0,
-    batch: int = BATCH,
+    batch_size: int = BATCH,
     only: Sequence[str] | None = None,
     quick: bool = False,
-    sources: Mapping[str, nn.Module] | None = None,
+    source_models: Mapping[str, nn.Module] | None = None,
     surrogate: nn.Module | None = None,
     save: str | Path | None = None,
     about: Mapping[str, Any] | None = None,
@@ -83,17 +83,17 @@ def audit(
         eps: radius of the threat model, in the unit of the images.
         draws: scoring draws of a stochastic model, for each point. Default: 100, with `quick` 20.
         seed: of every random stream used; the caller's random state is not changed.
-        batch: images attacked at once.
+        batch_size: images attacked at once.
         only: names of the checks to make; default: all. The verdict is never TRUSTED for some of them.
         quick: other defaults, with fewer steps, draws and queries: minutes on a CPU for a small network. Attacks and
             draws that are given are used as they are.
-        sources: other models, by name, whose adversarial examples are tried on this one. Of a GSeM model, itself
+        source_models: other models, by name, whose adversarial examples are tried on this one. Of a GSeM model, itself
             without noise and without the quantiser are always among them.
         surrogate: a model through which the attacks go instead of `model`: what a user of BPDA or of a substitute
             network evaluated with.
         save: where the audit goes (`Audit.save`). Each finished check is kept beside it meanwhile, in a folder
             `….unfinished`, and the same call resumes after the last of them, to the same audit.
-        about: what the caller wants to be kept in the audit's facts; its "command", if there is one, is what
+        about: what the caller wants to be kept in the audit's metadata; its "command", if there is one, is what
             repeats the audit, and with `--only NAME` a check alone.
         on_progress: called with a `Progress` while it runs.
 
@@ -109,15 +109,15 @@ def audit(
     draws = (QUICK_DRAWS if quick else DRAWS) if draws is None else draws
     if not len(x):
         raise ValueError("there are no images to audit on")
-    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
+    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch_size=batch_size)
     require_float64(x.device, "an audit")
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
-    sources = {name: plain_logits(source, x, y) for name, source in (sources or {}).items()}
+    source_models = {name: plain_logits(source, x, y) for name, source in (source_models or {}).items()}
     surrogate = None if surrogate is None else plain_logits(surrogate, x, y)
     chosen = audited(attacks, quick=quick)
     teller = Teller(on_progress)
-    every = undefended(model) | sources
+    every = undefended(model) | source_models
     s = AuditContext(
         model,
         x,
@@ -127,10 +127,10 @@ def audit(
         norm=norm,
         seed=seed,
         draws=draws,
-        batch=batch,
-        stochastic=is_stochastic(model, x[:batch]),
+        batch_size=batch_size,
+        stochastic=is_stochastic(model, x[:batch_size]),
         quick=quick,
-        sources={name: fold_quietly(source) for name, source in every.items()},
+        source_models={name: fold_quietly(source) for name, source in every.items()},
         surrogate=surrogate,
         say=teller.say,
         on_step=None if on_progress is None else teller.on_step,
@@ -143,7 +143,7 @@ def audit(
         parts = _finished(s, names, teller)
         checks = tuple(part.check for part in parts)
         word, reason = verdict(checks, complete=set(names) == set(CHECKS))
-        return Audit(checks, word, reason, _facts(s, question, parts, about))
+        return Audit(checks, word, reason, _metadata(s, question, parts, about))
 
     return found(None) if save is None else _saved(Path(save), question, x.device, found)
 
@@ -168,9 +168,9 @@ def _saved(save: Path, question: dict[str, Any], device: torch.device, found: Ca
 
 
 def _question(
-    s: AuditContext, only: Sequence[str] | None, sources: Mapping[str, nn.Module], surrogate: nn.Module | None
+    s: AuditContext, only: Sequence[str] | None, source_models: Mapping[str, nn.Module], surrogate: nn.Module | None
 ) -> dict[str, Any]:
-    """All that decides the audit, and more of its facts."""
+    """All that decides the audit, and more of its metadata."""
     return {
         "fingerprint": model_fingerprint(s.model) | data_fingerprint((s.x, s.y)),
         "eps": s.eps,
@@ -178,10 +178,10 @@ def _question(
         "draws": s.draws,
         "seed": s.seed,
         "quick": s.quick,
-        "batch": s.batch,
+        "batch_size": s.batch_size,
         "only": None if only is None else list(only),
         "options": {s.label(a): _plain(s.options(a)) for a in [*s.white, *s.black]},
-        "sources": {name: model_fingerprint(source) for name, source in sources.items()},
+        "source_models": {name: model_fingerprint(source) for name, source in source_models.items()},
         "surrogate": None if surrogate is None else model_fingerprint(surrogate),
         "torch": torch.__version__,
         "device": s.x.device.type,
@@ -257,14 +257,14 @@ def _made(name: str, s: AuditContext) -> Check:
             outcome="inconclusive",
             reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
             advice="See the check unavailable; with no gradient at all, evaluate with square and rays.",
-            source="",
+            reference="",
         )
 
 
-def _facts(
+def _metadata(
     s: AuditContext, question: Mapping[str, Any], parts: Sequence[Finished], about: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "images": len(s.x),
         **question,
         "attacks": [s.label(a) for a in [*s.white, *s.black]],
@@ -280,14 +280,14 @@ def _facts(
         worst = lowest([s.white_box.shares, *(part.lowest for part in parts if part.lowest is not None)])
         # Chosen on selection draws, the merged points may score higher by the noise of the scoring draws.
         attacked, merged = s.accuracy(s.white_box), s.accuracy(worst[1])
-        facts |= {"attacked": attacked.as_accuracy(), "lowest": min(attacked, merged).as_accuracy()}
-    return facts
+        metadata |= {"attacked": attacked.as_accuracy(), "lowest": min(attacked, merged).as_accuracy()}
+    return metadata
 
 
 def told(audit: Audit) -> str:
     """The accuracy in question, in words."""
-    clean, attacked = audit.facts["clean"]["accuracy"], audit.facts.get("attacked")
+    clean, attacked = audit.metadata["clean"]["accuracy"], audit.metadata.get("attacked")
     if attacked is None:
         return f"clean {percent(clean)}"
-    lowest = audit.facts["lowest"]["accuracy"]
+    lowest = audit.metadata["lowest"]["accuracy"]
     return f"clean {percent(clean)}, attacked {percent(attacked['accuracy'])}, lowest found {percent(lowest)}"

@@ -122,11 +122,11 @@ def plant(s: AuditContext, x: Tensor, rows: Tensor) -> Planted:
     """A readout and a boundary point for every image."""
     features = features_of(s.model, x)
     seed = derive_seed(s.seed, "binarization")
-    chance = generator(seed, "points", device=x.device)
+    rng = generator(seed, "points", device=x.device)
     inner = torch.stack(
-        [(_corner if number % 2 else _inside)(s, x, chance) for number in range(INNER // 2 if s.quick else INNER)]
+        [(_corner if number % 2 else _inside)(s, x, rng) for number in range(INNER // 2 if s.quick else INNER)]
     )
-    corners = torch.stack([_corner(s, x, chance) for _ in range(CANDIDATES)])
+    corners = torch.stack([_corner(s, x, rng) for _ in range(CANDIDATES)])
     few, many = (4, 40) if s.stochastic else (1, 1)
 
     def drawn(at: Tensor, draws: int) -> Float[Tensor, "draws n d"]:
@@ -147,22 +147,22 @@ def plant(s: AuditContext, x: Tensor, rows: Tensor) -> Planted:
     return Planted(model, rows, x, made, flips, clean)
 
 
-def _inside(s: AuditContext, x: Tensor, chance: torch.Generator) -> Tensor:
+def _inside(s: AuditContext, x: Tensor, rng: torch.Generator) -> Tensor:
     if s.norm == "Linf":
-        offset = (torch.rand(x.shape, generator=chance, device=x.device, dtype=x.dtype) * 2 - 1) * s.eps
+        offset = (torch.rand(x.shape, generator=rng, device=x.device, dtype=x.dtype) * 2 - 1) * s.eps
         return (x + offset).clamp(0, 1)
-    share = torch.rand((len(x), 1, 1, 1), generator=chance, device=x.device, dtype=x.dtype)
-    return (x + (_corner(s, x, chance) - x) * share).clamp(0, 1)
+    share = torch.rand((len(x), 1, 1, 1), generator=rng, device=x.device, dtype=x.dtype)
+    return (x + (_corner(s, x, rng) - x) * share).clamp(0, 1)
 
 
-def _corner(s: AuditContext, x: Tensor, chance: torch.Generator) -> Tensor:
+def _corner(s: AuditContext, x: Tensor, rng: torch.Generator) -> Tensor:
     """A point at distance eps, in a random direction, from the image, and in [0, 1]."""
     if s.norm == "Linf":
-        sign = torch.randint(0, 2, x.shape, generator=chance, device=x.device).to(x.dtype) * 2 - 1
+        sign = torch.randint(0, 2, x.shape, generator=rng, device=x.device).to(x.dtype) * 2 - 1
         # Towards the inside where the pixel has no room, so that the point lies on the edge in every pixel.
         sign = torch.where(x + sign * s.eps > 1, -1.0, torch.where(x + sign * s.eps < 0, 1.0, sign))
         return (x + sign * s.eps).clamp(0, 1)
-    offset = torch.randn(x.shape, generator=chance, device=x.device, dtype=x.dtype)
+    offset = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
     return (x + s.eps * offset / offset.flatten(1).norm(dim=1)[:, None, None, None]).clamp(0, 1)
 
 
@@ -201,7 +201,9 @@ def _readout(
 
 def _class_one(s: AuditContext, model: nn.Module, at: Tensor, seed: int) -> np.ndarray:
     draws = s.draws
-    return (predict_draws(model, at, draws=draws, seed=seed, batch=s.batch) == 1).double().mean(0).cpu().numpy()
+    return (
+        (predict_draws(model, at, draws=draws, seed=seed, batch_size=s.batch_size) == 1).double().mean(0).cpu().numpy()
+    )
 
 
 def fitting(s: AuditContext) -> list[AttackSpec]:
@@ -228,7 +230,7 @@ def binarization(s: AuditContext) -> Check:
         outcome="inconclusive",
         reason="",
         advice="",
-        source="Zimmermann et al., NeurIPS 2022",
+        reference="Zimmermann et al., NeurIPS 2022",
     )
     attacks = fitting(s)
     if not attacks:
@@ -289,7 +291,7 @@ def _attacked(s: AuditContext, planted: Planted, attacks: list[AttackSpec]) -> n
             break
         s.say(f"the binarization test: {s.label(attack)} on {several(len(rows), 'images')}")
         seed = derive_seed(s.seed, "binarization", s.label(attack))
-        how: dict[str, Any] = {"eps": s.eps, "norm": s.norm, "stochastic": s.stochastic, "sources": {}}
+        how: dict[str, Any] = {"eps": s.eps, "norm": s.norm, "stochastic": s.stochastic, "source_models": {}}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             x_adv = attack.run(planted.model, planted.x[rows], zeros[rows], seed=seed, **how)
@@ -300,13 +302,13 @@ def _attacked(s: AuditContext, planted: Planted, attacks: list[AttackSpec]) -> n
 
 def _random_search(s: AuditContext, planted: Planted) -> np.ndarray:
     """[n] whether one of many random points is of class 1, half of them corners of the ball."""
-    chance = generator(s.seed, "binarization", "control", device=planted.x.device)
+    rng = generator(s.seed, "binarization", "control", device=planted.x.device)
     found = np.zeros(len(planted.x), dtype=bool)
     draws = 3 if s.stochastic else 1
     s.say("the binarization test: random search")
     for number in range(TRIES):
-        at = (_corner if number % 2 else _inside)(s, planted.x, chance)
+        at = (_corner if number % 2 else _inside)(s, planted.x, rng)
         seed = derive_seed(s.seed, "binarization", "control", number)
-        ones = (predict_draws(planted.model, at, draws=draws, seed=seed, batch=s.batch) == 1).double().mean(0)
+        ones = (predict_draws(planted.model, at, draws=draws, seed=seed, batch_size=s.batch_size) == 1).double().mean(0)
         found |= ones.cpu().numpy() == 1
     return found

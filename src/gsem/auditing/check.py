@@ -31,7 +31,7 @@ class Check:
     """A sentence with the figures behind the outcome."""
     advice: str
     """What to do about it; empty where it passed."""
-    source: str
+    reference: str
     """The paper the check comes from."""
     invalidates: bool = False
     """Whether a flag here means that the robust accuracy is no measurement at all (INVALID), rather than doubtful."""
@@ -47,7 +47,7 @@ class Audit:
     verdict: Verdict
     reason: str
     """Why, in a sentence with the figure behind it."""
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """Model, data, images, eps, norm, attack, draws, seed, versions, seconds, the command that repeats it."""
 
     def __getitem__(self, name: str) -> Check:

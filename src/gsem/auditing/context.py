@@ -90,19 +90,19 @@ class AuditContext:
         norm: Norm,
         seed: int,
         draws: int,
-        batch: int,
+        batch_size: int,
         stochastic: bool,
         quick: bool,
-        sources: Mapping[str, nn.Module],
+        source_models: Mapping[str, nn.Module],
         surrogate: nn.Module | None,
         say: Callable[[str], None],
         on_step: OnStep | None = None,
         partial: Partial | None = None,
     ):
         self.model, self.x, self.y = model, x, y
-        self.eps, self.norm, self.seed, self.batch, self.quick = eps, norm, seed, batch, quick
+        self.eps, self.norm, self.seed, self.batch_size, self.quick = eps, norm, seed, batch_size, quick
         self.stochastic, self.draws = stochastic, draws if stochastic else 1
-        self.sources, self.surrogate, self.say = sources, surrogate, say
+        self.source_models, self.surrogate, self.say = source_models, surrogate, say
         # Sees the steps of attacks that it costs nothing, for whoever shows that they advance.
         self.on_step, self.partial = on_step, partial
         bounded = [a for a in attacks if a.bounded]
@@ -125,10 +125,10 @@ class AuditContext:
             norm=self.norm,
             seed=self.seed,
             draws=1,
-            batch=self.batch,
+            batch_size=self.batch_size,
             stochastic=False,
             quick=self.quick,
-            sources={},
+            source_models={},
             surrogate=None,
             say=self.say,
             on_step=self.on_step,
@@ -174,8 +174,8 @@ class AuditContext:
         """
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         found = []
-        for first in range(0, len(x), self.batch):
-            part = slice(first, first + self.batch)
+        for first in range(0, len(x), self.batch_size):
+            part = slice(first, first + self.batch_size)
             self.say(f"{self.label(attack)}, image {first + len(x[part])} of {len(x)}")
             x_adv = attack.run(
                 through or self.search,
@@ -185,7 +185,7 @@ class AuditContext:
                 norm=self.norm,
                 stochastic=self.stochastic,
                 seed=derive_seed(self.seed, "search", self.label(attack), *names, first),
-                sources=dict(self.sources),
+                source_models=dict(self.source_models),
                 on_step=self.on_step if on_step is None else _numbered_from(first, on_step),
                 on_step_always=on_step is not None,
             )
@@ -204,7 +204,7 @@ class AuditContext:
         if not len(y):
             return np.zeros(0)
         seed = derive_seed(self.seed, "scoring", *names)
-        found = predict_draws(model or self.model, x_adv, draws=self.draws, seed=seed, batch=self.batch)
+        found = predict_draws(model or self.model, x_adv, draws=self.draws, seed=seed, batch_size=self.batch_size)
         return (found != y).double().mean(0).cpu().numpy()
 
     def score(self, x_adv: Tensor, *names: str | int) -> Points:
@@ -303,8 +303,8 @@ class AuditContext:
         return self.interval(after.wrong - before.wrong)
 
     def interval(self, values: Float[np.ndarray, " n"]) -> Interval:
-        chance = np.random.Generator(np.random.PCG64(derive_seed(self.seed, "bootstrap")))
-        means = chance.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES) @ values
+        rng = np.random.Generator(np.random.PCG64(derive_seed(self.seed, "bootstrap")))
+        means = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES) @ values
         low, high = np.quantile(means / len(values), [0.025, 0.975])
         return Interval(float(values.mean()), float(low), float(high))
 

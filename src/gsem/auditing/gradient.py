@@ -44,7 +44,7 @@ def gradient(s: AuditContext) -> Check:
         outcome="pass",
         reason=f"{_told(one)} on {len(s.x)} images",
         advice="",
-        source="section 3 of Athalye et al., ICML 2018 (gradient masking); the comparison is this project's",
+        reference="section 3 of Athalye et al., ICML 2018 (gradient masking); the comparison is this project's",
         details=_details(found, bent),
     )
     if outside and not suspicious:
@@ -80,8 +80,8 @@ def compare(s: AuditContext, hs: tuple[float, ...], *, along: bool = False) -> l
     for point in range(points):
         parts = []
         s.say(f"central differences, {len(s.x)} images, point {point + 1} of {points}")
-        for first in range(0, len(s.x), s.batch):
-            x, y = _starts(s, first, point), s.y[first : first + s.batch]
+        for first in range(0, len(s.x), s.batch_size):
+            x, y = _starts(s, first, point), s.y[first : first + s.batch_size]
             seed = derive_seed(s.seed, "gradient", first, point)
 
             def answer(offset: Tensor, x: Tensor = x) -> Tensor:
@@ -95,9 +95,9 @@ def compare(s: AuditContext, hs: tuple[float, ...], *, along: bool = False) -> l
 def _starts(s: AuditContext, first: int, point: int = 0) -> Tensor:
     # As attacks start: anywhere in the ball. Pixels of 0, 128 or 255 may lie on a quantiser's very edge. Far enough
     # from black and white for both sides of the difference to be images.
-    x = s.x[first : first + s.batch]
-    chance = generator(s.seed, "gradient", "start", first, point, device=x.device)
-    return random_start(x, s.eps, s.norm, chance).clamp(max(HS), 1 - max(HS))
+    x = s.x[first : first + s.batch_size]
+    rng = generator(s.seed, "gradient", "start", first, point, device=x.device)
+    return random_start(x, s.eps, s.norm, rng).clamp(max(HS), 1 - max(HS))
 
 
 def _consecutive(found: list[Slope]) -> bool:
@@ -126,13 +126,13 @@ def _details(found: list[Slope], bent: list[Slope]) -> dict[str, Any]:
 
 
 def _ending(s: AuditContext) -> Blocking | None:
-    some = slice(0, min(LEAST, s.batch))
+    some = slice(0, min(LEAST, s.batch_size))
     return ending_softmax(s.model, _starts(s, 0)[some], s.y[some], draws=min(4, s.draws), seed=s.seed)
 
 
 def _flagged(s: AuditContext, check: Check, ending: Blocking | None) -> Check:
     """Name the place (the ending softmax, or a layer that is looked for), go around it, and attack again."""
-    some = slice(0, min(LEAST, s.batch))
+    some = slice(0, min(LEAST, s.batch_size))
     draws = min(4, s.draws)
     where = ending or blocking(s.model, _starts(s, 0)[some], s.y[some], draws=draws, seed=s.seed, say=s.say)
     assert check.details is not None

@@ -30,15 +30,15 @@ def unavailable(s: AuditContext) -> Check:
         outcome="pass",
         reason="",
         advice="",
-        source=SOURCE + "1",
+        reference=SOURCE + "1",
     )
     named = s.options(s.primary_attack).get("loss", "margin")
     loss = resolve_loss(named)
     zero = np.zeros(len(s.x), dtype=bool)
     of_loss = 0  # images whose margin has a gradient, so that the loss is what lost it
     try:
-        for first in range(0, len(s.x), s.batch):
-            x, y = s.x[first : first + s.batch], s.y[first : first + s.batch]
+        for first in range(0, len(s.x), s.batch_size):
+            x, y = s.x[first : first + s.batch_size], s.y[first : first + s.batch_size]
             seed = derive_seed(s.seed, "unavailable", first)
             start = random_start(x, s.eps, s.norm, generator(seed, "start", device=x.device))
             with seeded(seed, x.device):
@@ -78,7 +78,7 @@ def unavailable(s: AuditContext) -> Check:
 def _lead(s: AuditContext) -> float:
     """Median difference of the two highest logits."""
     with seeded(derive_seed(s.seed, "lead"), s.x.device):
-        highest = s.model(s.x[: s.batch]).topk(2, dim=1).values
+        highest = s.model(s.x[: s.batch_size]).topk(2, dim=1).values
     return float((highest[:, 0] - highest[:, 1]).median())
 
 
@@ -94,9 +94,9 @@ def unstable(s: AuditContext) -> Check:
     draws = min(s.draws, 2 if s.quick else 5)
     total = np.zeros(len(s.x))
     samples = 100
-    for first in range(0, len(s.x), s.batch):
-        x, y = s.x[first : first + s.batch], s.y[first : first + s.batch]
-        chance = generator(s.seed, "unstable", first, device=x.device)
+    for first in range(0, len(s.x), s.batch_size):
+        x, y = s.x[first : first + s.batch_size], s.y[first : first + s.batch_size]
+        rng = generator(s.seed, "unstable", first, device=x.device)
         s.say(f"the loss around {several(len(x), 'images')}")
 
         def loss(x: torch.Tensor, y: torch.Tensor = y, first: int = first) -> torch.Tensor:
@@ -105,7 +105,7 @@ def unstable(s: AuditContext) -> Check:
 
         middle = loss(x)
         for _ in range(samples):
-            offset = (torch.rand(x.shape, generator=chance, device=x.device, dtype=x.dtype) - 0.5) * RADIUS
+            offset = (torch.rand(x.shape, generator=rng, device=x.device, dtype=x.dtype) - 0.5) * RADIUS
             change = (loss((x + offset).clamp(0, 1)) - middle).abs() / middle.abs().clamp_min(1e-12)
             total[first : first + len(x)] += change.clamp_max(1).cpu().numpy() / samples
     figure = float(total.mean())
@@ -117,7 +117,7 @@ def unstable(s: AuditContext) -> Check:
         outcome="pass",
         reason=f"the margin changes by {percent(figure)} of itself, on average, within 4/255",
         advice="",
-        source=SOURCE + "2",
+        reference=SOURCE + "2",
         details={"per_image": [float(v) for v in total], "draws": draws, "radius": RADIUS},
     )
     if figure <= UNSTABLE:
@@ -132,13 +132,13 @@ def unstable(s: AuditContext) -> Check:
     )
 
 
-def silent(s: AuditContext) -> Check:
+def silent_success(s: AuditContext) -> Check:
     """3: the attack passed through a point that breaks the image, and returned one that does not."""
     returned = s.score(s.path.x_adv, "returned")
     best = s.score(s.path.best, "best")
     lost = s.broken_beyond_noise(returned.wrong, best.wrong)
     check = Check(
-        name="silent",
+        name="silent_success",
         title="Does the attack return the worst point it found?",
         figure=float(lost.mean()),
         threshold="any image lost",
@@ -146,7 +146,7 @@ def silent(s: AuditContext) -> Check:
         reason=f"{s.label(s.primary_attack)} passed a point that breaks {several(int(lost.sum()), 'images')} of "
         f"{len(lost)}, and returned one that does not",
         advice="",
-        source=SOURCE + "3",
+        reference=SOURCE + "3",
         details={"images": np.flatnonzero(lost).tolist()},
     )
     if not lost.any():
@@ -157,11 +157,11 @@ def silent(s: AuditContext) -> Check:
     return replace(check, outcome="flag", advice="Keep the best point of the path (keep=best).")
 
 
-def unfinished(s: AuditContext) -> Check:
+def incomplete(s: AuditContext) -> Check:
     """4: the loss still rises when the attack ends."""
     figure, curve, images = progress_at_end(s.path)
     check = Check(
-        name="unfinished",
+        name="incomplete",
         title="Had the attack converged when it ended?",
         figure=figure,
         threshold=f"over {UNFINISHED:.2f}",
@@ -169,7 +169,7 @@ def unfinished(s: AuditContext) -> Check:
         reason=f"{percent(figure)} of the loss gained by {s.label(s.primary_attack)} came in its last {LAST} steps, on "
         f"average over {several(images, 'images')} that stand",
         advice="",
-        source=SOURCE + "4",
+        reference=SOURCE + "4",
         details={"curve": curve},
     )
     if figure <= UNFINISHED:
@@ -216,7 +216,7 @@ def transfer_failure(s: AuditContext) -> Check:
         outcome="pass",
         reason=f"{several(int(lost.sum()), 'images')} of {len(lost)} are broken on {through} and not on the model",
         advice="",
-        source=SOURCE + "5",
+        reference=SOURCE + "5",
         details={"images": np.flatnonzero(lost).tolist()},
     )
     if not lost.any():
@@ -238,7 +238,7 @@ def unconstrained(s: AuditContext) -> Check:
         outcome="pass",
         reason=f"with eps = {s.widest:g}, {several(int(stands.sum()), 'images')} of {len(stands)} stand",
         advice="",
-        source=SOURCE + "6",
+        reference=SOURCE + "6",
         invalidates=False,
         details={"images": np.flatnonzero(stands).tolist()},
     )

@@ -22,7 +22,7 @@ VANISHED = 0.5
 
 def randomness(s: AuditContext) -> Check:
     """Repeated forward passes; with torch's random state put back, too."""
-    x = s.x[: s.batch]
+    x = s.x[: s.batch_size]
     with torch.no_grad(), seeded(derive_seed(s.seed, "randomness"), x.device):
         one, other = s.model(x), s.model(x)
         flips = float((one.argmax(1) != other.argmax(1)).double().mean())
@@ -42,7 +42,7 @@ def randomness(s: AuditContext) -> Check:
         outcome="pass",
         reason="two passes over the same images give the same logits: one draw is used",
         advice="",
-        source="Athalye et al., ICML 2018, section 4.2 (EOT)",
+        reference="Athalye et al., ICML 2018, section 4.2 (EOT)",
         details={"class_flips": flips, "repeatable": repeatable, "stochastic": s.stochastic},
     )
     if not s.stochastic:
@@ -71,7 +71,7 @@ def ablation(s: AuditContext) -> Check:
         outcome="pass",
         reason="the model has neither noise nor a quantiser that could be taken away",
         advice="",
-        source="Athalye et al., ICML 2018, section 4.2; this project's ablation",
+        reference="Athalye et al., ICML 2018, section 4.2; this project's ablation",
     )
     defended = any(isinstance(m, GSeM) for m in s.model.modules())
     if not s.stochastic and not defended:
@@ -160,8 +160,8 @@ def _frozen_stranger(s: AuditContext) -> tuple[Points, Points]:
     known = _Reseeded(s.model, derive_seed(s.seed, "known noise"))
     steps = s.options(s.primary_attack).get("steps", 20)
     found = []
-    for first in range(0, len(s.x), s.batch):
-        x, y = s.x[first : first + s.batch], s.y[first : first + s.batch]
+    for first in range(0, len(s.x), s.batch_size):
+        x, y = s.x[first : first + s.batch_size], s.y[first : first + s.batch_size]
         x_adv = pgd(
             known, x, y, eps=s.eps, step=s.eps / 4, steps=steps, norm=s.norm, keep="best", settle=False, seed=s.seed
         )

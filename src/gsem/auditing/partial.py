@@ -29,8 +29,20 @@ class Finished:
     """Shares of wrong selection and scoring draws of the worst points that it found; None if it sought none."""
 
 
-# The facts of an audit that decide it: two audits that agree in them have the same figures.
-QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "quick", "batch", "only", "options", "sources", "surrogate")
+# The metadata of an audit that decide it: two audits that agree in them have the same figures.
+QUESTION = (
+    "fingerprint",
+    "eps",
+    "norm",
+    "draws",
+    "seed",
+    "quick",
+    "batch_size",
+    "only",
+    "options",
+    "source_models",
+    "surrogate",
+)
 
 
 class AnotherAudit(ValueError):
@@ -42,11 +54,11 @@ def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:
     if not out.exists():
         return
     try:
-        facts = Audit.load(out).facts
+        metadata = Audit.load(out).metadata
     except (KeyError, TypeError, AttributeError, ValueError):
         raise AnotherAudit(f"{out} is there already, and is no audit: choose another --out") from None
     asked = {key: question[key] for key in QUESTION}
-    if other := differences({key: facts.get(key) for key in QUESTION}, asked):
+    if other := differences({key: metadata.get(key) for key in QUESTION}, asked):
         raise AnotherAudit(
             f"{out} is there already, and is an audit of something else. Different are: {'; '.join(other)}. "
             "Choose another --out, or move it away"

@@ -58,17 +58,17 @@ def planned(s: AuditContext, names: Sequence[str]) -> dict[str, float]:
         "gradient": (8 if s.quick else 16) * few * (18 + GRADIENT),
         "unavailable": GRADIENT * s.options(s.primary_attack)["eot"],
         "unstable": 101.0 * few,
-        "silent": scored,
-        "unfinished": 1.0,
+        "silent_success": scored,
+        "incomplete": 1.0,
         "transfer": scored,
         "unconstrained": UNBOUNDED * white + scored,
         "binarization": (128 if s.quick else 256) + white + 200 * (3 if s.stochastic else 1),
         "sweeps": STANDING * (3 * lead + curves * (white + 2 * lead)) + (3 if s.quick else 10) * scored,
         "blackbox": STANDING * sum(attack_passes(s, a) for a in boxes(s)),
-        "noise": 3 * white / max(1, s.options(s.primary_attack)["eot"]) if s.stochastic or s.sources else 1.0,
+        "noise": 3 * white / max(1, s.options(s.primary_attack)["eot"]) if s.stochastic or s.source_models else 1.0,
     }
     for work, users in (
-        (lead + 2 * scored, ("silent", "unfinished", "transfer", "sweeps", "blackbox", "noise")),
+        (lead + 2 * scored, ("silent_success", "incomplete", "transfer", "sweeps", "blackbox", "noise")),
         (STANDING * (white - lead), ("sweeps", "blackbox", "noise")),
     ):
         first = next((name for name in names if name in users), None)

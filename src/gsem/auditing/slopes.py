@@ -107,9 +107,9 @@ def slopes(
     """
     losses = _Losses(answer, y, draws, seed)
     grad, value = losses.gradient(zero)
-    chance = generator(seed, "directions", device=zero.device)
+    rng = generator(seed, "directions", device=zero.device)
     signs = [
-        (torch.randint(0, 2, zero.shape, generator=chance, device=zero.device) * 2 - 1).to(zero.dtype)
+        (torch.randint(0, 2, zero.shape, generator=rng, device=zero.device) * 2 - 1).to(zero.dtype)
         for _ in range(directions + 1)
     ]
     # Where the gradient is zero its sign is no direction: a random one stands in.
@@ -136,8 +136,8 @@ def joined(parts: Sequence[Slope], *, beside: bool = False, seed: int = 0) -> Sl
     if found.silent or found.blocked:
         return found
     ab, bb = (a * b).sum(1), (b * b).sum(1)
-    chance = np.random.Generator(np.random.PCG64(derive_seed(seed, "slope")))
-    counts = chance.multinomial(len(a), np.full(len(a), 1 / len(a)), size=RESAMPLES)
+    rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "slope")))
+    counts = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=RESAMPLES)
     low, high = np.quantile((counts @ ab) / np.maximum(counts @ bb, 1e-300), [0.025, 0.975])
     return replace(found, slope=float(ab.sum() / bb.sum()), low=float(low), high=float(high))
 

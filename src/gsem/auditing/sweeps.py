@@ -19,9 +19,9 @@ def sweeps(s: AuditContext) -> Check:
     """One figure: by how much the accuracy falls with twice the effort, of whichever kind."""
     details: dict[str, Any] = {"eps": [], "steps": [], "eot": [], "restarts": [], "random": {}}
     problems, rises = _against_eps(s, details)
-    chance = _random_noise(s)
-    details["random"] = s.accuracy(chance).as_accuracy()
-    luck = s.gain(s.white_box, s.white_box.worse_of(chance))
+    chance_level = _random_noise(s)
+    details["random"] = s.accuracy(chance_level).as_accuracy()
+    luck = s.gain(s.white_box, s.white_box.worse_of(chance_level))
     if luck.mean > SLIGHTLY and luck.low > 0:
         problems.append(f"random noise breaks {percent(luck.mean)} of the images that the attacks do not")
     gains = _against_effort(s, details)
@@ -38,7 +38,7 @@ def sweeps(s: AuditContext) -> Check:
         outcome="flag" if problems else "pass",
         reason="; ".join(problems) or f"{told}; it falls with eps to {percent(details['eps'][-1]['accuracy'])}",
         advice="Spend more until it no longer pays: more steps, draws and restarts." if significant else "",
-        source="Carlini et al., 2019 (On Evaluating Adversarial Robustness), sections 4 and 5",
+        reference="Carlini et al., 2019 (On Evaluating Adversarial Robustness), sections 4 and 5",
         invalidates=bool(rises) or (gain.mean > GREATLY and gain.low > 0) or (luck.mean > GREATLY and luck.low > 0),
         details=details,
     )
@@ -70,11 +70,13 @@ def _against_eps(s: AuditContext, details: dict[str, Any]) -> tuple[list[str], b
             problems.append(f"the accuracy rises by {100 * rise.mean:.1f} points up to eps = {eps:.3g}")
             greatly |= rise.mean > GREATLY
         before = points
-    last, chance = s.accuracy(curve[-1][1]), 1 / s.classes
-    details["chance"] = chance
-    if last.low > chance:
-        problems.append(f"with eps = {s.widest:g} it is {percent(last.mean)}, over the {percent(chance)} of chance")
-        greatly |= last.mean - chance > GREATLY
+    last, chance_level = s.accuracy(curve[-1][1]), 1 / s.classes
+    details["chance"] = chance_level
+    if last.low > chance_level:
+        problems.append(
+            f"with eps = {s.widest:g} it is {percent(last.mean)}, over the {percent(chance_level)} of chance"
+        )
+        greatly |= last.mean - chance_level > GREATLY
     return problems, greatly
 
 
@@ -143,7 +145,7 @@ def blackbox(s: AuditContext) -> Check:
         )
     s.found.append(after)
     only = s.broken_beyond_noise(s.white_box.wrong, after.wrong)
-    count, chance = int(only.sum()), most_by_chance(len(only))
+    count, chance_level = int(only.sum()), most_by_chance(len(only))
     before, now, gain = s.accuracy(s.white_box), s.accuracy(after), s.gain(s.white_box, after)
     greatly = gain.mean > GREATLY and gain.low > 0
     worst = max(rows, key=lambda row: row["only_here"])
@@ -151,17 +153,17 @@ def blackbox(s: AuditContext) -> Check:
         name="blackbox",
         title="Do black-box attacks break what white-box attacks do not?",
         figure=float(only.mean()),
-        threshold=f"over {chance} of {len(only)} images: a share over {SLIGHTLY:.3f}, beyond chance",
+        threshold=f"over {chance_level} of {len(only)} images: a share over {SLIGHTLY:.3f}, beyond chance",
         outcome="pass",
         reason=f"{', '.join(row['attack'] for row in rows)} break no image that the white-box attacks left",
         advice="",
-        source="Athalye et al., ICML 2018, section 3.1; Chen & Gu, KDD 2020 (RayS)",
+        reference="Athalye et al., ICML 2018, section 3.1; Chen & Gu, KDD 2020 (RayS)",
         invalidates=greatly,
         details={
-            "by_chance": chance,
+            "by_chance": chance_level,
             "attacks": rows,
             "images": np.flatnonzero(only).tolist(),
-            "sources": list(s.sources),
+            "source_models": list(s.source_models),
         },
     )
     if not count and not greatly:
@@ -170,9 +172,9 @@ def blackbox(s: AuditContext) -> Check:
         f"{count} of {several(len(only), 'images')} {'is' if count == 1 else 'are'} broken only without the model's "
         f"gradient (most by {worst['attack']}): the accuracy is {percent(now.mean)}, not {percent(before.mean)}"
     )
-    if count <= chance and not greatly:
+    if count <= chance_level and not greatly:
         return replace(
-            check, reason=f"{reason}; up to {chance} may be chance, as no two searches break the same images"
+            check, reason=f"{reason}; up to {chance_level} may be chance, as no two searches break the same images"
         )
     advice = f"Report the worst case with {worst['attack']}, and find out why the gradient leads past these points."
     return replace(check, outcome="flag", reason=reason, advice=advice)
@@ -185,6 +187,6 @@ def boxes(s: AuditContext) -> list[AttackSpec]:
     eot = {"eot": min(3, s.options(s.primary_attack)["eot"])} if s.quick else {}
     found = [AttackSpec("square", {"queries": 300 if s.quick else 5000} | eot)]
     found.append(AttackSpec("rays", {"queries": 300 if s.quick else 10000} | eot))
-    if s.sources:
+    if s.source_models:
         found.append(AttackSpec("transfer", {"steps": 20 if s.quick else 100} | eot))
     return found

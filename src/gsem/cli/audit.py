@@ -64,7 +64,7 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
     if o.suite is not None and o.attacks is not None:
         raise ValueError("give --suite or --attacks, not both")
     model, meta = _model(o.model, o)
-    sources = {spec: _model(spec, o)[0] for spec in o.source}
+    source_models = {spec: _model(spec, o)[0] for spec in o.source}
     surrogate = None if o.surrogate is None else _model(o.surrogate, o)[0]
     for module in model.modules():
         if o.gradient is not None and isinstance(module, GSeM):
@@ -72,7 +72,7 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
     source, eps = source_and_eps(o, meta)
     test = source.test()
     images = min(len(test), QUICK_IMAGES if o.quick else IMAGES) if o.images is None else o.images
-    subset = {"kind": "first" if o.first else "balanced", "images": images}
+    subset = {"kind": o.subset, "images": images}
     chosen = _subset(test, subset)
     x, y = to_float(chosen.x), chosen.y
     _check_fit(meta, x)
@@ -89,10 +89,10 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
                 norm=o.norm,
                 draws=o.draws,
                 seed=o.seed,
-                batch=o.batch,
+                batch_size=o.batch_size,
                 only=None if o.only is None else [name.strip() for name in o.only.split(",")],
                 quick=o.quick,
-                sources={name: other.to(device) for name, other in sources.items()},
+                source_models={name: other.to(device) for name, other in source_models.items()},
                 surrogate=None if surrogate is None else surrogate.to(device),
                 save=place,
                 about={
@@ -169,9 +169,9 @@ class AuditBar:
 
 def show_audit(console: Console, found: Audit, what: str) -> None:
     """The checks, the advice for those that did not pass, the verdict, and how to repeat each."""
-    facts = found.facts
+    metadata = found.metadata
     console.print(f"\n{what}", soft_wrap=True)
-    console.print(f"attacks in question: {', '.join(facts['attacks'])}\n{told(found)}\n", soft_wrap=True)
+    console.print(f"attacks in question: {', '.join(metadata['attacks'])}\n{told(found)}\n", soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), width=WIDTH)
     table.add_column("check", no_wrap=True)
     table.add_column("figure", justify="right", no_wrap=True)
@@ -183,14 +183,14 @@ def show_audit(console: Console, found: Audit, what: str) -> None:
     console.print(table)
     for check in found.checks:
         if check.outcome != "pass":
-            _show_advice(console, check, facts["command"])
+            _show_advice(console, check, metadata["command"])
     console.print()
     console.print(Text(found.verdict, style=VERDICTS[found.verdict]))
     console.print(found.reason, width=WIDTH)
-    seconds = duration(facts["seconds"])
-    draws = f", {facts['draws']} scoring draws" if facts["stochastic"] else ", deterministic"
-    console.print(f"\n{facts['images']} images{draws}, seed {facts['seed']}, {seconds}")
-    console.print(f"any check alone, to the same figure:\n  {facts['command']} --only CHECK", soft_wrap=True)
+    seconds = duration(metadata["seconds"])
+    draws = f", {metadata['draws']} scoring draws" if metadata["stochastic"] else ", deterministic"
+    console.print(f"\n{metadata['images']} images{draws}, seed {metadata['seed']}, {seconds}")
+    console.print(f"any check alone, to the same figure:\n  {metadata['command']} --only CHECK", soft_wrap=True)
 
 
 def _show_advice(console: Console, check: Check, command: str) -> None:

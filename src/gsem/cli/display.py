@@ -13,8 +13,8 @@ from gsem.evaluation.result import VOTERS, AttackScores, EvaluationResult, Inter
 
 def show_result(console: Console, result: EvaluationResult, what: str) -> None:
     """The accuracies of every attack, the worst cases, and what stands beside them."""
-    facts = result.facts
-    console.print(f"\n{what}, eps = {pixels(facts['eps'])} ({facts['norm']})")
+    metadata = result.metadata
+    console.print(f"\n{what}, eps = {pixels(metadata['eps'])} ({metadata['norm']})")
     several = result.draws > 1
     headings = ("expected", "95% interval", *(("vote", "sent ×10") if several else ()), "passes", "time")
     fresh = [name for name in result.names if "@" not in name]
@@ -26,7 +26,7 @@ def show_result(console: Console, result: EvaluationResult, what: str) -> None:
     if known:
         console.print("\nwith the noise known to the attacker: @frozen by a seed, @off without noise")
         _show_attacks(console, result, ("expected", "95% interval", "passes", "time"), known, False)
-    console.print(f"{facts['images']} images, seed {facts['seed']}; accuracy in per cent, passes per image")
+    console.print(f"{metadata['images']} images, seed {metadata['seed']}; accuracy in per cent, passes per image")
     if len(fresh) > 2:
         console.print("worst: each image under the attack that is the worst for it")
     if several:

@@ -58,10 +58,10 @@ def evaluate_command(console: Console, o: EvaluateOptions) -> EvaluationResult:
     """Attack, show and save, as the options say."""
     attacks = _attacks(o)
     model, meta = _model(o.model, o)
-    sources = {spec: _model(spec, o)[0] for spec in o.source}
+    source_models = {spec: _model(spec, o)[0] for spec in o.source}
     source, eps = source_and_eps(o, meta)
     test = source.test()
-    subset = {"kind": "all" if o.images is None else "first" if o.first else "balanced", "images": o.images}
+    subset = {"kind": "all" if o.images is None else o.subset, "images": o.images}
     rows = _rows(test, subset)
     x, y = to_float(test.x[rows]), test.y[rows]
     _check_fit(meta, x)
@@ -79,10 +79,10 @@ def evaluate_command(console: Console, o: EvaluateOptions) -> EvaluationResult:
                 norm=o.norm,
                 draws=o.draws,
                 seed=o.seed,
-                batch=o.batch,
-                sources={name: other.to(device) for name, other in sources.items()},
+                batch_size=o.batch_size,
+                source_models={name: other.to(device) for name, other in source_models.items()},
                 frozen=o.frozen,
-                keep_images=o.keep_images,
+                save_adv=o.save_adv,
                 rows=rows.tolist(),
                 save=place,
                 again=o.again,
@@ -93,7 +93,7 @@ def evaluate_command(console: Console, o: EvaluateOptions) -> EvaluationResult:
         default = run / "evaluation" if run.is_dir() else Path("evaluation")
         result, place, finished = _at_its_place(evaluated, [o.out] if o.out else _places(default))
     show_result(console, result, told)
-    if o.suite in ("paper", "published") and result.facts["stochastic"]:
+    if o.suite in ("paper", "paper-code") and result.metadata["stochastic"]:
         show_as_published(console, result)
     files = f"{with_ending(place, '.json')} and {with_ending(place, '.npz')}"
     if finished and not o.again:
@@ -149,7 +149,7 @@ def about_data(o: Any, meta: dict[str, Any], test: Split, out: Path) -> dict[str
 def verify_command(console: Console, o: VerifyOptions) -> None:
     result = EvaluationResult.load(o.result)
     model, meta = _model(o.model, o)
-    about = result.facts.get("about", {})
+    about = result.metadata.get("about", {})
     where = o.data or about.get("data") or meta.get("recipe", {}).get("data")
     if where is None:
         raise ValueError(f"{o.result} does not tell its data: give --data")
@@ -196,7 +196,7 @@ def _attacks(o: EvaluateOptions) -> list[AttackSpec] | str:
 
 
 def _model(spec: str, o: Any) -> tuple[nn.Module, dict[str, Any]]:
-    model, meta = load_model(spec, name=o.name, num_classes=o.num_classes, levels=o.levels, noise=o.noise)
+    model, meta = load_model(spec, name=o.arch, num_classes=o.num_classes, levels=o.levels, noise=o.noise)
     if o.normalize is None or meta:  # (a model of this package takes pixels)
         return model, meta
     return normalized(model, *_normalization(o.normalize)).eval(), meta

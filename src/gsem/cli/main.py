@@ -130,7 +130,7 @@ def _refuse_changes(o: TrainOptions, former: Recipe, scaled: Recipe, name: str) 
     changed += [f"the recipe {name}"] if name not in ("", former.name) else []
     changed += ["--out"] if o.out not in (None, o.resume) else []
     if changed:
-        start = shlex.join(["gsem", "train", "--start-from", str(o.resume)])
+        start = shlex.join(["gsem", "train", "--init-from", str(o.resume)])
         raise ValueError(
             f"{', '.join(changed)} cannot be given with --resume: {o.resume} goes on with its own recipe "
             f"({former.name}), whose schedule spans its {former.epochs} epochs. For other settings start a new run "

@@ -73,7 +73,7 @@ class EvaluateOptions:
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
     suite: str | None = None
-    """quick, standard (AutoAttack), paper (its five attacks), or published (with the budgets its code ran)."""
+    """quick, standard (AutoAttack), paper (its five attacks), or paper-code (the budgets that its code ran)."""
     attacks: str | None = None
     """Instead of a suite: attacks with commas between, options behind colons, like
     clean,pgd:steps=500:eot=20,apgd:loss=dlr,apgd:targets=9,cw,fab:targets=9,square,rays,transfer,autoattack."""
@@ -84,9 +84,9 @@ class EvaluateOptions:
     data_path: str | None = None
     """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     images: int | None = None
-    """Only so many test images: a fixed subset with as many of each class, whatever the order of the data."""
-    first: bool = False
-    """With --images: the first ones instead."""
+    """Number of test images. Default: all."""
+    subset: Literal["balanced", "first"] = "balanced"
+    """Which test images --images takes: as many of each class, the same in every run, or the first ones."""
     eps: float | None = None
     """Radius, like 8/255. The run's own by default (L-infinity), 0.5 for L2."""
     norm: Literal["Linf", "L2"] = "Linf"
@@ -95,7 +95,7 @@ class EvaluateOptions:
     """Scoring draws of the noise, for each image and attack; as many others choose the worst attack."""
     frozen: bool = True
     """Attack a stochastic GSeM also with its noise frozen by a known seed, and with its noise off."""
-    batch: int = 256
+    batch_size: int = 256
     """Images attacked at once."""
     seed: int = 0
     out: Path | None = None
@@ -103,12 +103,12 @@ class EvaluateOptions:
     it where there is one of something else."""
     again: bool = False
     """Compute the evaluation anew where it is finished already; by default, the saved table is shown."""
-    keep_images: bool = False
+    save_adv: bool = False
     """Keep the adversarial examples in the .npz."""
     normalize: str | None = None
     """For a network that wants normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD with commas between
     channels, like 0.49,0.48,0.45/0.2,0.2,0.2. eps stays in pixels."""
-    name: str | None = None
+    arch: str | None = None
     """Of a published .pt: which network it is, like GSeMResNet18."""
     num_classes: int = 10
     """Of a published .pt."""
@@ -133,7 +133,7 @@ class AuditOptions:
     """The audited attacks, with commas between, like pgd:steps=100,apgd:targets=9. Default: APGD on cross-entropy, on
     the margin and towards nine targets."""
     suite: str | None = None
-    """Instead: quick, standard, paper or published."""
+    """Instead: quick, standard, paper or paper-code."""
     only: str | None = None
     """Only these checks, with commas between: randomness, gradient, unavailable, unstable, silent, unfinished,
     transfer, unconstrained, binarization, sweeps, blackbox, noise."""
@@ -151,16 +151,16 @@ class AuditOptions:
     data_path: str | None = None
     """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     images: int | None = None
-    """Only so many test images: a fixed subset with as many of each class. Default: 500, with --quick 128."""
-    first: bool = False
-    """The first ones instead."""
+    """Number of test images. Default: 500, with --quick 128."""
+    subset: Literal["balanced", "first"] = "balanced"
+    """Which test images --images takes: as many of each class, the same in every run, or the first ones."""
     eps: float | None = None
     """Radius, like 8/255. The run's own by default (L-infinity), 0.5 for L2."""
     norm: Literal["Linf", "L2"] = "Linf"
     """Norm of the perturbation: Linf or L2."""
     draws: int | None = None
     """Scoring draws of the noise for each point. Default: 100, with --quick 20."""
-    batch: int = 256
+    batch_size: int = 256
     """Images attacked at once."""
     seed: int = 0
     out: Path | None = None
@@ -168,7 +168,7 @@ class AuditOptions:
     there is one already."""
     normalize: str | None = None
     """For a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD."""
-    name: str | None = None
+    arch: str | None = None
     """Of a published .pt: which network it is, like GSeMResNet18."""
     num_classes: int = 10
     """Of a published .pt: its number of classes."""
@@ -185,7 +185,7 @@ class VerifyOptions:
     """Judge saved adversarial examples again: bounds, labels, fresh draws."""
 
     result: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULT")]
-    """The .npz of gsem evaluate --keep-images."""
+    """The .npz of gsem evaluate --save-adv."""
     model: str
     """The evaluated model: a run directory, a checkpoint, a published .pt, or package.module:function."""
     data: str | None = None
@@ -198,7 +198,7 @@ class VerifyOptions:
     """Of these draws."""
     normalize: str | None = None
     """For a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD."""
-    name: str | None = None
+    arch: str | None = None
     """Of a published .pt: which network it is, like GSeMResNet18."""
     num_classes: int = 10
     """Of a published .pt: its number of classes."""
@@ -226,7 +226,7 @@ class ReportOptions:
     """Write the JSON card to this file too."""
     model: str | None = None
     """The network that an evaluation (.npz) is of, where gsem did not train it: as MODEL of gsem evaluate. Pictures
-    need it; without it the gallery shows what gsem evaluate --keep-images kept."""
+    need it; without it the gallery shows what gsem evaluate --save-adv kept."""
     data: str | None = None
     """Whose test images the pictures are made of. Default: those that the evaluation or the run
     names."""
@@ -234,7 +234,7 @@ class ReportOptions:
     """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
     normalize: str | None = None
     """For a network of --model that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD."""
-    name: str | None = None
+    arch: str | None = None
     """Of a published .pt: which network it is, like GSeMResNet18."""
     num_classes: int = 10
     """Of a published .pt."""
@@ -244,7 +244,7 @@ class ReportOptions:
     """Of a published .pt: GSeM's beta."""
     images: int = 100
     """Test images that confusion, gallery and loss surface are computed of, where the evaluation kept no adversarial
-    examples (--keep-images); 0 leaves them out."""
+    examples (--save-adv); 0 leaves them out."""
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one."""
 

@@ -63,7 +63,7 @@ def recipe_of(options: TrainOptions, published: str) -> Recipe:
         model=canonical_name(o.classifier_name),
         data=o.dataset_name,
         data_path=o.data_path,
-        batch=o.batch_size,
+        batch_size=o.batch_size,
         lr=o.lr,
         momentum=o.momentum,
         weight_decay=o.weight_decay,
@@ -75,7 +75,7 @@ def recipe_of(options: TrainOptions, published: str) -> Recipe:
         noise=o.beta,
         draws=o.gra_eot_num,
         eot=o.att_eot_num,
-        start_from=o.model_load_path or None,
+        init_from=o.model_load_path or None,
     )
 
 
@@ -142,9 +142,11 @@ def run_evaluation(options: EvaluateOptions) -> EvaluationResult:
     out = Path(o.model_load_path.removesuffix(".pt"))
     finished = with_ending(out, ".npz").exists()
     with AttackBar(console) as bar:
-        result = evaluate(model.to(device), x, y, attacks, eps=8 / 255, batch=o.batch_size, save=out, on_progress=bar)
+        result = evaluate(
+            model.to(device), x, y, attacks, eps=8 / 255, batch_size=o.batch_size, save=out, on_progress=bar
+        )
     show_result(console, result, f"{o.model_load_path} on {o.dataset_name}: {len(test)} test images")
-    if result.facts["stochastic"]:
+    if result.metadata["stochastic"]:
         show_as_published(console, result)
     if finished:  # (of anything else, `evaluate` would have refused it)
         console.print(f"already finished: {with_ending(out, '.npz')}; delete it to compute it anew", soft_wrap=True)

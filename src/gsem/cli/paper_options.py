@@ -70,7 +70,7 @@ class EvaluateOptions:
     att_eot_num: int = 20
     """Draws of the noise per attack gradient."""
     suite: str = "paper"
-    """Not in the paper's script: paper, standard, quick, or published (the budgets that its code really ran)."""
+    """Not in the paper's script: paper, standard, quick, or paper-code (the budgets that its code really ran)."""
     device: str = "0"
     """Number of the GPU, or cpu."""
 

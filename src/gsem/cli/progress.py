@@ -112,7 +112,7 @@ class AttackBar:
             self.tasks[p.name] = self.bar.add_task(p.name, total=p.images, news="")
         news = f"{percent(p.accuracy).strip()} so far"
         if p.done < p.images:
-            news += f", {p.standing} stand, {p.gradients_per_second:.0f} grad/s"
+            news += f", {p.remaining} stand, {p.gradients_per_second:.0f} grad/s"
             news += "" if p.seconds_left is None else f", {duration(p.seconds_left)}"
         self.bar.update(self.tasks[p.name], completed=p.done, news=news)
 

@@ -72,7 +72,7 @@ def _heading(recipe: Recipe, p: Progress) -> str:
     attack, training = recipe.passes
     rounds = f" × {recipe.rounds} rounds" if recipe.rounds > 1 else ""
     chosen = []
-    for field, what in (("precision", "training passes"), ("search", "attack")):
+    for field, what in (("precision", "training passes"), ("attack_precision", "attack")):
         asked = getattr(recipe, field)
         chosen.append(f"{what} in {p.precision[field]}" + ("" if asked == p.precision[field] else f" ({asked})"))
     return (
@@ -88,7 +88,7 @@ def demo_command(console: Console, o: DemoOptions) -> None:
         attacks="clean,pgd:steps=100",
         images=200,
         frozen=False,
-        keep_images=True,  # for the report to show
+        save_adv=True,  # for the report to show
         device=o.device,
     )
     result = evaluate_command(console, options)

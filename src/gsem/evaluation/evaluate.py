@@ -41,7 +41,7 @@ class Progress:
     done: int
     """Images finished with this attack, of `images`."""
     images: int
-    standing: int
+    remaining: int
     """Images of the current batch that this attack still works on."""
     accuracy: float | None
     """Expected accuracy so far, 0 to 1, on the selection draws; images of the current batch that still stand count as
@@ -65,10 +65,10 @@ def evaluate(
     norm: Norm = "Linf",
     draws: int = 100,
     seed: int = 0,
-    batch: int = BATCH,
-    sources: Mapping[str, nn.Module] | None = None,
+    batch_size: int = BATCH,
+    source_models: Mapping[str, nn.Module] | None = None,
     frozen: bool = True,
-    keep_images: bool = False,
+    save_adv: bool = False,
     rows: Sequence[int] | Int[np.ndarray, " n"] | None = None,
     save: str | Path | None = None,
     again: bool = False,
@@ -87,24 +87,24 @@ def evaluate(
             a tuple that begins with them, the logits are taken, with a warning.
         x, y: images in [0, 1], and their labels; tensors or numpy arrays.
         attacks: `AttackSpec`s, or their texts: `["clean", "pgd:steps=100:eot=20:restarts=2"]`, `"clean,pgd"`; or the
-            name of a suite: quick, standard, paper, published. Or functions of your own, and pairs (name, function):
+            name of a suite: quick, standard, paper, paper-code. Or functions of your own, and pairs (name, function):
             see below.
         eps: radius of the threat model, in the unit of the images; "8/255" is a number too.
         draws: selection draws, and scoring draws, for each image and attack.
         seed: of every random stream used; the caller's random state is not changed.
-        batch: images attacked at once.
-        sources: other models, by name, for the transfer attack. Of a GSeM model, itself without noise and itself
+        batch_size: images attacked at once.
+        source_models: other models, by name, for the transfer attack. Of a GSeM model, itself without noise and itself
             without the quantiser are always among them.
         frozen: whether a stochastic GSeM model is attacked and scored also with its noise frozen by a seed that the
             attacker knows, and with its noise off.
-        keep_images: keep the adversarial examples in the result.
+        save_adv: keep the adversarial examples in the result.
         rows: row of each image in the data set it is from, for the result and for messages; default: 0, 1, …, n − 1.
         save: where the result goes (`EvaluationResult.save`). Every finished batch is kept beside it meanwhile, and the
             same call resumes from there after an interruption, to the same result. If a result of the same model,
             images and arguments is there already, it is returned and nothing is computed; one of anything else is an
             error.
         again: compute a result that is there already anew, and replace it.
-        about: what the caller wants to be kept in the result's facts (values as JSON takes them).
+        about: what the caller wants to be kept in the result's metadata (values as JSON takes them).
         on_progress: called with a `Progress` while it runs.
 
     An attack function is called with a batch: `function(model, x, y, eps=…, norm=…, seed=…, eot=…)`, with those of the
@@ -129,19 +129,24 @@ def evaluate(
     """
     if not len(x):
         raise ValueError("there are no images to evaluate on")
-    given, others = model, sources or {}  # results are of the networks themselves, without what holds their logits
+    given, others = (
+        model,
+        source_models or {},
+    )  # results are of the networks themselves, without what holds their logits
     numbers = _checked_rows(rows, len(x))
     with _rows_named(numbers):
-        model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch=batch)
-        sources = {name: _plain_source(name, source, x, y) for name, source in others.items()}
+        model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch_size=batch_size)
+        source_models = {name: _plain_source(name, source, x, y) for name, source in others.items()}
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
-    chosen = _chosen(attacks, transferable=bool(sources) or _defended(model))
-    if any(a.name == "transfer" for a in chosen) and not sources and not _defended(model):
-        raise ValueError("transfer needs at least one source (--source, sources=): a model whose points are tried here")
-    stochastic = is_stochastic(model, x[:batch])
+    chosen = _chosen(attacks, transferable=bool(source_models) or _defended(model))
+    if any(a.name == "transfer" for a in chosen) and not source_models and not _defended(model):
+        raise ValueError(
+            "transfer needs at least one source (--source, source_models=): a model whose points are tried here"
+        )
+    stochastic = is_stochastic(model, x[:batch_size])
     modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "images": len(x),
         "fingerprint": model_fingerprint(given) | data_fingerprint((x, y)),
         "eps": eps,
@@ -151,25 +156,25 @@ def evaluate(
         "seed": seed,
         "noise": modes,
         "options": _options(chosen, eps=eps, norm=norm, stochastic=stochastic),
-        "batch": batch,
-        "sources": {name: model_fingerprint(source) for name, source in others.items()},
+        "batch_size": batch_size,
+        "source_models": {name: model_fingerprint(source) for name, source in others.items()},
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(x.device),
     } | ({} if about is None else {"about": dict(about)})
 
     def scored(ledger: Ledger | None) -> EvaluationResult:
-        evaluation = _Evaluation(model, x, y, eps, norm, seed, batch, keep_images, ledger, on_progress)
+        evaluation = _Evaluation(model, x, y, eps, norm, seed, batch_size, save_adv, ledger, on_progress)
         with _rows_named(numbers):
-            scores = evaluation.scores(chosen, modes, facts["draws"], sources)
-        return EvaluationResult(scores, y.cpu().numpy(), facts, numbers)
+            scores = evaluation.scores(chosen, modes, metadata["draws"], source_models)
+        return EvaluationResult(scores, y.cpu().numpy(), metadata, numbers)
 
     if save is None:
         return scored(None)
-    finished = saved_result(save, question(facts), None if rows is None else numbers)
+    finished = saved_result(save, question(metadata), None if rows is None else numbers)
     if finished is None or again:
-        return computed(save, question(facts), scored)
-    if keep_images and any(s.x_adv is None for s in finished.scores):
+        return computed(save, question(metadata), scored)
+    if save_adv and any(s.x_adv is None for s in finished.scores):
         raise ValueError(
             f"{with_ending(save, '.npz')} is this evaluation, finished without its adversarial examples. --again "
             "(again=True) computes it anew and keeps them"
@@ -266,19 +271,19 @@ class _Evaluation:
         eps: float,
         norm: Norm,
         seed: int,
-        batch: int,
-        keep_images: bool,
+        batch_size: int,
+        save_adv: bool,
         ledger: Ledger | None,
         on_progress: Report | None,
     ):
         self.model, self.x, self.y, self.eps, self.norm, self.seed = model, x, y, eps, norm, seed
-        self.batch, self.keep_images, self.ledger, self.on_progress = batch, keep_images, ledger, on_progress
+        self.batch_size, self.save_adv, self.ledger, self.on_progress = batch_size, save_adv, ledger, on_progress
         self.mode, self.draws = "fresh", 1
         self.folded: nn.Module = model
-        self.sources: dict[str, nn.Module] = {}
+        self.source_models: dict[str, nn.Module] = {}
 
     def scores(
-        self, attacks: Sequence[AnyAttack], modes: Sequence[str], draws: int, sources: Mapping[str, nn.Module]
+        self, attacks: Sequence[AnyAttack], modes: Sequence[str], draws: int, source_models: Mapping[str, nn.Module]
     ) -> list[AttackScores]:
         """Every attack in every mode of the noise."""
         scores: list[AttackScores] = []
@@ -286,18 +291,18 @@ class _Evaluation:
             # What others are broken by, and unbounded points, are questions about the model as it is used.
             asked = [a for a in attacks if mode == "fresh" or (a.bounded and a.name != "transfer")]
             with _mode(self.model, mode, self.seed, len(modes) > 1):
-                self.ready(mode, draws, sources if any(a.name == "transfer" for a in asked) else None)
+                self.ready(mode, draws, source_models if any(a.name == "transfer" for a in asked) else None)
                 if mode == "fresh" and any(a.follows_gradient for a in asked):
                     check_gradient(self.folded, self.x)
                 scores += [self.score(attack) for attack in asked]
         return scores
 
-    def ready(self, mode: str, draws: int, sources: Mapping[str, nn.Module] | None) -> None:
+    def ready(self, mode: str, draws: int, source_models: Mapping[str, nn.Module] | None) -> None:
         """The noise was set: what follows from it. `sources` is None where nothing is transferred."""
         self.mode, self.draws = mode, draws if mode == "fresh" else 1
         self.folded = fold(self.model)
-        every = {} if sources is None else undefended(self.model) | dict(sources)
-        self.sources = {name: fold(source) for name, source in every.items()}
+        every = {} if source_models is None else undefended(self.model) | dict(source_models)
+        self.source_models = {name: fold(source) for name, source in every.items()}
 
     @property
     def stochastic(self) -> bool:
@@ -307,8 +312,8 @@ class _Evaluation:
         """All images under one attack."""
         name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
         parts: list[AttackScores] = []
-        for first in range(0, len(self.x), self.batch):
-            size = min(self.batch, len(self.x) - first)
+        for first in range(0, len(self.x), self.batch_size):
+            size = min(self.batch_size, len(self.x) - first)
             watch = _Watch(self.on_progress, name, len(self.x), parts, size, self.draws)
             part = self.ledger.read(name, first) if self.ledger is not None else None
             if part is None:
@@ -317,10 +322,10 @@ class _Evaluation:
                     self.ledger.write(name, first, part)
             parts.append(part)
             watch.finished()
-        return joined(parts, keep_images=self.keep_images)
+        return joined(parts, save_adv=self.save_adv)
 
     def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> AttackScores:
-        one = slice(first, first + self.batch)
+        one = slice(first, first + self.batch_size)
         x, y = self.x[one], self.y[one]
         # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
         names = (name, first)
@@ -334,7 +339,7 @@ class _Evaluation:
                 y,
                 **how,
                 seed=derive_seed(self.seed, "search", *names),
-                sources=self.sources,
+                source_models=self.source_models,
                 on_step=watch.on_step if self.on_progress is not None else None,
             )
             if attack.bounded:
@@ -410,10 +415,10 @@ class _Watch:
         """Images that are right: each counts with its share of right selection draws, as in an expected accuracy."""
         return sum(float(p.selection.sum()) for p in parts) / self.draws
 
-    def _tell(self, done: int, standing: int, accuracy: float) -> None:
+    def _tell(self, done: int, remaining: int, accuracy: float) -> None:
         if self.on_progress is None:
             return
         passed = max(time.monotonic() - self.started, 1e-9)
         rate = 0.0 if self.model is None else self.model.gradients / passed
         left = self.seconds / done * (self.images - done) if done else None
-        self.on_progress(Progress(self.name, done, self.images, standing, accuracy, rate, left))
+        self.on_progress(Progress(self.name, done, self.images, remaining, accuracy, rate, left))

@@ -16,8 +16,8 @@ from gsem._text import pixels
 from gsem.evaluation.result import ARRAYS, FIELDS, AttackScores, EvaluationResult, with_ending
 from gsem.rng import derive_seed
 
-# The facts of a result that decide it: two results that agree in them have the same figures.
-QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "noise", "options", "batch", "sources")
+# The metadata of a result that decide it: two results that agree in them have the same figures.
+QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "noise", "options", "batch_size", "source_models")
 _WORDS = {
     "structure": "the model's layers, settings or normalisation",
     "weights": "the model's weights",
@@ -26,13 +26,13 @@ _WORDS = {
     "noise": "the modes of the noise",
     "options": "the attacks",
     "only": "the checks",
-    "sources": "the other models of the transfer attack",
+    "source_models": "the other models of the transfer attack",
 }
 
 
-def question(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides a result, from its facts."""
-    return {key: facts[key] for key in QUESTION if key in facts}
+def question(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides a result, from its metadata."""
+    return {key: metadata[key] for key in QUESTION if key in metadata}
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -127,16 +127,16 @@ class Ledger(Unfinished):
             return None
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                facts = json.loads(str(arrays["facts"]))
-                return AttackScores(**{key: arrays[key] for key in (*ARRAYS, "x_adv")}, **facts)
+                metadata = json.loads(str(arrays["metadata"]))
+                return AttackScores(**{key: arrays[key] for key in (*ARRAYS, "x_adv")}, **metadata)
         except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):  # damaged, or of an earlier version
             return None
 
     def write(self, name: str, first: int, part: AttackScores) -> None:
-        facts = {key: getattr(part, key) for key in ("name", *FIELDS)}
+        metadata = {key: getattr(part, key) for key in ("name", *FIELDS)}
         arrays = {key: getattr(part, key) for key in (*ARRAYS, "x_adv")}
         with written_whole(self._file(name, first)) as file:
-            np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
+            np.savez(file, metadata=np.array(json.dumps(metadata)), **arrays)
 
 
 class AnotherQuestion(ValueError):
@@ -151,10 +151,10 @@ class AnotherQuestion(ValueError):
 
 def refuse_to_overwrite(out: str | Path, asked: Mapping[str, Any]) -> None:
     """Raise AnotherQuestion if at `out` there is the result of another question."""
-    facts = EvaluationResult.saved_facts(out)
-    if facts is None:
+    metadata = EvaluationResult.saved_metadata(out)
+    if metadata is None:
         return
-    other = differences(question(facts), asked) if "fingerprint" in facts else ["it does not say what it is of"]
+    other = differences(question(metadata), asked) if "fingerprint" in metadata else ["it does not say what it is of"]
     if other:
         raise AnotherQuestion(Path(out), other)
 

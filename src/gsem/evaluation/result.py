@@ -82,7 +82,7 @@ class EvaluationResult:
 
     scores: list[AttackScores]
     y: Int[np.ndarray, " n"]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """eps, norm, draws, seed, stochastic, images, options of each attack, versions."""
     rows: Int[np.ndarray, " n"] | None = None
     """Row of each image in the data set's test split, from 0; None in files of earlier versions that do not say."""
@@ -91,7 +91,7 @@ class EvaluationResult:
 
     @property
     def draws(self) -> int:
-        return self.facts["draws"]
+        return self.metadata["draws"]
 
     @property
     def names(self) -> list[str]:
@@ -110,7 +110,7 @@ class EvaluationResult:
 
     def __repr__(self) -> str:
         """A table of the attacks with the noise fresh and of the worst cases: expected accuracy, 95% interval."""
-        facts, names = self.facts, [s.name for s in self.scores if s.noise == "fresh"]
+        metadata, names = self.metadata, [s.name for s in self.scores if s.noise == "fresh"]
         worst = [name for name in self.names if name.split("@")[0] == "worst"]
         cut = names[: SHOWN if len(names) <= SHOWN else SHOWN - 1]
         table = [("attack", "expected", "95% interval")]
@@ -122,8 +122,8 @@ class EvaluationResult:
         if len(names) > len(cut):
             lines.insert(1 + len(cut), f"and {len(names) - len(cut)} more (result.names lists all)")
         said = [f"{len(self.y)} images"]
-        said += [f"eps = {pixels(facts['eps'])} ({facts.get('norm', 'Linf')})"] if "eps" in facts else []
-        said += [f"{self.draws} scoring draws" if self.draws > 1 else "deterministic", f"seed {facts['seed']}"]
+        said += [f"eps = {pixels(metadata['eps'])} ({metadata.get('norm', 'Linf')})"] if "eps" in metadata else []
+        said += [f"{self.draws} scoring draws" if self.draws > 1 else "deterministic", f"seed {metadata['seed']}"]
         return "\n".join([", ".join(said), *lines])
 
     def draws_of(self, scores: AttackScores) -> int:
@@ -209,7 +209,7 @@ class EvaluationResult:
     def _interval(self, values: Float[np.ndarray, " n"]) -> Interval:
         of = values.tobytes()
         if of not in self._bounds:
-            resamples = _resamples(self.facts["seed"], len(values))
+            resamples = _resamples(self.metadata["seed"], len(values))
             means = np.concatenate([counts @ values / len(values) for counts in resamples])
             low, high = np.quantile(means, [0.025, 0.975])
             self._bounds[of] = float(low), float(high)
@@ -229,7 +229,7 @@ class EvaluationResult:
         return summary
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary: facts, each attack's accuracies with intervals and cost, and the worst case."""
+        """The summary: metadata, each attack's accuracies with intervals and cost, and the worst case."""
         rows = [
             {
                 "attack": s.name,
@@ -240,7 +240,7 @@ class EvaluationResult:
             for s in self.scores
         ]
         worst = {name: self.summary(name) for name in self.names if name.split("@")[0] == "worst"}
-        return {"facts": self.facts, "attacks": rows, "worst": worst}
+        return {"metadata": self.metadata, "attacks": rows, "worst": worst}
 
     def save(self, path: str | Path) -> Path:
         """`PATH.json`, the summary, and `PATH.npz`, everything per image. PATH may carry either ending.
@@ -285,10 +285,10 @@ class EvaluationResult:
                 name = attack_name(row["attack"].removesuffix(f"@{noise}"), noise)
                 named = name if f"{name}.correct" in file else str(number)
                 arrays = {array: file[f"{named}.{array}"] for array in ARRAYS}
-                facts = {what: row[what] for what in FIELDS}
-                scores.append(AttackScores(name=name, **arrays, **facts, x_adv=file.get(f"{named}.x_adv")))
-            rows = file["rows"] if "rows" in file else _former_rows(meta["facts"], len(file["y"]))
-            result = cls(scores, file["y"], meta["facts"], rows)
+                metadata = {what: row[what] for what in FIELDS}
+                scores.append(AttackScores(name=name, **arrays, **metadata, x_adv=file.get(f"{named}.x_adv")))
+            rows = file["rows"] if "rows" in file else _former_rows(meta["metadata"], len(file["y"]))
+            result = cls(scores, file["y"], meta["metadata"], rows)
         result._take_bounds(meta)
         return result
 
@@ -305,22 +305,22 @@ class EvaluationResult:
                     self._bounds[values.tobytes()] = (saved["low"], saved["high"])
 
     @classmethod
-    def saved_facts(cls, path: str | Path) -> dict[str, Any] | None:
-        """The facts of the result that was saved there, {} of a file that holds none; None where there is no file."""
+    def saved_metadata(cls, path: str | Path) -> dict[str, Any] | None:
+        """The metadata of the result saved there, {} of a file that holds none; None where there is no file."""
         file = with_ending(path, ".npz")
         if not file.exists():
             return None
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                facts = json.loads(str(arrays["meta"]))["facts"]
+                metadata = json.loads(str(arrays["meta"]))["metadata"]
         except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile):
             return {}
-        return facts if isinstance(facts, dict) else {}
+        return metadata if isinstance(metadata, dict) else {}
 
 
-def _former_rows(facts: dict[str, Any], images: int) -> Int[np.ndarray, " n"] | None:
+def _former_rows(metadata: dict[str, Any], images: int) -> Int[np.ndarray, " n"] | None:
     """Of a file of an earlier version: known where its images were the first of the data, or all."""
-    kind = facts.get("about", {}).get("subset", {}).get("kind", "first")
+    kind = metadata.get("about", {}).get("subset", {}).get("kind", "first")
     return None if kind == "balanced" else np.arange(images)
 
 
@@ -341,10 +341,10 @@ def _drawn_resamples(seed: int, n: int) -> Iterator[Int[np.ndarray, "500 n"]]:
         yield random.multinomial(n, np.full(n, 1 / n), size=500)
 
 
-def joined(parts: list[AttackScores], *, keep_images: bool) -> AttackScores:
+def joined(parts: list[AttackScores], *, save_adv: bool) -> AttackScores:
     """The scores of consecutive batches as one."""
     arrays: dict[str, Any] = {array: np.concatenate([getattr(p, array) for p in parts]) for array in ARRAYS}
-    images = np.concatenate([p.x_adv for p in parts if p.x_adv is not None]) if keep_images else None
+    images = np.concatenate([p.x_adv for p in parts if p.x_adv is not None]) if save_adv else None
     costs: dict[str, Any] = {
         what: sum(getattr(p, what) for p in parts) for what in ("forwards", "gradients", "seconds")
     }

@@ -48,7 +48,7 @@ def verify(
     fresh draws is the saved one, but for chance.
 
     Args:
-        result: of `evaluate(..., keep_images=True)`, loaded or not.
+        result: of `evaluate(..., save_adv=True)`, loaded or not.
         model, x, y: what was evaluated, tensors or numpy arrays.
         draws: fresh draws per image (one if the model was deterministic).
         seed: of these draws; they are disjoint from the evaluation's whatever its seed was.
@@ -56,10 +56,10 @@ def verify(
     Raises:
         ValueError: the result keeps no images, or is of another number or shape of images.
     """
-    model, x, y, _ = checked(model, x, y, eps=result.facts["eps"], norm=result.facts["norm"])
+    model, x, y, _ = checked(model, x, y, eps=result.metadata["eps"], norm=result.metadata["norm"])
     require_float64(x.device, "verify")
     if any(s.x_adv is None for s in result.scores):
-        raise ValueError("the result holds no adversarial examples: evaluate with --keep-images (keep_images=True)")
+        raise ValueError("the result holds no adversarial examples: evaluate with --save-adv (save_adv=True)")
     if tuple(result.scores[0].x_adv.shape) != tuple(x.shape):  # type: ignore[union-attr]
         raise ValueError(f"the result is of images {result.scores[0].x_adv.shape}, not {tuple(x.shape)}")  # type: ignore[union-attr]
     return [_judged(result, scores, model, x, y, draws, seed) for scores in result.scores]
@@ -72,12 +72,12 @@ def _judged(
     problems = _out_of_bounds(result, scores, x_adv, x)
     if not np.array_equal(result.y, y.cpu().numpy()):
         problems.append(f"{int((result.y != y.cpu().numpy()).sum())} labels differ from the saved ones")
-    several = len(result.facts["noise"]) > 1
+    several = len(result.metadata["noise"]) > 1
     as_then: AbstractContextManager[None] = nullcontext()
     if several:
-        frozen = result.facts["seed"] if scores.noise == "frozen" else None
+        frozen = result.metadata["seed"] if scores.noise == "frozen" else None
         as_then = noise(model, scores.noise, seed=frozen)  # type: ignore[arg-type]
-    count = draws if result.facts["stochastic"] and scores.noise == "fresh" else 1
+    count = draws if result.metadata["stochastic"] and scores.noise == "fresh" else 1
     with as_then:
         found = predict_draws(model, x_adv, draws=count, seed=derive_seed(seed, "verify", scores.name))
     right = (found == y).double().mean(0).cpu().numpy()
@@ -100,7 +100,7 @@ def _out_of_bounds(result: EvaluationResult, scores: AttackScores, x_adv: Tensor
         problems.append(f"image {int(outside.nonzero()[0])} leaves [0, 1]")
     offset = (x_adv.double() - x.double()).flatten(1)
     linf, l2 = offset.abs().amax(1), offset.square().sum(1).sqrt()
-    eps, norm = result.facts["eps"], result.facts["norm"]
+    eps, norm = result.metadata["eps"], result.metadata["norm"]
     size = linf if norm == "Linf" else l2
     far = size > eps * (1 + 1e-5) + 1e-6
     if scores.bounded and bool(far.any()):

@@ -309,7 +309,7 @@ def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
     attributes = set(vars(model))
     with _eval_flags(model), torch.random.fork_rng(devices=devices):
-        chance = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        rng = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         others = random.getstate(), np.random.get_state()
         try:
             graph = _Tracer().trace(model)
@@ -318,7 +318,7 @@ def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
             constants = {name: model.__dict__.pop(name) for name in set(vars(model)) - attributes}
         drawn = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         after = random.getstate(), np.random.get_state()
-        same = all(map(torch.equal, chance, drawn)) and pickle.dumps(others) == pickle.dumps(after)
+        same = all(map(torch.equal, rng, drawn)) and pickle.dumps(others) == pickle.dumps(after)
         random.setstate(others[0])
         np.random.set_state(others[1])
     if not same:

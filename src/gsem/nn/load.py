@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from gsem._io import BEST, LAST, part, read_checkpoint, read_facts
+from gsem._io import BEST, LAST, part, read_checkpoint, read_metadata
 from gsem.nn.models import create_model, load_published
 
 
@@ -26,18 +26,18 @@ def _checkpoint_of(path: Path) -> Path | None:
 
 
 def _of_this_run(path: Path, checkpoint: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's facts, with what the run directory knows of where the data lie.
+    """The checkpoint's metadata, with what the run directory knows of where the data lie.
 
     Raises:
         ValueError: the checkpoint is of another run than recipe.json.
     """
     if not (path / "recipe.json").is_file():
         return meta
-    facts = read_facts(path)
-    then, now = meta["recipe"], facts["recipe"]
+    metadata = read_metadata(path)
+    then, now = meta["recipe"], metadata["recipe"]
     differ = [key for key in then if key in now and then[key] != now[key]]
-    differ += [f"model.{key}" for key in meta["model"] if meta["model"][key] != facts["model"].get(key)]
-    then, now = meta["data"], facts["data"]
+    differ += [f"model.{key}" for key in meta["model"] if meta["model"][key] != metadata["model"].get(key)]
+    then, now = meta["data"], metadata["data"]
     differ += [
         f"data.{k}" for k in ("classes", "shape", "images", "labels") if k in then and k in now and then[k] != now[k]
     ]
@@ -46,7 +46,7 @@ def _of_this_run(path: Path, checkpoint: Path, meta: dict[str, Any]) -> dict[str
             f"{checkpoint} is of another run than {path / 'recipe.json'} ({', '.join(differ)} differ): put the right "
             f"file there, or name the checkpoint itself, {shlex.quote(str(checkpoint))}, to take it as it is"
         )
-    return meta | {key: facts[key] for key in ("data", "places") if key in facts}
+    return meta | {key: metadata[key] for key in ("data", "places") if key in metadata}
 
 
 def load_model(

@@ -27,7 +27,7 @@ def predict_draws(
     *,
     draws: int,
     seed: int,
-    batch: int = BATCH,
+    batch_size: int = BATCH,
     first: int = 0,
 ) -> Int[Tensor, "draws n"]:
     """The class that each of `draws` forward passes, each with fresh noise, gives each image.
@@ -39,8 +39,8 @@ def predict_draws(
         ValueError: a logit that is NaN or infinite; the image is named.
     """
     found = torch.zeros((draws, len(x)), dtype=torch.int64, device=x.device)
-    for start in range(0, len(x), batch):
-        part = x[start : start + batch]
+    for start in range(0, len(x), batch_size):
+        part = x[start : start + batch_size]
         with seeded(derive_seed(seed, start), x.device):
             for draw in range(draws):
                 logits = model(part)
@@ -48,19 +48,25 @@ def predict_draws(
                 if bad.any():
                     image = first + start + int(bad.nonzero()[0])
                     raise ValueError(f"image {image}: the model's logits are not finite")
-                found[draw, start : start + batch] = logits.argmax(1)
+                found[draw, start : start + batch_size] = logits.argmax(1)
     return found
 
 
 def correct_draws(
-    model: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], *, draws: int, seed: int, batch: int = BATCH
+    model: nn.Module,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    *,
+    draws: int,
+    seed: int,
+    batch_size: int = BATCH,
 ) -> Int[Tensor, " n"]:
     """In how many of `draws` forward passes, each with fresh noise, the image is classified as its label.
 
     Raises:
         ValueError: as `predict_draws`.
     """
-    return (predict_draws(model, x, draws=draws, seed=seed, batch=batch) == y).sum(0)
+    return (predict_draws(model, x, draws=draws, seed=seed, batch_size=batch_size) == y).sum(0)
 
 
 def vote_accuracy(found: Int[Tensor, "draws n"], y: Int[Tensor, " n"], voters: int) -> Float[Tensor, " n"]:

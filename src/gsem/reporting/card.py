@@ -27,7 +27,7 @@ def card(entry: RunReport) -> dict[str, Any]:
         "number_forward_passes": 1,
         "dataset": bare(_about(entry).get("data") or entry.recipe.get("data", "")),
         "venue": "",
-        "architecture": entry.facts.get("model", {}).get("name", "") or bare(_about(entry).get("model", "")),
+        "architecture": entry.metadata.get("model", {}).get("name", "") or bare(_about(entry).get("model", "")),
         "eps": None if eps is None else pixels(eps),
         "clean_acc": _percent(rows.get("clean")),
         "reported": _percent(worst),
@@ -39,7 +39,7 @@ def card(entry: RunReport) -> dict[str, Any]:
 
 
 def _about(entry: RunReport) -> dict[str, Any]:
-    about: dict[str, Any] = {} if entry.result is None else entry.result.facts.get("about", {})
+    about: dict[str, Any] = {} if entry.result is None else entry.result.metadata.get("about", {})
     return about
 
 
@@ -68,14 +68,14 @@ def _footnote(entry: RunReport, autoattack: dict[str, Any] | None) -> str:
 
 def _ours(entry: RunReport) -> dict[str, Any]:
     audit, result = entry.audit, entry.result
-    facts = {} if result is None else {k: v for k, v in result.facts.items() if k != "about"}
+    metadata = {} if result is None else {k: v for k, v in result.metadata.items() if k != "about"}
     return {
         "verdict": None if audit is None else audit.verdict,
         "reason": None if audit is None else audit.reason,
         "checks": []
         if audit is None
         else [{"name": c.name, "figure": c.figure, "outcome": c.outcome} for c in audit.checks],
-        "evaluation": facts,
+        "evaluation": metadata,
         "not_used": list(entry.unmatched),
         "attacks": [] if entry.summary is None else entry.summary["attacks"],
         "worst": {} if entry.summary is None else entry.summary["worst"],

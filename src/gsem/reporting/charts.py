@@ -109,8 +109,8 @@ def _sweep(entries: Sequence[RunReport], key: str) -> Figure | None:
     says = "; ".join(
         f"{line.name}: " + ", ".join(f"{percent(p.y)} at {told(p.x)}" for p in line.points) for line in series
     )
-    chance = _chance(entries) if key == "eps" else None
-    level = None if chance is None else (chance, f"chance {percent(chance)}")
+    chance_level = _chance(entries) if key == "eps" else None
+    level = None if chance_level is None else (chance_level, f"chance {percent(chance_level)}")
     chart = lines(f"sweep-{key}", title, f"{says}.", series, across, share(), level=level)
     caption = {
         "eps": "It must fall to chance: an attack that may do anything, but does not break the network, is at fault.",

@@ -10,21 +10,21 @@ from gsem.reporting.tables import bare
 Facts = Mapping[str, Any]
 
 
-def other_network(facts: Facts, subject: Mapping[str, str] | None) -> str | None:
-    """Why what these facts tell is not of the network `subject` (a fingerprint); None where it is.
+def other_network(metadata: Facts, subject: Mapping[str, str] | None) -> str | None:
+    """Why this metadata is not of the network `subject` (a fingerprint); None where it is.
 
     Args:
-        facts: of an evaluation or an audit.
+        metadata: of an evaluation or an audit.
         subject: None where there is nothing to compare with; {} of an evaluation that does not say what it is of.
     """
-    found = facts.get("fingerprint")
+    found = metadata.get("fingerprint")
     if subject is None or same_model(found, subject):
         return None
     if not subject:
         return "whether it is of the evaluated network is not known (an earlier version of gsem evaluated it)"
     if not found:
         return "it does not say which network it is of (it was made by an earlier version of gsem)"
-    named = facts.get("about", facts).get("model")
+    named = metadata.get("about", metadata).get("model")
     name = f" ({bare(named)})" if named else ""
     if found.get("structure") == subject.get("structure"):
         return f"it is of other weights{name}"

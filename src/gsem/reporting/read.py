@@ -59,16 +59,16 @@ def _read_run(path: Path, chosen: Path | None) -> RunReport:
     recipe = path / "recipe.json"
     if not recipe.is_file() and chosen is None:
         raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
-    facts = _json(recipe) if recipe.is_file() else {}
+    metadata = _json(recipe) if recipe.is_file() else {}
     results = _numbered(path, "evaluation", ".npz") or sorted(path.glob("test-fresh.npz"))
-    subject, unmatched = _subject(path) if facts else (None, [])
+    subject, unmatched = _subject(path) if metadata else (None, [])
     if chosen is not None:
-        return _of_evaluation(path, chosen, facts, subject, unmatched)
-    entry = RunReport(path=path, name=path.resolve().name, spec=_spec(path), facts=facts, metrics=_metrics(path))
+        return _of_evaluation(path, chosen, metadata, subject, unmatched)
+    entry = RunReport(path=path, name=path.resolve().name, spec=_spec(path), metadata=metadata, metrics=_metrics(path))
     skipped: list[Path] = []
     for file in reversed(results):
         result, summary = _result(file)
-        other = other_network(result.facts, subject)
+        other = other_network(result.metadata, subject)
         if other is None:
             others = tuple(f.name for f in results if f != file and f not in skipped)
             entry = replace(entry, result=result, summary=summary, file=file.name, others=others)
@@ -87,22 +87,22 @@ def _subject(path: Path) -> tuple[dict[str, str] | None, list[str]]:
 
 
 def _of_evaluation(
-    path: Path, file: Path, facts: dict[str, Any], subject: dict[str, str] | None, unmatched: list[str]
+    path: Path, file: Path, metadata: dict[str, Any], subject: dict[str, str] | None, unmatched: list[str]
 ) -> RunReport:
     """An evaluation that was asked for by its file. What was trained beside it belongs to it if it is its network."""
     result, summary = _result(file)
-    other = other_network(result.facts, subject)
+    other = other_network(result.metadata, subject)
     entry = RunReport(
         path=path, name=path.resolve().name, spec=_spec(path), result=result, summary=summary, file=file.name
     )
-    if facts and other is None:
+    if metadata and other is None:
         others = tuple(f.name for f in _numbered(path, "evaluation", ".npz") if f != file)
-        entry = replace(entry, facts=facts, metrics=_metrics(path), others=others)
+        entry = replace(entry, metadata=metadata, metrics=_metrics(path), others=others)
     else:
-        model = result.facts.get("about", {}).get("model")
+        model = result.metadata.get("about", {}).get("model")
         name = bare(model) if model else with_ending(file, "").name
         entry = replace(entry, name=name, spec=name if model else entry.spec)
-        if facts:
+        if metadata:
             unmatched = [*unmatched, f"recipe.json, metrics.jsonl: {file.name} is not of this run ({other})"]
     return _with_audit(entry, None, unmatched)
 
@@ -139,7 +139,7 @@ def _is_audit(file: Path) -> bool:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and {"checks", "verdict", "facts"} <= found.keys()
+    return isinstance(found, dict) and {"checks", "verdict", "metadata"} <= found.keys()
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -180,18 +180,18 @@ def _with_audit(entry: RunReport, subject: dict[str, str] | None, unmatched: lis
     """
     audits = []
     if entry.result is not None:
-        subject = entry.result.facts.get("fingerprint", {})
+        subject = entry.result.metadata.get("fingerprint", {})
     for file in _audits(entry.path):
         try:
             audit = Audit.load(file)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file} is damaged, or of another version of gsem ({error}): audit again") from None
-        other = other_network(audit.facts, subject)
+        other = other_network(audit.metadata, subject)
         if other is None and entry.result is not None:
-            other = other_question(audit.facts, entry.result.facts)
+            other = other_question(audit.metadata, entry.result.metadata)
         if other is None:
             audits.append(audit)
         else:
             unmatched = [*unmatched, f"{file.name}: {other}"]
-    chosen = [a for a in audits if not a.facts.get("only")] or audits
+    chosen = [a for a in audits if not a.metadata.get("only")] or audits
     return replace(entry, audit=chosen[-1] if chosen else None, unmatched=tuple(unmatched))

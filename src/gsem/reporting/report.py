@@ -76,7 +76,7 @@ def report(
     if images < 0:
         raise ValueError(f"images must be at least 0, not {images}")
     entries = read_runs([runs] if isinstance(runs, (str, Path)) else list(runs))
-    strangers = [entry for entry in entries if not entry.facts]
+    strangers = [entry for entry in entries if not entry.metadata]
     if model is not None and len(strangers) != 1:
         raise ValueError(
             f"a model is given for the evaluation of a network that gsem did not train, and of the {len(entries)} runs "
@@ -85,7 +85,7 @@ def report(
     if any(path.suffix == ".html" for path in paths):
         where, on_progress = device_named(device), on_progress or (lambda line: None)
         source = load(data, data_path) if isinstance(data, str) else data
-        entries = [_pictured(e, None if e.facts else model, source, images, where, on_progress) for e in entries]
+        entries = [_pictured(e, None if e.metadata else model, source, images, where, on_progress) for e in entries]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, WRITERS[path.suffix](entries, release()).encode())
@@ -109,7 +109,7 @@ def _pictured(
     if images == 0:
         return replace(entry, missing="No pictures were asked for: they come with --images above 0.")
     kept = _kept(entry)
-    if own is None and not entry.facts:
+    if own is None and not entry.metadata:
         return _without_network(entry, kept, data)
     try:
         model = own if own is not None else load_model(entry.path)[0]
@@ -123,14 +123,14 @@ def _pictured(
         return replace(
             entry,
             missing=f"The test images are not there ({_line(error)}), and the evaluation did not keep its own. "
-            f"{shlex.join(['gsem', 'evaluate', entry.spec, '--keep-images'])} keeps them.",
+            f"{shlex.join(['gsem', 'evaluate', entry.spec, '--save-adv'])} keeps them.",
         )
     model, x, y = model.to(device), shown.x.to(device), shown.y.to(device)
     if own is not None:
         _check_same(entry, plain_logits(model, x, y))
     eps = entry.eps
     assert eps is not None
-    norm: Any = "Linf" if entry.result is None else entry.result.facts.get("norm", "Linf")
+    norm: Any = "Linf" if entry.result is None else entry.result.metadata.get("norm", "Linf")
     points = None if shown.points is None else shown.points.to(device)
     found = pictures(model, x, y, eps=eps, norm=norm, points=points, how=shown.how, rows=shown.rows)
     return replace(entry, pictures=found, named=shown.classes if data is None else data.classes)
@@ -139,8 +139,8 @@ def _pictured(
 def _check_same(entry: RunReport, model: nn.Module) -> None:
     """Raise a ValueError if the evaluation says that it is of another network."""
     assert entry.result is not None
-    facts = entry.result.facts
-    if facts.get("fingerprint") and (other := other_network(facts, model_fingerprint(model))):
+    metadata = entry.result.metadata
+    if metadata.get("fingerprint") and (other := other_network(metadata, model_fingerprint(model))):
         raise ValueError(
             f"{entry.file} is not an evaluation of the network that is given: {other}. A network that was evaluated "
             "with --normalize needs it here too"
@@ -149,11 +149,11 @@ def _check_same(entry: RunReport, model: nn.Module) -> None:
 
 def _without_network(entry: RunReport, kept: "_Images | None", data: Dataset | None) -> RunReport:
     """What the evaluation kept: images and how often they were right, but not what they were taken for."""
-    named = None if entry.result is None else entry.result.facts.get("about", {}).get("model")
+    named = None if entry.result is None else entry.result.metadata.get("about", {}).get("model")
     words = ["gsem", "report", entry.file, "--model", bare(named) if named else "package.module:function"]
     missing = f"The network is needed for it: {shlex.join(words)} shows it."
     if kept is None or kept.points is None:
-        more = "An evaluation with --keep-images keeps what the gallery shows."
+        more = "An evaluation with --save-adv keeps what the gallery shows."
         return replace(entry, missing=f"{missing} {more}")
     assert entry.result is not None and entry.eps is not None
     clean, attacked = entry.result["clean"], _worst_of_each(entry.result)[0]
@@ -219,21 +219,21 @@ def _fresh(entry: RunReport, data: Dataset | None, images: int) -> _Images:
         ValueError, OSError: they cannot be had.
     """
     result = entry.result
-    about = {} if result is None else result.facts.get("about", {})
+    about = {} if result is None else result.metadata.get("about", {})
     if data is not None:
         source = data
     elif about.get("data"):
         source = find_named(about["data"], about.get("data_path"), about.get("places", {}), entry.path)
-    elif entry.facts:
-        source = find(entry.facts, entry.path)
+    elif entry.metadata:
+        source = find(entry.metadata, entry.path)
     else:
         raise ValueError(f"{entry.file} does not say which data it is of: give --data")
     test = source.test()
-    shape = entry.facts["data"]["shape"] if entry.facts else list(test.x.shape[1:])
+    shape = entry.metadata["data"]["shape"] if entry.metadata else list(test.x.shape[1:])
     if list(test.x.shape[1:]) != shape:
         raise ValueError(f"{source.name} has images {list(test.x.shape[1:])}, the run's were {shape}")
     rows = balanced(test.y, min(images, len(test)))
-    if not entry.facts and result is not None and result.rows is not None and result.rows.max() < len(test):
+    if not entry.metadata and result is not None and result.rows is not None and result.rows.max() < len(test):
         known, y = torch.from_numpy(result.rows), torch.from_numpy(result.y)
         if torch.equal(test.y[known], y):
             rows = known[balanced(y, min(images, len(y)))]

@@ -53,7 +53,7 @@ def judged(entry: RunReport) -> VerdictView:
         none = "No audit here is of these accuracies." if left_out else "No audit was made."
         reason = f"{none} Whether the accuracies are real was not asked: a masked gradient would not have been noticed."
         return VerdictView("", SIGNS[""], reason, "", _audit_command(entry), ())
-    command = _command(a.facts.get("command"), entry)
+    command = _command(a.metadata.get("command"), entry)
     checks = tuple(
         CheckView(
             c,
@@ -63,7 +63,7 @@ def judged(entry: RunReport) -> VerdictView:
         )
         for c in sorted(a.checks, key=lambda c: ORDER.get(c.outcome, 0))
     )
-    return VerdictView(a.verdict, SIGNS.get(a.verdict, "?"), a.reason, _asked(a.facts), command, checks)
+    return VerdictView(a.verdict, SIGNS.get(a.verdict, "?"), a.reason, _asked(a.metadata), command, checks)
 
 
 def sentence(text: str) -> str:
@@ -89,14 +89,14 @@ def _command(told: Any, entry: RunReport) -> str:
 def _audit_command(entry: RunReport) -> str:
     """What audits the accuracies of the entry: with its data, eps and norm, where they are not the run's own."""
     words = ["gsem", "audit", entry.spec]
-    facts = {} if entry.result is None else entry.result.facts
-    about, own = facts.get("about", {}), entry.facts.get("data", {}).get("eps")
+    metadata = {} if entry.result is None else entry.result.metadata
+    about, own = metadata.get("about", {}), entry.metadata.get("data", {}).get("eps")
     if about.get("data") and about["data"] != entry.recipe.get("data"):
         words += ["--data", bare(about["data"])]
-    if facts.get("eps") and facts["eps"] != own:
-        words += ["--eps", pixels(facts["eps"])]
-    if facts.get("norm", "Linf") != "Linf":
-        words += ["--norm", facts["norm"]]
+    if metadata.get("eps") and metadata["eps"] != own:
+        words += ["--eps", pixels(metadata["eps"])]
+    if metadata.get("norm", "Linf") != "Linf":
+        words += ["--norm", metadata["norm"]]
     return shlex.join(words)
 
 
@@ -106,20 +106,20 @@ def bare(word: Any) -> str:
     return Path(text).name if text.startswith(("/", "~")) else text
 
 
-def _asked(facts: dict[str, Any]) -> str:
+def _asked(metadata: dict[str, Any]) -> str:
     parts = []
-    if facts.get("quick"):
+    if metadata.get("quick"):
         parts.append("the quick form, with fewer steps, draws and queries")
-    if facts.get("only"):
+    if metadata.get("only"):
         parts.append("some of the checks only")
-    if facts.get("attacks"):
-        parts.append("attacks " + ", ".join(map(str, facts["attacks"])))
-    if facts.get("images"):
-        parts.append(f"{facts['images']} images")
-    if facts.get("eps"):
-        parts.append(f"eps = {pixels(facts['eps'])} ({facts.get('norm', 'Linf')})")
+    if metadata.get("attacks"):
+        parts.append("attacks " + ", ".join(map(str, metadata["attacks"])))
+    if metadata.get("images"):
+        parts.append(f"{metadata['images']} images")
+    if metadata.get("eps"):
+        parts.append(f"eps = {pixels(metadata['eps'])} ({metadata.get('norm', 'Linf')})")
     for key, told in (("clean", "clean"), ("attacked", "under these attacks"), ("lowest", "lowest found")):
-        found = facts.get(key)
+        found = metadata.get(key)
         if isinstance(found, dict) and "accuracy" in found:
             parts.append(f"{told} {percent(found['accuracy'])}")
     return "; ".join(parts)
@@ -212,7 +212,7 @@ def evaluated(entry: RunReport) -> str:
     """On what the accuracies were measured, a sentence."""
     if entry.result is None:
         return ""
-    f = entry.result.facts
+    f = entry.result.metadata
     draws = f"{f['draws']} scoring draws for each point" if f["draws"] > 1 else "deterministic, one draw"
     parts = [f"{len(entry.result.y)} test images{_subset(f)}", f"eps = {pixels(f['eps'])} ({f.get('norm', 'Linf')})"]
     parts += [draws, f"seed {f['seed']}"]
@@ -221,8 +221,8 @@ def evaluated(entry: RunReport) -> str:
     return ", ".join(parts) + f". From {entry.file}."
 
 
-def _subset(facts: dict[str, Any]) -> str:
-    kind = facts.get("about", {}).get("subset", {}).get("kind")
+def _subset(metadata: dict[str, Any]) -> str:
+    kind = metadata.get("about", {}).get("subset", {}).get("kind")
     return {"balanced": " (a fixed, class-balanced subset)", "first": " (the first ones)", "all": " (all)"}.get(
         kind, ""
     )
@@ -244,11 +244,11 @@ def trained(entries: Sequence[RunReport]) -> list[tuple[str, list[str], bool]]:
     rows += [
         ("eps", [_eps(e) for e in entries]),
         ("classes", [str(len(e.classes) or "–") for e in entries]),
-        ("training images", [_told(e.facts.get("training_images")) for e in entries]),
+        ("training images", [_told(e.metadata.get("training_images")) for e in entries]),
         ("machine", [_machine(e) for e in entries]),
-        ("torch", [_told(e.facts.get("gsem_torch")) for e in entries]),
-        ("gsem", [_told(e.facts.get("gsem")) for e in entries]),
-        ("commit", [_told(e.facts.get("commit"), "not recorded") for e in entries]),
+        ("torch", [_told(e.metadata.get("gsem_torch")) for e in entries]),
+        ("gsem", [_told(e.metadata.get("gsem")) for e in entries]),
+        ("commit", [_told(e.metadata.get("commit"), "not recorded") for e in entries]),
     ]
     return [(name, values, len(set(values)) > 1) for name, values in rows if set(values) != {"–"}]
 
@@ -272,12 +272,12 @@ def _told(value: Any, none: str = "–") -> str:
 
 def _eps(entry: RunReport) -> str:
     """That of the training attack: the data's own unless the recipe tells another."""
-    eps = entry.recipe.get("eps") or entry.facts.get("data", {}).get("eps")
+    eps = entry.recipe.get("eps") or entry.metadata.get("data", {}).get("eps")
     return "–" if eps is None else pixels(eps)
 
 
 def _machine(entry: RunReport) -> str:
-    return " ".join(str(entry.facts[key]) for key in ("machine", "device") if entry.facts.get(key)) or "–"
+    return " ".join(str(entry.metadata[key]) for key in ("machine", "device") if entry.metadata.get(key)) or "–"
 
 
 def costs(entries: Sequence[RunReport]) -> list[tuple[str, list[str], bool]]:
@@ -288,7 +288,7 @@ def costs(entries: Sequence[RunReport]) -> list[tuple[str, list[str], bool]]:
     ]
     labels = list(dict.fromkeys(r["attack"] for e in entries if e.summary for r in _attacks(e)))
     rows += [(label, [_cost(e, label) for e in entries]) for label in labels]
-    audits = [_seconds(e.audit.facts.get("seconds")) if e.audit else "–" for e in entries]
+    audits = [_seconds(e.audit.metadata.get("seconds")) if e.audit else "–" for e in entries]
     rows += [
         ("evaluation, all attacks", [_seconds(_total(e)) for e in entries]),
         ("audit", audits),

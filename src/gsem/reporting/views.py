@@ -67,7 +67,7 @@ class RunReport:
     name: str
     spec: str
     """As commands name it."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     """recipe.json: recipe, model, data, versions, machine."""
     metrics: tuple[dict[str, Any], ...] = ()
     """One per epoch (see `gsem.Run`)."""
@@ -89,12 +89,12 @@ class RunReport:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        return self.facts.get("recipe", {})
+        return self.metadata.get("recipe", {})
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their labels; numbers where the run does not tell."""
-        named = self.facts.get("data", {}).get("classes") or self.named
+        named = self.metadata.get("data", {}).get("classes") or self.named
         if named:
             return tuple(named)
         known = [] if self.result is None else [int(self.result.y.max()) + 1]
@@ -104,11 +104,11 @@ class RunReport:
     @property
     def eps(self) -> float | None:
         """Radius of the evaluation, else of the audit, else of the data."""
-        for facts in (
-            None if self.result is None else self.result.facts,
-            None if self.audit is None else self.audit.facts,
-            self.facts.get("data"),
+        for metadata in (
+            None if self.result is None else self.result.metadata,
+            None if self.audit is None else self.audit.metadata,
+            self.metadata.get("data"),
         ):
-            if facts and "eps" in facts:
-                return float(facts["eps"])
+            if metadata and "eps" in metadata:
+                return float(metadata["eps"])
         return None

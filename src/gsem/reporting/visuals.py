@@ -37,7 +37,7 @@ def pictures(
     how: str = "",
     rows: Int[np.ndarray, " n"] | None = None,
     seed: int = 0,
-    batch: int = BATCH,
+    batch_size: int = BATCH,
 ) -> Pictures:
     """What a report shows of a model: seconds for a small one and a hundred images.
 
@@ -55,23 +55,27 @@ def pictures(
     """
     if not len(x):
         raise ValueError("there are no images to show")
-    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, batch=batch)
+    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, batch_size=batch_size)
     require_float64(x.device, "a report with pictures")
     started = time.monotonic()
-    stochastic = is_stochastic(model, x[:batch])
+    stochastic = is_stochastic(model, x[:batch_size])
     draws = DRAWS if stochastic else 1
     if points is None:
         eot = EOT if stochastic else 1
-        points = attacked(model, x, y, eps=eps, norm=norm, eot=eot, seed=derive_seed(seed, "pictures"), batch=batch)
+        points = attacked(
+            model, x, y, eps=eps, norm=norm, eot=eot, seed=derive_seed(seed, "pictures"), batch_size=batch_size
+        )
         how = f"points found for this report only, by apgd{STEPS}-eot{eot}: an easier attack than an evaluation's"
-    before = predict_draws(model, x, draws=draws, seed=derive_seed(seed, "pictures", "clean"), batch=batch)
-    after = predict_draws(model, points, draws=draws, seed=derive_seed(seed, "pictures", "attacked"), batch=batch)
+    before = predict_draws(model, x, draws=draws, seed=derive_seed(seed, "pictures", "clean"), batch_size=batch_size)
+    after = predict_draws(
+        model, points, draws=draws, seed=derive_seed(seed, "pictures", "attacked"), batch_size=batch_size
+    )
     with torch.no_grad(), seeded(0, x.device):
         classes = model(x[:1]).shape[1]
     chosen = first_of_each(y, SHOWN, right=(before == y).double().mean(0) > 0.5)
     shown = tuple(_shown(x, points, y, before, after, at, rows) for at in chosen)
     surfaces = tuple(
-        _surface(model, x[at], points[at], int(y[at]), number, eps=eps, draws=draws, seed=seed, batch=batch)
+        _surface(model, x[at], points[at], int(y[at]), number, eps=eps, draws=draws, seed=seed, batch_size=batch_size)
         for number, at in enumerate(chosen[:SURFACES])
     )
     return Pictures(
@@ -110,18 +114,18 @@ def saved_pictures(
         return Shown(one, other, int(y[at]), None, float(clean[at]), None, float(attacked[at]), row)
 
     gallery = tuple(shown(at) for at in first_of_each(y, SHOWN, right=clean > 0.5))
-    facts: dict[str, Any] = {"how": how, "images": len(x), "draws": draws, "eps": eps}
-    return Pictures(**facts, confusion=None, gallery=gallery, surfaces=(), seconds=0.0)
+    metadata: dict[str, Any] = {"how": how, "images": len(x), "draws": draws, "eps": eps}
+    return Pictures(**metadata, confusion=None, gallery=gallery, surfaces=(), seconds=0.0)
 
 
 def attacked(
-    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: Norm, eot: int, seed: int, batch: int
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: Norm, eot: int, seed: int, batch_size: int
 ) -> Float[Tensor, "n c h w"]:
     """Points of a short APGD on cross-entropy."""
     folded = fold(model)
     parts = []
-    for first in range(0, len(x), batch):
-        one, own = slice(first, first + batch), derive_seed(seed, first)
+    for first in range(0, len(x), batch_size):
+        one, own = slice(first, first + batch_size), derive_seed(seed, first)
         parts.append(apgd(folded, x[one], y[one], eps=eps, norm=norm, steps=STEPS, eot=eot, seed=own))
     return torch.cat(parts)
 
@@ -188,14 +192,14 @@ def _surface(
     eps: float,
     draws: int,
     seed: int,
-    batch: int,
+    batch_size: int,
 ) -> Surface:
     """The margin at x + a · (x_adv − x) + b · r, r random signs of length eps.
 
     All points of the plane see the same draws of a GSeM's noise, so that their differences are the image's.
     """
-    chance = generator(seed, "surface", number, device=x.device)
-    signs = torch.randint(2, x.shape, generator=chance, device=x.device).to(x.dtype) * 2 - 1
+    rng = generator(seed, "surface", number, device=x.device)
+    signs = torch.randint(2, x.shape, generator=rng, device=x.device).to(x.dtype) * 2 - 1
     towards, across = x_adv - x, eps * signs
     if float(towards.abs().max()) == 0:  # the attack left it where it was
         towards = eps * across.roll(1, -1).sign()
@@ -207,7 +211,7 @@ def _surface(
     for draw in range(count):
         own = derive_seed(seed, "surface", number, draw)
         with seeded(own, x.device), noise(model, "frozen", seed=own) if draws > 1 else noise(model, "fresh"):
-            logits = torch.cat([model(plane[first : first + batch]) for first in range(0, len(plane), batch)])
+            logits = torch.cat([model(plane[first : first + batch_size]) for first in range(0, len(plane), batch_size)])
         others = logits.clone()
         others[:, y] = -torch.inf
         margin += (others.amax(1) - logits[:, y]) / count

@@ -52,7 +52,7 @@ class Recipe:
 
     objective: Objective = "ce"
     """What is minimised: cross-entropy, or one that also compares with the clean images."""
-    weight: float = 5.0
+    kl_weight: float = 5.0
     """Of MART's and TRADES' divergence (the papers' lambda and beta)."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes (ce only)."""
@@ -60,13 +60,13 @@ class Recipe:
     """Adversarial weight perturbation: its length relative to each weight tensor (gamma); 0 is none."""
     awp_warmup: float = 0.0
     """Epochs before the weights are perturbed."""
-    attacked: float = 0.5
+    adversarial_fraction: float = 0.5
     """Share of each batch that is replaced by its adversarial examples, 0 to 1."""
     eps: float | None = None
     """L-infinity radius, in pixels of [0, 1]; the data's own by default (8/255 for images)."""
     step: float | None = None
     """Length of an attack step; eps/4 by default (2/255 for images)."""
-    start: Start = "uniform"
+    attack_init: Start = "uniform"
     """Of the attack: uniform in the ball, or 0.001 times a normal draw."""
     steps: int = 10
     """Attack steps."""
@@ -79,7 +79,7 @@ class Recipe:
     """Passes over the training images, in each round."""
     rounds: int = 1
     """Times the schedule is run, each from the best checkpoint of those before."""
-    batch: int = 128
+    batch_size: int = 128
     """Images per step."""
     lr: float = 0.1
     """Peak learning rate of SGD."""
@@ -99,7 +99,7 @@ class Recipe:
     """Of SGD, on all parameters."""
     clip: float | None = None
     """Largest norm of the gradient of all parameters together; longer ones are shortened to it."""
-    explosion: float = 1e4
+    abort_grad_norm: float = 1e4
     """A gradient longer than this, before clipping, stops the run."""
     ema: float = 0.0
     """Decay of the exponential average of the weights per step; 0 keeps none. Averaged weights are validated beside
@@ -112,11 +112,11 @@ class Recipe:
     precision: Precision = "auto"
     """Of the training passes (autocast). auto: bf16 where the device multiplies it in hardware, fp16 on older GPUs,
     else float32; on a CPU, fp16 means auto."""
-    search: Precision = "auto"
+    attack_precision: Precision = "auto"
     """Of the attack's gradient directions, on the folded model."""
     validate_every: int = 1
     """Epochs between validations, each on at most 1,000 held-out training images under PGD-10."""
-    start_from: str | None = None
+    init_from: str | None = None
     """A run directory or checkpoint whose weights the training starts from."""
     deterministic: bool = False
     """Only torch operations that give the same bits in every run (a CPU's do anyway)."""
@@ -128,28 +128,32 @@ class Recipe:
             if not holds:
                 raise ValueError(f"recipe {self.name!r}: {field} = {getattr(self, field)!r}, but it must be {rule}")
 
-        for field in ("levels", "steps", "eot", "draws", "epochs", "rounds", "batch", "validate_every"):
+        for field in ("levels", "steps", "eot", "draws", "epochs", "rounds", "batch_size", "validate_every"):
             value = getattr(self, field)
             require(type(value) is int and value >= 1, field, "an integer of at least 1")
         require(type(self.noise) is int and self.noise >= 0, "noise", "an integer of at least 0")
         require(type(self.seed) is int, "seed", "an integer")
-        require(0 <= self.attacked <= 1, "attacked", "a share from 0 to 1")
+        require(0 <= self.adversarial_fraction <= 1, "adversarial_fraction", "a share from 0 to 1")
         for field in ("eps", "step", "clip"):
             value = getattr(self, field)
             require(value is None or 0 < value < math.inf, field, "positive, or left out")
         require(self.eps is None or self.eps <= 1, "eps", "at most 1: images lie in [0, 1] (8/255, not 8)")
-        for field in ("lr", "decay", "explosion"):
+        for field in ("lr", "decay", "abort_grad_norm"):
             require(0 < getattr(self, field) < math.inf, field, "positive")
         for field in ("momentum", "ema"):
             require(0 <= getattr(self, field) < 1, field, "at least 0 and below 1")
-        for field in ("weight_decay", "weight", "awp", "awp_warmup"):
+        for field in ("weight_decay", "kl_weight", "awp", "awp_warmup"):
             require(0 <= getattr(self, field) < math.inf, field, "at least 0")
         require(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         require(type(self.patience) is int and self.patience >= 0, "patience", "an integer of at least 0")
         require(0 <= self.extra_share < 1, "extra_share", "at least 0 and below 1")
         both = (self.extra_data is None) == (self.extra_share == 0)
         require(both, "extra_share", "above 0 with extra_data, and 0 without")
-        require(self.objective == "ce" or self.attacked == 1, "attacked", f"1 with objective {self.objective}")
+        require(
+            self.objective == "ce" or self.adversarial_fraction == 1,
+            "adversarial_fraction",
+            f"1 with objective {self.objective}",
+        )
         require(self.label_smoothing == 0 or self.objective == "ce", "label_smoothing", "0 unless objective is ce")
         swa = self.swa_from
         moved = "; for another number of epochs, recipe.scaled(EPOCHS) moves the schedule along"
@@ -165,11 +169,11 @@ class Recipe:
         for field, known in (
             ("objective", ("ce", "mart", "trades")),
             ("augment", ("none", "crop", "autoaugment")),
-            ("start", ("uniform", "gaussian")),
+            ("attack_init", ("uniform", "gaussian")),
             ("gradient", ("corrected", "semi-masked")),
             ("schedule", ("step", "cosine", "cyclic")),
             ("precision", PRECISIONS),
-            ("search", PRECISIONS),
+            ("attack_precision", PRECISIONS),
         ):
             require(getattr(self, field) in known, field, f"one of {', '.join(known)}")
 
@@ -177,7 +181,7 @@ class Recipe:
     def passes(self) -> tuple[float, float]:
         """(attack passes, training passes) per image and epoch, each a forward and a backward."""
         branches = 1 if self.objective == "ce" else 2
-        return self.attacked * self.steps * self.eot, float(self.draws * (branches + (self.awp > 0)))
+        return self.adversarial_fraction * self.steps * self.eot, float(self.draws * (branches + (self.awp > 0)))
 
     def learning_rate(self, epoch: float) -> float:
         """At `epoch` (fractional) of a round."""
@@ -233,7 +237,7 @@ GCAT_PUBLISHED = Recipe(
     draws=10,
     epochs=150,
     rounds=5,
-    batch=256,
+    batch_size=256,
     lr=0.01,
     schedule="step",
     milestones=(60, 110),
@@ -243,7 +247,7 @@ GCAT_PUBLISHED = Recipe(
 
 GCAT = Recipe(
     name="gcat",
-    attacked=1.0,
+    adversarial_fraction=1.0,
     steps=5,
     epochs=30,
     lr=0.1,
@@ -258,19 +262,19 @@ GCAT = Recipe(
 STANDARD = Recipe(
     name="standard",
     model="resnet18",
-    attacked=0.0,
+    adversarial_fraction=0.0,
     epochs=200,
     lr=0.1,
     schedule="step",
     milestones=(100, 150),
 )
-PGD_AT = replace(STANDARD, name="pgd-at", attacked=1.0)
+PGD_AT = replace(STANDARD, name="pgd-at", adversarial_fraction=1.0)
 TRADES = replace(
     PGD_AT,
     name="trades",
     objective="trades",
-    weight=6.0,
-    start="gaussian",
+    kl_weight=6.0,
+    attack_init="gaussian",
     epochs=76,
     milestones=(75,),
     weight_decay=2e-4,
@@ -279,7 +283,7 @@ MART = replace(
     PGD_AT,
     name="mart",
     objective="mart",
-    start="gaussian",
+    attack_init="gaussian",
     epochs=120,
     lr=0.01,
     milestones=(75, 90),
@@ -297,8 +301,8 @@ RECIPES: dict[str, Recipe] = {
         replace(GCAT, name="gcat-mart", objective="mart"),
         replace(GCAT, name="gcat-awp", objective="mart", awp=0.005),
         GCAT_PUBLISHED,
-        replace(GCAT_PUBLISHED, name="gcat-mart-published", objective="mart", attacked=1.0),
-        replace(GCAT_PUBLISHED, name="gcat-awp-published", objective="mart", attacked=1.0, awp=0.01),
+        replace(GCAT_PUBLISHED, name="gcat-mart-published", objective="mart", adversarial_fraction=1.0),
+        replace(GCAT_PUBLISHED, name="gcat-awp-published", objective="mart", adversarial_fraction=1.0, awp=0.01),
         STANDARD,
         PGD_AT,
         TRADES,

@@ -81,24 +81,24 @@ def training_data(recipe: Recipe, data: Dataset | None, former: Mapping[str, Any
     return TrainingData(source, as_then, passed, places, extra, run, former["data"])
 
 
-def find(facts: Mapping[str, Any], run: Path) -> Dataset:
+def find(metadata: Mapping[str, Any], run: Path) -> Dataset:
     """The data that a run was trained on.
 
     Args:
-        facts: its recipe.json, or what its checkpoint holds.
+        metadata: its recipe.json, or what its checkpoint holds.
         run: its directory.
 
     Raises:
         ValueError, FileNotFoundError: they are not found, or are others; the message says where they were looked
             for and that --data (data= in Python) helps.
     """
-    recipe, data = facts["recipe"], facts["data"]
+    recipe, data = metadata["recipe"], metadata["data"]
     if data.get("passed"):
         raise ValueError(
             f"{run} was trained on data that were passed in Python ({described(data)}), which no name leads to: "
             "give them by --data (in Python: data=)"
         )
-    source = find_named(recipe["data"], recipe.get("data_path"), facts.get("places", {}), run)
+    source = find_named(recipe["data"], recipe.get("data_path"), metadata.get("places", {}), run)
     check_same(data, {"classes": list(source.classes), "shape": list(source.shape)}, run)
     return source
 

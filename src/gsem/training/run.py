@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gsem._fingerprint import model_fingerprint
-from gsem._io import BEST, LAST, read_checkpoint_facts, read_facts
+from gsem._io import BEST, LAST, read_checkpoint_metadata, read_metadata
 from gsem._text import percent
 from gsem.nn.load import load_model
 from gsem.training.recipes import Recipe
@@ -48,7 +48,7 @@ class Progress:
     epoch_ended: bool
     device: str
     precision: dict[str, str]
-    """What the run computes in: `precision` of the training passes and `search`, each float32, bf16 or fp16."""
+    """`precision` and `attack_precision` as chosen for this device: float32, bf16 or fp16."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,7 +110,7 @@ def rank(recipe: Recipe, metrics: dict[str, Any]) -> tuple[float, float]:
     is highest where nothing was learnt yet.
     """
     robust, clean = metrics["robust"], metrics["clean"]
-    return (robust, clean) if recipe.attacked > 0 else (clean, robust)
+    return (robust, clean) if recipe.adversarial_fraction > 0 else (clean, robust)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def run_fingerprint(path: Path) -> dict[str, str] | None:
     file = next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)
     if file is None:
         return None
-    known: dict[str, str] | None = read_checkpoint_facts(file).get("fingerprint")
+    known: dict[str, str] | None = read_checkpoint_metadata(file).get("fingerprint")
     return known or model_fingerprint(load_model(file)[0])
 
 
@@ -139,7 +139,7 @@ def resume_recipe(path: Path) -> Recipe:
     Raises:
         FileNotFoundError, ValueError: no run there, or one that this version does not know.
     """
-    return Recipe.from_dict(read_facts(path)["recipe"])
+    return Recipe.from_dict(read_metadata(path)["recipe"])
 
 
 def recorded_precision(path: Path, device: torch.device) -> dict[str, str]:

@@ -78,9 +78,11 @@ class Stepper:
         self.device = next(model.parameters()).device
         if recipe.augment == "autoaugment":
             require_float64(self.device, "augment autoaugment")
-        self.used = {field: choose_precision(getattr(recipe, field), self.device) for field in ("precision", "search")}
+        self.used = {
+            field: choose_precision(getattr(recipe, field), self.device) for field in ("precision", "attack_precision")
+        }
         warn_if_emulated(self.used.values(), self.device)
-        self.dtype, self.search_dtype = DTYPES[self.used["precision"]], DTYPES[self.used["search"]]
+        self.dtype, self.search_dtype = DTYPES[self.used["precision"]], DTYPES[self.used["attack_precision"]]
         self.folded = fold(model, self.search_dtype)
         self.training_pass: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         if compiled:
@@ -127,7 +129,7 @@ class Stepper:
         reseed(derive_seed(r.seed, "step", step), self.device)
         x = self._augmented(pixels, step)
         x_adv = x
-        if r.attacked > 0:
+        if r.adversarial_fraction > 0:
             rows = self._rows(len(x))
             x_adv = x if r.objective == "ce" else x.clone()  # the others need the clean images too
             x_adv[rows] = self.attack(self.folded, x[rows], y[rows], steps=r.steps, eot=r.eot, number=step)
@@ -148,17 +150,17 @@ class Stepper:
             self.average.update(averaged)
 
     def _augmented(self, pixels: Tensor, step: int) -> Tensor:
-        chance = generator(self.recipe.seed, "augment", step, device=self.device)
+        rng = generator(self.recipe.seed, "augment", step, device=self.device)
         flip = self.source.flip if self.recipe.flip is None else self.recipe.flip
         how: dict[str, Any] = {"padding": self.source.padding, "fill": self.source.fill}
         if self.recipe.augment != "none":
-            pixels = crop_flip(pixels, **how, flip=flip, generator=chance)
+            pixels = crop_flip(pixels, **how, flip=flip, generator=rng)
         if self.recipe.augment == "autoaugment":
             if pixels.shape[1] == 3:
                 # The policy's choices are made on the CPU: rows are grouped by operation, and a GPU would wait.
                 choices = generator(self.recipe.seed, "policy", step)
                 pixels = auto_augment(pixels, fill=self.source.fill, generator=choices)
-            pixels = cutout(pixels, size=pixels.shape[2] // 2, generator=chance)
+            pixels = cutout(pixels, size=pixels.shape[2] // 2, generator=rng)
         return to_float(pixels).contiguous(memory_format=torch.channels_last)
 
     def attack(
@@ -173,9 +175,9 @@ class Stepper:
         seed = derive_seed(r.seed, "attack", number)
         objective: Loss = cross_entropy
         with seeded(derive_seed(seed, "model"), self.device):
-            if r.start == "gaussian" and not plain:
-                chance = generator(r.seed, "start", number, device=self.device)
-                start = x + 0.001 * torch.randn(x.shape, generator=chance, device=self.device)
+            if r.attack_init == "gaussian" and not plain:
+                rng = generator(r.seed, "start", number, device=self.device)
+                start = x + 0.001 * torch.randn(x.shape, generator=rng, device=self.device)
                 start = project(start, x, self.eps, "Linf")
             else:
                 start = random_start(x, self.eps, "Linf", generator(seed, "start", 0, device=self.device))
@@ -192,7 +194,7 @@ class Stepper:
     def _rows(self, batch: int) -> slice | Tensor:
         """`attacked_rows`, on the device."""
         if batch not in self.rows:
-            rows = attacked_rows(batch, self.recipe.attacked)
+            rows = attacked_rows(batch, self.recipe.adversarial_fraction)
             self.rows[batch] = rows if isinstance(rows, slice) else rows.to(self.device)
         return self.rows[batch]
 
@@ -204,7 +206,7 @@ class Stepper:
         if logits is None:
             return cross_entropy(logits_adv, y, r.label_smoothing)
         objective = mart if r.objective == "mart" else trades
-        return objective(logits_adv, logits, y, r.weight)
+        return objective(logits_adv, logits, y, r.kl_weight)
 
     def _autocast(self) -> AbstractContextManager:
         low = self.dtype != torch.float32
@@ -223,7 +225,7 @@ class Stepper:
         self.longest = torch.maximum(self.longest, length)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON-able facts that `restore` takes."""
+        """Tensors and JSON-able metadata that `restore` takes."""
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         if self.average:
             tensors |= {f"ema.{name}": t for name, t in self.average.model.state_dict().items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gsem._env import device_named
 from gsem._fingerprint import model_fingerprint
 from gsem._interrupt import Interruption, finish_step_on_interrupt
-from gsem._io import BEST, LAST, append_line, part, read_checkpoint, read_facts, save_checkpoint, write_atomically
+from gsem._io import BEST, LAST, append_line, part, read_checkpoint, read_metadata, save_checkpoint, write_atomically
 from gsem._lock import locked
 from gsem._provenance import commit, release
 from gsem.data import Dataset, Split, load, mixed_order, read_extra, to_float
@@ -80,7 +80,7 @@ def train(
         name = (data or load(recipe.data, recipe.data_path)).name
         out = Path("runs") / f"{recipe.name}-{Path(name).stem}-{recipe.model}-seed{recipe.seed}"
     path = Path(out)
-    former = read_facts(path) if resume and (path / LAST).exists() else None
+    former = read_metadata(path) if resume and (path / LAST).exists() else None
     found = training_data(recipe, data, former, path)
     recipe = found.recipe
     where = device_named(device)
@@ -113,15 +113,15 @@ class Trainer:
         self.source = source = data.source
         self.eps = recipe.eps or source.eps
         self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=self.eps)
-        training, validation, facts = data.read(recipe.seed)
-        self.meta |= {"data": facts | {"eps": self.eps}, "places": data.places}
+        training, validation, metadata = data.read(recipe.seed)
+        self.meta |= {"data": metadata | {"eps": self.eps}, "places": data.places}
         self.real = len(training)
         if data.extra is not None:
             extra = read_extra(data.extra, source.shape, source.classes)
             training = Split(torch.cat([training.x, extra.x]), torch.cat([training.y, extra.y]))
         self.training = training.to(device)
         self.validation = validation.to(device)
-        self.batch = min(recipe.batch, self.real)
+        self.batch = min(recipe.batch_size, self.real)
         self.steps_per_epoch = len(self._order(0, 0))
         self.total_steps = self.steps_per_epoch * recipe.epochs * recipe.rounds
         self.last, self.best = path / LAST, path / BEST
@@ -168,12 +168,12 @@ class Trainer:
     def begin(self) -> None:
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         weights = self.stepper.model.state_dict()
-        if self.recipe.start_from is not None:
-            weights = self._starting_weights(self.recipe.start_from)
+        if self.recipe.init_from is not None:
+            weights = self._starting_weights(self.recipe.init_from)
         self._start_from(weights)
-        facts = self.meta | {"gsem_torch": torch.__version__, "machine": platform.machine()}
-        facts |= {"device": str(self.device), "training_images": self.real, "gsem": release(), "commit": commit()}
-        write_atomically(self.path / "recipe.json", json.dumps(facts, indent=2).encode())
+        metadata = self.meta | {"gsem_torch": torch.__version__, "machine": platform.machine()}
+        metadata |= {"device": str(self.device), "training_images": self.real, "gsem": release(), "commit": commit()}
+        write_atomically(self.path / "recipe.json", json.dumps(metadata, indent=2).encode())
         write_atomically(self.path / "metrics.jsonl", b"")
         self.save()
 
@@ -228,9 +228,9 @@ class Trainer:
         return 0 < self.recipe.patience <= self.stale
 
     def _order(self, round_: int, epoch: int) -> Tensor:
-        chance = generator(self.recipe.seed, "order", round_, epoch)
+        rng = generator(self.recipe.seed, "order", round_, epoch)
         extra = len(self.training) - self.real
-        return mixed_order(self.real, extra, self.batch, self.recipe.extra_share, chance).to(self.device)
+        return mixed_order(self.real, extra, self.batch, self.recipe.extra_share, rng).to(self.device)
 
     def _train_on(self, picked: Tensor, in_round: int) -> None:
         first = (self.recipe.swa_from or 0) * self.steps_per_epoch
@@ -266,7 +266,7 @@ class Trainer:
         if not bool(self.stepper.finite):
             raise self._diverged("a loss became NaN or infinite")
         longest = float(self.stepper.longest)
-        if not longest <= self.recipe.explosion:
+        if not longest <= self.recipe.abort_grad_norm:
             raise self._diverged(f"the gradient exploded to a norm of {longest:.3g}")
 
     # --- validation and files -------------------------------------------------------------------------------
@@ -294,8 +294,8 @@ class Trainer:
         if rank(self.recipe, line) > self.best_rank:
             self.best_rank = rank(self.recipe, line)
             tensors = {f"model.{name}": t for name, t in self._chosen.state_dict().items()}
-            facts = {"metrics": line, "fingerprint": model_fingerprint(self._chosen)}
-            save_checkpoint(self.best, tensors, self.meta | facts)
+            metadata = {"metrics": line, "fingerprint": model_fingerprint(self._chosen)}
+            save_checkpoint(self.best, tensors, self.meta | metadata)
 
     def _validate(self) -> dict[str, float]:
         """Clean and PGD-10 accuracy on held-out training images, expected over the noise."""
@@ -370,10 +370,10 @@ class Trainer:
         self.step, self.round, self.seconds = state["step"], state["round"], state["seconds"]
         self.best_robust, self.best_rank = state["best_robust"], tuple(state["best_rank"])
         self.stale, self.latest = state["stale"], state["latest"]
-        facts = read_facts(self.path)
-        moved = {key: self.meta[key] for key in ("data", "places") if facts.get(key) != self.meta[key]}
+        metadata = read_metadata(self.path)
+        moved = {key: self.meta[key] for key in ("data", "places") if metadata.get(key) != self.meta[key]}
         if moved:
-            write_atomically(self.path / "recipe.json", json.dumps(facts | moved, indent=2).encode())
+            write_atomically(self.path / "recipe.json", json.dumps(metadata | moved, indent=2).encode())
         # Lines that a killed run wrote after this checkpoint will be written again.
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
