@@ -23,7 +23,7 @@ import gsem
 from gsem.attacks._core import random_start
 from gsem.data import Dataset, to_float
 from gsem.rng import derive_seed, generator
-from gsem.training.recipes import Recipe
+from gsem.training.recipe import Recipe
 from gsem.training.step import Stepper
 
 BLOCK = 50

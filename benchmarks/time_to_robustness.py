@@ -30,7 +30,8 @@ from scipy import stats
 import gsem
 from gsem.evaluation.result import EvaluationResult
 from gsem.study import Variant, _folder, study
-from gsem.training.recipes import GCAT, GCAT_PUBLISHED, Recipe
+from gsem.training.recipe import Recipe
+from gsem.training.recipes import GCAT, GCAT_PUBLISHED
 
 # Field by field, what gcat's choices were weighed against.
 TRIED: dict[str, dict[str, Any]] = {

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from gsem.nn.models import create_model as create_model
     from gsem.nn.models import load_published as load_published
     from gsem.reporting.report import report as report
+    from gsem.training.recipe import Recipe as Recipe
     from gsem.training.recipes import RECIPES as RECIPES
-    from gsem.training.recipes import Recipe as Recipe
     from gsem.training.run import Run as Run
     from gsem.training.run import TrainingDiverged as TrainingDiverged
     from gsem.training.run import TrainingInterrupted as TrainingInterrupted
@@ -52,7 +52,7 @@ _DEFINED_IN = {
     "noise": "gsem.nn.gsem",
     "pass_through": "gsem.nn.gsem",
     "RECIPES": "gsem.training.recipes",
-    "Recipe": "gsem.training.recipes",
+    "Recipe": "gsem.training.recipe",
     "EvaluationResult": "gsem.evaluation.result",
     "Run": "gsem.training.run",
     "TrainingDiverged": "gsem.training.run",

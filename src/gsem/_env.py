@@ -1,12 +1,16 @@
-"""Devices, and the precision that each device is fast in."""
+"""Devices, the precision that each is fast in, and the version and commit of this package."""
 
 import os
 import platform
+import subprocess
 import warnings
 from collections.abc import Collection
+from pathlib import Path
 from typing import Literal
 
 import torch
+
+import gsem
 
 Used = Literal["float32", "bf16", "fp16"]
 
@@ -97,3 +101,26 @@ def warn_if_emulated(used: Collection[str], device: torch.device) -> None:
             "(precision auto chooses float32 here)",
             stacklevel=2,
         )
+
+
+def release() -> str:
+    """The version of this package, also where it runs from a folder and is not installed."""
+    return gsem.__version__
+
+
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the checkout that `folder` is tracked in, with `-dirty` behind it where tracked files differ.
+
+    None outside of a checkout (also for a package installed inside somebody else's), or without git.
+    """
+    try:
+        _git(folder, "ls-files", "--error-unmatch", ".")
+        found = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return found + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    ran = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, timeout=10, check=True)
+    return ran.stdout.strip()

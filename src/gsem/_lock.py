@@ -51,7 +51,7 @@ def _take(file: Path, doing: str, instead: str) -> None:
         except FileExistsError:
             holder = _remove_if_stale(file)
             if holder is not None:
-                raise Locked(_told(file, doing, instead, holder)) from None
+                raise Locked(_held_message(file, doing, instead, holder)) from None
             continue
         try:
             os.write(descriptor, content)
@@ -61,10 +61,10 @@ def _take(file: Path, doing: str, instead: str) -> None:
         finally:
             os.close(descriptor)
         return
-    raise Locked(_told(file, doing, instead, _read(file) or {}))
+    raise Locked(_held_message(file, doing, instead, _read(file) or {}))
 
 
-def _told(file: Path, doing: str, instead: str, holder: dict[str, Any]) -> str:
+def _held_message(file: Path, doing: str, instead: str, holder: dict[str, Any]) -> str:
     if not holder:
         return f"another process is {doing}: {instead}. If nothing runs there any more, delete {file}"
     here = holder["host"] == socket.gethostname()

@@ -8,23 +8,27 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gsem._env import device_named
 from gsem._io import read_metadata, write_atomically
 from gsem.data import load, to_float
 from gsem.evaluation.evaluate import evaluate
 from gsem.evaluation.result import EvaluationResult, Interval
-from gsem.nn.gsem import noise
-from gsem.training.recipes import RECIPES, Recipe
+from gsem.nn.gsem import NoiseMode, noise
+from gsem.training.progress import Progress
+from gsem.training.recipe import Recipe
+from gsem.training.recipes import RECIPES
 from gsem.training.recorded import find
-from gsem.training.run import Progress, Run
+from gsem.training.run import Run
 from gsem.training.trainer import train
 
-Report = Callable[[str, Progress | None], None]
+OnProgress = Callable[[str, Progress | None], None]
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Variant:
 
     name: str
     recipe: Recipe
-    noise: str = "fresh"
-    """At test: "fresh" or "off"."""
+    noise: NoiseMode = "fresh"
+    """Noise in the test: "fresh" or "off"."""
 
 
 def ablation(base: Recipe) -> list[Variant]:
@@ -46,7 +50,7 @@ def ablation(base: Recipe) -> list[Variant]:
         ValueError: the base's model has no GSeM.
     """
     if not base.model.startswith("gsem-"):
-        raise ValueError(f"the ablation takes GSeM apart: model {base.model!r} has none")
+        raise ValueError(f"the ablation needs a network with GSeM, which {base.model!r} is not")
     parts = {
         "plain": replace(base, model=base.model.removeprefix("gsem-")),
         "convolutions only": replace(base, quantiser=False, noise=0),
@@ -97,11 +101,11 @@ def study(
     images: int | None = None,
     test_data: str | None = None,
     device: str | None = None,
-    on_progress: Report | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[dict[str, Any]]:
     """Train and evaluate every variant for seeds 0 … seeds − 1; one row per variant.
 
-    Every finished piece is kept in `out` and not computed again, so that an interrupted study goes on.
+    Every finished piece is kept in `out` and not computed again, so an interrupted study can be resumed.
 
     Args:
         images: test images used, from the first; default: all.
@@ -112,13 +116,17 @@ def study(
         Rows with the variant's name, passes per image and epoch, seconds of training, and for every attack
         (mean, low, high) of its expected accuracy: over seeds, 95% t-interval.
     """
+    progress = on_progress or (lambda what, training: None)
     rows = []
     for variant in variants:
         results, seconds = [], []
         for seed in range(seeds):
-            run = _trained(variant, seed, out, device, on_progress)
+            recipe, path = replace(variant.recipe, seed=seed), out / _folder(variant, seed)
+            what = f"{variant.name}, seed {seed}"
+            run = train(recipe, out=path, device=device, resume=True, on_progress=partial(progress, what))
             seconds.append(run.metrics[-1]["seconds"])
-            results.append(_evaluated(variant, run, attacks, images, test_data, device, on_progress))
+            begin = partial(progress, f"{what}: test", None)
+            results.append(_evaluated(run, variant.noise, attacks, images, test_data, device_named(device), begin))
         labels = [s.name for s in results[0].scores if s.noise == "fresh"]
         attack, training = variant.recipe.passes
         rows.append(
@@ -130,16 +138,12 @@ def study(
                 "seconds": float(np.median(seconds)),
                 "images": len(results[0].y),
                 "seeds": seeds,
-                "accuracy": {_family(label): _over_seeds(results, label) for label in labels},
+                # The number of draws differs between stochastic and deterministic variants; the column is the same.
+                "accuracy": {label.split("-eot")[0]: _over_seeds(results, label) for label in labels},
             }
         )
         write_atomically(out / "study.json", json.dumps(rows, indent=2).encode())
     return rows
-
-
-def _family(label: str) -> str:
-    # The number of draws differs between stochastic and deterministic variants; the column is the same.
-    return label.split("-eot")[0]
 
 
 def _folder(variant: Variant, seed: int) -> str:
@@ -147,41 +151,26 @@ def _folder(variant: Variant, seed: int) -> str:
     return f"{words}-seed{seed}"
 
 
-def _trained(
-    variant: Variant,
-    seed: int,
-    out: Path,
-    device: str | None,
-    on_progress: Report | None,
-) -> Run:
-    path = out / _folder(variant, seed)
-    what = f"{variant.name}, seed {seed}"
-    show = None if on_progress is None else lambda progress: on_progress(what, progress)
-    return train(replace(variant.recipe, seed=seed), out=path, device=device, resume=True, on_progress=show)
-
-
 def _evaluated(
-    variant: Variant,
     run: Run,
+    mode: NoiseMode,
     attacks: list[str],
     images: int | None,
     test_data: str | None,
-    device: str | None,
-    on_progress: Report | None,
+    device: torch.device,
+    begin: Callable[[], None],
 ) -> EvaluationResult:
-    where = device_named(device)
     source = load(test_data) if test_data else find(read_metadata(run.path), run.path)
     test = source.test()
-    x, y = to_float(test.x[:images]).to(where), test.y[:images].to(where)
+    x, y = to_float(test.x[:images]).to(device), test.y[:images].to(device)
     eps = run.recipe.eps or source.eps
     asked = {"attacks": attacks, "images": len(x), "eps": eps, "data": test_data or run.recipe.data}
-    path, question = run.path / f"test-{variant.noise}", run.path / f"test-{variant.noise}.question.json"
+    path, question = run.path / f"test-{mode}", run.path / f"test-{mode}.question.json"
     if question.exists() and json.loads(question.read_text()) == asked:
         return EvaluationResult.load(path)
-    if on_progress is not None:
-        on_progress(f"{variant.name}, seed {run.recipe.seed}: test", None)
-    model = run.model().to(where)
-    with noise(model, variant.noise):  # type: ignore[arg-type]
+    begin()
+    model = run.model().to(device)
+    with noise(model, mode):
         result = evaluate(model, x, y, attacks, eps=eps, seed=run.recipe.seed, frozen=False)
     result.save(path)
     write_atomically(question, json.dumps(asked).encode())

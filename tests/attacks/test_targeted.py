@@ -141,7 +141,7 @@ def test_targets_are_labels_one_for_all_or_an_array():
     for target in (3, np.full(16, 3), np.full(16, 3, dtype=np.uint8)):
         assert torch.equal(pgd(model, x, zeros(x), eps=0.1, **PGD, target=target), plain)
     for target, message in (
-        (4, "image 0 has target 4, but the model tells 4 classes apart"),
+        (4, "image 0 has target 4, but the model has 4 classes"),
         (torch.full((15,), 3), "target must be 16 int64 labels"),
         ([3] * 16, "target must be 16 labels, a tensor or a numpy array, not a list"),
     ):

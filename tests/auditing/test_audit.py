@@ -25,7 +25,7 @@ def masked() -> tuple[nn.Module, Audit]:
     return model, gsem.audit(model, x, y, "apgd:steps=20:eot=5", eps=0.2, quick=True)
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs")
+@pytest.mark.filterwarnings("ignore:fold runs")
 def test_quantise_and_noise_seems_robust_is_found_out_and_is_broken(masked):
     """Plain PGD holds it for robust; the audit names the layer; through the layer nothing is left of it."""
     model, audit = masked

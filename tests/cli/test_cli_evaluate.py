@@ -121,14 +121,14 @@ def test_balanced_takes_as_many_of_each_class_and_the_same_ones_every_time():
     assert set(balanced(y, 10).tolist()) <= set(balanced(y, 20).tolist())
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs")
+@pytest.mark.filterwarnings("ignore:fold runs")
 def test_few_draws_say_why_there_is_no_vote(capsys, here):
     out = evaluated(capsys, "halfnet:noisy", "--attacks", "clean", "--draws", "5")
     assert "(–: a vote needs 11 draws, sent ×10 needs 10)" in out
     assert "a vote needs" not in evaluated(capsys, "halfnet:noisy", "--attacks", "clean", "--draws", "11")
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs")
+@pytest.mark.filterwarnings("ignore:fold runs")
 def test_other_models_become_sources_of_transfer(capsys, here):
     out = evaluated(capsys, "halfnet:noisy", "--attacks", "clean,fgsm", "--source", "halfnet:net", "--draws", "20")
     assert "transfer100-eot20" in out and "sent ×10" in out

@@ -17,7 +17,7 @@ from planted import Flipper, Halves, halves, rng, small_net
 # --- planted accuracy --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
+@pytest.mark.filterwarnings("ignore:fold runs Flipper")
 def test_a_flipper_that_no_image_influences_gives_an_attack_nothing():
     x, y = halves(500)
     result = evaluate(Flipper(), x, y, ["clean", "pgd:steps=10:eot=10:loss=margin"], eps=0.1)
@@ -140,7 +140,7 @@ def test_the_suites_add_transfer_where_there_is_something_to_transfer_from():
         assert (names[-1] == "transfer") == found and names[0] == "clean"
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
+@pytest.mark.filterwarnings("ignore:fold runs Flipper")
 def test_noise_known_to_the_attacker_is_only_for_gsem():
     x, y = halves(8)
     assert {s.noise for s in evaluate(Flipper(), x, y, "clean", eps=0.1).scores} == {"fresh"}
@@ -172,7 +172,7 @@ def test_is_stochastic_tells_them_apart_and_leaves_chance_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
+@pytest.mark.filterwarnings("ignore:fold runs Flipper")
 def test_the_same_seed_gives_the_same_result_and_the_callers_chance_is_left():
     x, y = halves(30)
     how = {"attacks": ["clean", "pgd:steps=2:eot=2"], "eps": 0.1, "draws": 20, "save_adv": True}
@@ -188,7 +188,7 @@ def test_the_same_seed_gives_the_same_result_and_the_callers_chance_is_left():
     assert (first.scores[1].x_adv != other.scores[1].x_adv).any()
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
+@pytest.mark.filterwarnings("ignore:fold runs Flipper")
 def test_scoring_draws_do_not_depend_on_the_search(monkeypatch):
     x, y = halves(60)
 
@@ -207,7 +207,7 @@ def test_scoring_draws_do_not_depend_on_the_search(monkeypatch):
     assert first.scores[1].gradients != second.scores[1].gradients  # it was another search
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Recorder")
+@pytest.mark.filterwarnings("ignore:fold runs Recorder")
 def test_no_scoring_draw_was_seen_by_a_search():
     class Recorder(Flipper):
         drawn: list[tuple[bool, Tensor]]
@@ -371,11 +371,11 @@ def test_the_model_is_left_as_it_was_and_progress_is_reported():
 
 def test_labels_that_the_model_does_not_know_are_refused():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
-    with pytest.raises(ValueError, match="image 1 has label 3, but the model tells 3 classes apart"):
+    with pytest.raises(ValueError, match="image 1 has label 3, but the model has 3 classes"):
         evaluate(model, torch.rand(2, 1, 2, 2), torch.tensor([0, 3]), "clean", eps=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs")
+@pytest.mark.filterwarnings("ignore:fold runs")
 def test_a_model_that_is_random_only_off_the_images_is_stochastic():
     class Flickers(torch.nn.Module):
         def forward(self, x):

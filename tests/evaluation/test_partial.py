@@ -286,7 +286,7 @@ def test_planted_lies_are_found(plain):
     assert "40 labels differ from the saved ones" in verify(other, **how)[0].problems
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
+@pytest.mark.filterwarnings("ignore:fold runs Flipper")
 def test_chance_is_allowed_and_no_more():
     x, y = halves(300)
     flips = evaluate(Flipper(0.3), x, y, "clean", eps=0.1, save_adv=True)

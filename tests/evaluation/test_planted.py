@@ -23,7 +23,7 @@ def _coarse_intervals(monkeypatch):
 # --- noise that no perturbation influences, or only up to a limit ------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Flipper", "ignore:the targeted DLR loss needs 4 classes")
+@pytest.mark.filterwarnings("ignore:fold runs Flipper", "ignore:the targeted DLR loss needs 4 classes")
 def test_the_worst_of_many_attacks_on_a_flipper_gains_nothing_and_a_persistent_attacker_needs_none():
     """2000 images: the standard error of the mean of 100 draws each is 0.1 points."""
     x, y = halves(2000)
@@ -52,7 +52,7 @@ class Limited(nn.Module):
         return torch.stack([u - p, p - u, -torch.ones_like(u)], dim=1)
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Limited", "ignore:the targeted DLR loss needs 4 classes")
+@pytest.mark.filterwarnings("ignore:fold runs Limited", "ignore:the targeted DLR loss needs 4 classes")
 def test_a_best_perturbation_that_flips_four_draws_of_ten_leaves_60_percent():
     x, _ = halves(800, contrast=0)
     x -= (x[..., :2].mean((1, 2, 3), keepdim=True) - x[..., 2:].mean((1, 2, 3), keepdim=True)) / 2 * SIDE
@@ -112,7 +112,7 @@ class Quantised(nn.Module):
         return self.network(x + self.noise * torch.randn_like(x))
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Quantised")
+@pytest.mark.filterwarnings("ignore:fold runs Quantised")
 def test_quantise_and_noise_holds_against_plain_pgd_only(fragile):
     network, x, y = fragile
     how = {"eps": FRAGILE, "batch_size": 100}

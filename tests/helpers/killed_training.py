@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import gsem._io
-from gsem.training.recipes import Recipe
+from gsem.training.recipe import Recipe
 from gsem.training.step import Stepper
 from gsem.training.trainer import Trainer, train
 from planted import small_digits

@@ -53,7 +53,7 @@ class Detached(nn.Module):
 # --- what a model returns ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs")
+@pytest.mark.filterwarnings("ignore:fold runs")
 @pytest.mark.parametrize("message", HOLDERS)
 def test_logits_are_taken_from_what_holds_them_and_that_is_said(message):
     x, y = halves(12)
@@ -98,7 +98,7 @@ def test_a_sigmoid_at_the_end_is_named():
 
 def test_labels_that_start_at_one_are_named():
     x, y = halves(12)
-    with pytest.raises(ValueError, match="label 3, but the model tells 3 classes apart; labels start at 0: take y - 1"):
+    with pytest.raises(ValueError, match="label 3, but the model has 3 classes; labels start at 0: take y - 1"):
         evaluate(Halves(), x, y * 2 + 1, "clean", eps=0.1)
 
 
@@ -143,7 +143,7 @@ def test_a_step_in_grey_levels_is_refused():
         (lambda z: z[:, 0], r"returns torch.float32 \[8\].*two by torch.stack\(\[-z, z\], 1\)"),
         (lambda z: {"out": z}, "returns a dict with the keys 'out', not logits"),
         (lambda z: None, "returns a NoneType, not logits"),
-        (lambda z: z[:, :1], r"image 1 has label 1, but the model tells 1 classes apart; .*torch.cat\(\[-z, z\], 1\)"),
+        (lambda z: z[:, :1], r"image 1 has label 1, but the model has 1 classes; .*torch.cat\(\[-z, z\], 1\)"),
         (lambda z: z[:, :2] / torch.arange(len(z))[:, None].sub(3), "image 3: the model's logits are not finite"),
     ],
 )
@@ -157,7 +157,7 @@ def test_what_is_no_logits_of_the_labels_is_refused(hold, message):
 # --- gradients ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs")
+@pytest.mark.filterwarnings("ignore:fold runs")
 def test_without_a_gradient_black_box_attacks_alone_evaluate():
     x, y = halves(12)
     with pytest.raises(NoGradient, match=r"no gradient .*gsem.straight_through.*square and rays"):
@@ -226,7 +226,7 @@ def test_numpy_arrays_and_radii_as_text_are_taken(tmp_path):
         ({"y": F.one_hot(halves(4)[1], 3)}, r"one-hot labels take y.argmax\(1\)"),
         ({"y": [0, 1, 0, 1]}, "y must be 4 labels, a tensor or a numpy array, not a list"),
         ({"y": np.zeros(4)}, "int64 labels, not torch.float64"),
-        ({"y": torch.tensor([0, 1, 0, 3])}, "image 3 has label 3, but the model tells 3 classes apart"),
+        ({"y": torch.tensor([0, 1, 0, 3])}, "image 3 has label 3, but the model has 3 classes"),
         ({"eps": "8/0"}, "eps = '8/0' is neither a number nor a fraction like '8/255'"),
         ({"eps": "8"}, r"it must be at most 1 \(8/255, not 8\)"),
     ],
@@ -294,7 +294,7 @@ def test_the_check_draws_from_no_stream_of_the_callers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:fold runs", "ignore::DeprecationWarning")
 def test_a_torchscript_model_is_evaluated_like_the_network_that_it_was_made_from():
     net, (x, y) = small_net(), halves(6)
     traced = torch.jit.trace(net, x[:2])

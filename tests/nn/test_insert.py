@@ -319,7 +319,7 @@ def test_where_nothing_tells_channels_from_height_the_choice_is_said():
     def build(width):
         return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(width * 64, 2))
 
-    with pytest.warns(UserWarning, match=r"layer '1' gives \[1, 8, 8, 8\].*axis 1 is taken for the channels") as said:
+    with pytest.warns(UserWarning, match=r"layer '1' gives \[1, 8, 8, 8\].*axis 1 is taken") as said:
         insert(build(8), "1", example=torch.rand(1, 3, 8, 8))
     assert said[0].filename == __file__
     with warnings.catch_warnings():

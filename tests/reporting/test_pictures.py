@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import gsem
-from gsem._provenance import commit
+from gsem._env import commit
 from gsem.reporting import html, read_runs
 from gsem.reporting.classes import class_figure, confusion_figure, per_class, wilson
 from gsem.reporting.gallery import choice, exhibits, png, surface_figures
@@ -55,7 +55,7 @@ def test_confusion_is_counted_in_shares_of_draws():
     assert np.array_equal(confusion(found, y, 3), np.array(expected))
 
 
-@pytest.mark.filterwarnings("ignore:search_twin")
+@pytest.mark.filterwarnings("ignore:fold runs")
 def test_confusion_of_a_flipper_is_its_share():
     x, y = halves(600)
     found = pictures(Flipper(0.3).eval(), x, y, eps=1e-4)
@@ -99,7 +99,7 @@ def test_the_surface_is_the_margin_on_the_plane(of_halves):
         assert np.abs(np.diff(s.margin, n=2, axis=1)).max() < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:search_twin")
+@pytest.mark.filterwarnings("ignore:fold runs")
 def test_the_callers_random_state_is_left_alone():
     x, y = halves(8)
     torch.manual_seed(5)

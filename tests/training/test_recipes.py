@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 from gsem.cli.main import read
-from gsem.training.recipes import DESCRIPTIONS, RECIPES, Recipe
+from gsem.training.recipe import Recipe
+from gsem.training.recipes import DESCRIPTIONS, RECIPES
 
 
 def test_every_recipe_has_its_name_and_a_line():

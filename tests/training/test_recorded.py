@@ -116,9 +116,9 @@ def test_a_run_is_not_resumed_on_other_data(capsys, mine, tmp_path):
     trained(replace(mine, classes=("0", "1")))
     before = (tmp_path / "r/checkpoints/last.safetensors").read_bytes()
     for file, told in (
-        (write_images(tmp_path / "other.npz", seed=1), "the images differ"),
-        (write_images(tmp_path / "four.npz", classes=4), "their classes, the images, their labels differ"),
-        ("digits", "their classes, the images, their labels differ"),
+        (write_images(tmp_path / "other.npz", seed=1), "which differ in the images"),
+        (write_images(tmp_path / "four.npz", classes=4), "which differ in their classes, the images, their labels"),
+        ("digits", "which differ in their classes, the images, their labels"),
     ):
         err = refused(capsys, "train", "--resume", "r", "--data", file)
         assert "r was trained on other data (mine: images [1, 8, 8], 2 classes)" in err and told in err
@@ -179,7 +179,7 @@ def test_data_that_are_gone_are_named_with_all_places(capsys, project, tmp_path)
 
 def test_other_images_at_the_same_path_are_not_taken_for_the_runs_own(capsys, project):
     write_images(project / "sets/images.npz", classes=4)
-    assert "their classes differ" in refused(capsys, "evaluate", project / "runs/x")
+    assert "which differ in their classes" in refused(capsys, "evaluate", project / "runs/x")
 
 
 # --- what lies in a run directory --------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_a_run_without_the_checkpoint_to_go_on_from_is_not_overwritten(mine):
     found = trained(mine)
     (found.path / "checkpoints/last.safetensors").unlink()
     for resume in (True, False):
-        with pytest.raises(ValueError, match=r"no checkpoints/last\.safetensors to go on from"):
+        with pytest.raises(ValueError, match=r"no checkpoints/last\.safetensors to resume from"):
             gsem.train(RECIPE, out="r", data=mine, resume=resume, device="cpu")
 
 

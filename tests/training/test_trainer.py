@@ -189,7 +189,7 @@ def test_training_starts_from_given_weights(tmp_path, few_digits):
     second = train(still, out=tmp_path / "second", data=few_digits, device="cpu")
     torch.testing.assert_close(second.model().conv1.weight, first.model().conv1.weight)
     other = replace(TINY, init_from=str(first.path), model="gsem-wideresnet10x2")
-    with pytest.raises(ValueError, match=r"start_from .*conv1"):
+    with pytest.raises(ValueError, match=r"init_from .*conv1"):
         train(other, out=tmp_path / "third", data=few_digits, device="cpu")
 
 

@@ -31,7 +31,8 @@ from gsem.cli.options import (
     parse,
     unknown,
 )
-from gsem.training.recipes import RECIPES, Recipe
+from gsem.training.recipe import Recipe
+from gsem.training.recipes import RECIPES
 
 HELP = """\
 gsem: image classifiers trained by gradient semi-masking, measured honestly.

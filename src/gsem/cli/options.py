@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gsem.training.recipes import Recipe
+from gsem.training.recipe import Recipe
 
 # Every number may be written as a fraction: 8/255 is how the field writes an eps.
 registry = tyro.constructors.ConstructorRegistry()

@@ -23,8 +23,9 @@ from gsem.evaluation.evaluate import evaluate
 from gsem.evaluation.result import EvaluationResult, with_ending
 from gsem.nn.load import load_model
 from gsem.nn.models import canonical_name
-from gsem.training.recipes import RECIPES, Recipe
-from gsem.training.run import Progress
+from gsem.training.progress import Progress
+from gsem.training.recipe import Recipe
+from gsem.training.recipes import RECIPES
 from gsem.training.trainer import train
 
 DATASETS = ("cifar10", "cifar100", "svhn")

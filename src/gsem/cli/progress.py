@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from gsem._text import duration, percent
 from gsem.evaluation.evaluate import Progress as AttackProgress
-from gsem.training.run import Progress as TrainingProgress
+from gsem.training.progress import Progress as TrainingProgress
 
 # A fall of the robust accuracy below its best that is worth showing: robust overfitting (Rice et al. 2020).
 OVERFITTING = 0.02

@@ -11,8 +11,9 @@ from gsem.cli.display import study_table
 from gsem.cli.options import StudyOptions, unknown
 from gsem.nn.models import canonical_name
 from gsem.study import Variant, ablation, recipes, study
-from gsem.training.recipes import Recipe
-from gsem.training.run import Progress, TrainingInterrupted
+from gsem.training.progress import Progress
+from gsem.training.recipe import Recipe
+from gsem.training.run import TrainingInterrupted
 
 
 def study_command(console: Console, o: StudyOptions) -> None:

@@ -13,8 +13,10 @@ from gsem.cli.options import DemoOptions, EvaluateOptions, TrainOptions
 from gsem.cli.progress import Scalars, TrainingBar
 from gsem.cli.report import write_report
 from gsem.nn.models import canonical_name
-from gsem.training.recipes import RECIPES, Recipe
-from gsem.training.run import Progress, Run, TrainingInterrupted
+from gsem.training.progress import Progress
+from gsem.training.recipe import Recipe
+from gsem.training.recipes import RECIPES
+from gsem.training.run import Run, TrainingInterrupted
 from gsem.training.trainer import train
 
 # A quick audit of the demo's run takes so many times the seconds of the demo's attack: 3.4 measured on a processor with

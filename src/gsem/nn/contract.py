@@ -320,8 +320,8 @@ def _answer(model: nn.Module, some: Tensor) -> Tensor:
         shape, reason = list(some.shape), f"{type(error).__name__}: {' '.join(str(error).split())}"
         if shape[3] in (1, 3, 4) and shape[1] > 4:
             reason += ". Are the images [b, h, w, c]? x.permute(0, 3, 1, 2) makes them [b, c, h, w]"
-        told = f"images {shape} ({some.dtype}, {some.device})"
-        raise ValueError(f"the model does not run on {told}: {reason}") from error
+        images = f"images {shape} ({some.dtype}, {some.device})"
+        raise ValueError(f"the model does not run on {images}: {reason}") from error
 
 
 def _check_logits(logits: Tensor, some: Tensor) -> None:
@@ -341,7 +341,7 @@ def _check_classes(y: Tensor, classes: int, what: str) -> None:
     if not bool(outside.any()):
         return
     image = int(outside.nonzero()[0])
-    problem = f"image {image} has {what} {int(y[image])}, but the model tells {classes} classes apart"
+    problem = f"image {image} has {what} {int(y[image])}, but the model has {classes} classes"
     if int(y.min()) == 1 and int(y.max()) == classes:
         problem += "; labels start at 0: take y - 1"
     if classes == 1:

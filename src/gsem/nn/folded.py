@@ -9,9 +9,8 @@ import operator
 import pickle
 import random
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from contextlib import nullcontext
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from gsem.nn.gsem import GSeM, IntegerNoise
+from gsem.nn.gsem import GSeM, IntegerNoise, eval_flags
 
 # Where the largest element of a logit gradient is brought on an fp16 folded model. As it is, the cross-entropy of a
 # confident image has a gradient below fp16's smallest number, 6e-8, and all of it would be 0. Up to fp16's largest
@@ -55,7 +54,7 @@ class _Folded(nn.Module):
                 former.copy_(value)
 
     def refresh(self, dtype: torch.dtype) -> None:
-        raise RuntimeError("every mirror says how it is refreshed")
+        raise NotImplementedError
 
 
 class _Enlarge(torch.autograd.Function):
@@ -229,9 +228,8 @@ class _Held(_Folded):
 
     def refresh(self, dtype: torch.dtype) -> None:
         for number, target in enumerate(self.targets):
-            value: Any = self.source[0]
-            for part in target.split("."):
-                value = self.constants[target] if target in self.constants else getattr(value, part)
+            constant = self.constants.get(target)
+            value = operator.attrgetter(target)(self.source[0]) if constant is None else constant
             self.store(**{f"t{number}": value.to(dtype) if value.is_floating_point() else value})
 
 
@@ -269,23 +267,12 @@ class _Tracer(fx.Tracer):
         return isinstance(m, GSeM) or super().is_leaf_module(m, module_qualified_name)
 
 
-@contextmanager
-def _eval_flags(model: nn.Module) -> Iterator[None]:
-    training = {m: m.training for m in model.modules()}
-    try:
-        for m in training:
-            m.training = False
-        yield
-    finally:
-        for m, flag in training.items():
-            m.training = flag
-
-
 def _is_foldable(module: nn.Module | None) -> bool:
     return isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
 
 
-def _mirror(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> nn.Module:
+def _folded(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> nn.Module:
+    """The part of the folded model that stands for `source`; `behind` is the one module that its output goes to."""
     if isinstance(source, GSeM):
         return _FoldedGSeM(source)
     if type(source) is nn.Conv2d:
@@ -295,6 +282,12 @@ def _mirror(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> 
     if next(source.parameters(), None) is not None or next(source.buffers(), None) is not None:
         return _Other(source, dtype)
     return copy.deepcopy(source).eval()
+
+
+def _random_states(devices: list[torch.device]) -> bytes:
+    """Of every global random stream that a forward may draw from."""
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    return pickle.dumps([[state.numpy() for state in states], random.getstate(), np.random.get_state()])
 
 
 def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
@@ -307,21 +300,18 @@ def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             raise ValueError(f"{name or 'it'} has hooks, which a folded layer would not call")
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-    attributes = set(vars(model))
-    with _eval_flags(model), torch.random.fork_rng(devices=devices):
-        rng = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-        others = random.getstate(), np.random.get_state()
+    attributes, python_random, numpy_random = set(vars(model)), random.getstate(), np.random.get_state()
+    with eval_flags(model), torch.random.fork_rng(devices=devices):
+        before = _random_states(devices)
         try:
             graph = _Tracer().trace(model)
         finally:
             # fx hangs them on the model.
             constants = {name: model.__dict__.pop(name) for name in set(vars(model)) - attributes}
-        drawn = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-        after = random.getstate(), np.random.get_state()
-        same = all(map(torch.equal, rng, drawn)) and pickle.dumps(others) == pickle.dumps(after)
-        random.setstate(others[0])
-        np.random.set_state(others[1])
-    if not same:
+        drew = _random_states(devices) != before
+    random.setstate(python_random)
+    np.random.set_state(numpy_random)
+    if drew:
         raise ValueError("its forward draws random numbers, of which tracing would keep one draw for ever")
     return graph, constants
 
@@ -364,7 +354,7 @@ def _reuse_memory(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def _traced(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, _FoldedGSeM | None]:
-    """The model's graph with each module replaced by its mirror, and its gate; `model` itself is only read."""
+    """The model's graph with each module replaced by its folded part, and its gate; `model` itself is only read."""
     modules = dict(model.named_modules())
     graph, constants = _graph(model)
     root = nn.Module()
@@ -381,7 +371,7 @@ def _traced(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, _FoldedGSe
             graph.erase_node(users[0])
             absorbed.add(users[0])
         name = f"part{number}"
-        root.add_module(name, _mirror(source, behind, dtype))
+        root.add_module(name, _folded(source, behind, dtype))
         node.target = name
     _reuse_memory(graph, root)
     holder = _Held(model, [node.target for node in held], constants)
@@ -416,10 +406,11 @@ class FoldedModel(nn.Module):
         self.dtype = dtype
         try:
             self.graph, self.gate = _traced(model, dtype)
-        except Exception as error:  # whatever a stranger's forward may raise when its input is symbolic
+        except Exception as error:  # a forward may raise anything when its input is symbolic
             warnings.warn(
-                f"search_twin runs {type(model).__name__} as it is, unfolded and slower, because it cannot be "
-                f"traced: {type(error).__name__}: {error}",
+                f"fold runs {type(model).__name__} as it is, correct but slower, because torch.fx cannot trace it "
+                f"({type(error).__name__}: {error}). To have it folded, move what depends on values or shapes in its "
+                "forward into a function that is marked by torch.fx.wrap",
                 stacklevel=3,
             )
             self.graph, self.gate = _Eager(model, dtype), None

@@ -135,6 +135,22 @@ def noise(model: nn.Module, mode: NoiseMode, *, seed: int | None = None) -> Iter
             m.key.copy_(key)
 
 
+@contextmanager
+def eval_flags(model: nn.Module) -> Iterator[None]:
+    """Every module is flagged as in eval mode for the length of a `with` block.
+
+    Flag by flag: a train() or eval() of the model's own may do more than set them.
+    """
+    training = {m: m.training for m in model.modules()}
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m, flag in training.items():
+            m.training = flag
+
+
 def _integer(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")

@@ -48,7 +48,7 @@ def insert(
             refuses. The model is as before.
 
     Warns:
-        UserWarning: nothing tells the channels from height and width, and axis 1 is taken.
+        UserWarning: the channels cannot be distinguished from height and width; axis 1 is taken.
     """
     check_changeable(model, after)
     layer = find_layer(model, after)

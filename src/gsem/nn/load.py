@@ -57,12 +57,12 @@ def load_model(
     levels: int = 6,
     noise: int = 4,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A model in eval mode, and what its checkpoint says of model and data (empty without a checkpoint).
+    """A model in eval mode, and the metadata of its checkpoint (empty without a checkpoint).
 
     Args:
         spec: a run directory (its best checkpoint; where there is none, its last, with a warning), a `.safetensors`
-            checkpoint, a published `.pt` state dict (then `name`, `num_classes`, `levels` and `noise` say what it
-            is), or `package.module:function`, a function without arguments that returns the model.
+            checkpoint, a published `.pt` state dict (then `name`, `num_classes`, `levels` and `noise` describe
+            it), or `package.module:function`, a function without arguments that returns the model.
 
     Raises:
         FileNotFoundError, ValueError: naming what was not found, or not understood; a run directory with the
@@ -77,7 +77,7 @@ def load_model(
             if path.suffix not in (".pt", ".pth"):
                 raise ValueError(f"{path} is no run directory, no .safetensors checkpoint and no published .pt")
             if name is None:
-                raise ValueError(f"{path} does not say what model it is: give its name (see `gsem models`)")
+                raise ValueError(f"{path} does not hold its architecture: give its name (see `gsem models`)")
             published = load_published(path, name=name, num_classes=num_classes, levels=levels, noise=noise)
             return published.eval(), {}
         tensors, meta = read_checkpoint(checkpoint)

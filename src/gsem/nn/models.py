@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gsem.nn.gsem import Gradient, GSeM, _integer
 
-# Makes the module after the stem from its channel count: a GSeM, or `nn.Identity` in the plain folded model.
+# Makes the module after the stem from its channel count: a GSeM, or `nn.Identity` in a plain network.
 Stem = Callable[[int], nn.Module]
 
 
@@ -246,9 +246,9 @@ def load_published(
 ) -> nn.Module:
     """A model with the weights of a published `.pt` file, on the CPU and in eval mode.
 
-    Such a file is a bare state dict: it tells neither its architecture nor its levels and noise, so the caller
-    does. State dicts saved from DataParallel (`module.` before every name), and those under a key `state_dict` or
-    `model`, are accepted too. The file is read without executing anything in it.
+    Such a file is a bare state dict, without its architecture, levels and noise: they are arguments. State dicts
+    saved from DataParallel (`module.` before every name), and those under a key `state_dict` or `model`, are accepted
+    too. The file is read without executing anything in it.
 
     Args:
         path: the file.
@@ -261,7 +261,7 @@ def load_published(
     """
     model = create_model(name, num_classes, in_channels, levels, noise)
     weights = _read_weights(Path(path))
-    _check_weights(weights, model.state_dict(), f"{path} does not fit {canonical_name(name)}")
+    check_weights(weights, model.state_dict(), f"{path} does not fit {canonical_name(name)}")
     model.load_state_dict(weights)
     return model.eval()
 
@@ -295,7 +295,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _check_weights(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+def check_weights(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+    """Raise a ValueError that begins with `what` if names or shapes differ."""
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
     if missing or unexpected:

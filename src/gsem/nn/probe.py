@@ -3,8 +3,6 @@
 import difflib
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gsem.nn.gsem import eval_flags
 from gsem.nn.gsem import noise as noise_of
 
 # Sides of square images to try when the caller gives no example: CIFAR, ImageNet, then the less common.
@@ -120,29 +119,14 @@ def run(model: nn.Module, layer: nn.Module, image: Tensor) -> Seen:
 
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in seen.calls]
     try:
-        with _undisturbed(model, image.device):
+        # The CPU's random state is always kept; of the accelerators, fork_rng keeps the CUDA devices it is given.
+        fork = torch.random.fork_rng([image.device] if image.device.type == "cuda" else [])
+        with eval_flags(model), fork, torch.no_grad(), noise_of(model, "off"):
             model(image)
     finally:
         for hook in hooks:
             hook.remove()
     return seen
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode without gradient or noise; training flags, noise and torch's random state return at the end."""
-    training = {m: m.training for m in model.modules()}
-    # The CPU's state is always kept; of the accelerators, fork_rng needs to be told CUDA's devices.
-    fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    try:
-        # Flag by flag: a train() or eval() of the model's own may do more than set them.
-        for m in training:
-            m.training = False
-        with fork, torch.no_grad(), noise_of(model, "off"):
-            yield
-    finally:
-        for m, flag in training.items():
-            m.training = flag
 
 
 def feature_map(model: nn.Module, after: str, layer: nn.Module, seen: Seen) -> Tensor:
@@ -170,7 +154,7 @@ def channel_axis(model: nn.Module, after: str, layer: nn.Module, seen: Seen) -> 
         ValueError: images of another size change other axes than two neighbouring ones.
 
     Warns:
-        UserWarning: nothing tells the axes apart.
+        UserWarning: the axes cannot be distinguished; axis 1 is taken.
     """
     assert isinstance(seen.output, Tensor)
     if type(layer) in (nn.Conv2d, nn.BatchNorm2d):
@@ -193,8 +177,7 @@ def channel_axis(model: nn.Module, after: str, layer: nn.Module, seen: Seen) -> 
     first, last = (abs(math.log(shape[axis] * w / (shape[axis + 1] * h))) for axis in (2, 1))
     if abs(first - last) < 1e-6:
         warnings.warn(
-            f"layer {after!r} gives {shape} for images of {h}×{w}, which does not tell channels from height and width: "
-            "axis 1 is taken for the channels",
+            f"layer {after!r} gives {shape} for images of {h}×{w}, where any axis may be the channels: axis 1 is taken",
             stacklevel=3,
         )
     return 1 if first <= last else 3

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from gsem._env import device_named
+from gsem._env import device_named, release
 from gsem._fingerprint import model_fingerprint
 from gsem._io import write_atomically
-from gsem._provenance import release
 from gsem.data import Dataset, balanced, load, to_float
 from gsem.evaluation.result import AttackScores, EvaluationResult
 from gsem.nn.contract import plain_logits

@@ -11,7 +11,7 @@ from gsem._text import duration, pixels
 from gsem.auditing import Check
 from gsem.reporting.figure import interval, percent
 from gsem.reporting.views import RunReport
-from gsem.training.recipes import Recipe
+from gsem.training.recipe import Recipe
 
 # The fields of a recipe that a reader asks for first; all others are listed below them.
 FIRST = ("name", "data", "model", "levels", "noise", "gradient", "objective", "steps", "eot", "draws", "epochs", "seed")

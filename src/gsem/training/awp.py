@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def perturbed_parameters(model: nn.Module) -> list[Tensor]:
-    """Those that AWP moves: "weight" in their name, and more than one dimension."""
+    """The parameters that AWP moves: "weight" in their name, and more than one dimension."""
     return [p for name, p in model.named_parameters() if "weight" in name and p.ndim > 1 and p.requires_grad]
 
 
@@ -23,7 +23,7 @@ def awp(
     gamma: float,
     draws: int = 1,
 ) -> Iterator[None]:
-    """Inside the block, the weights stand where the cross-entropy of (x_adv, y) is worse.
+    """Inside the block, the weights are moved to where the cross-entropy of (x_adv, y) is higher.
 
         w ← w + γ · ‖w‖ · g / (‖g‖ + 1e-20)      for every weight tensor, g the ascent gradient
 
@@ -52,7 +52,7 @@ def awp(
             g * (gamma * length / (steep + 1e-20)) for g, length, steep in zip(ascent, lengths, steepness, strict=True)
         ]
         torch._foreach_add_(weights, deltas)
-    # torch counts the writes to each tensor: whether a step was made needs no word from the caller.
+    # torch counts the writes to each tensor, which shows whether a step was made.
     versions = [w._version for w in weights]
     try:
         yield
@@ -65,22 +65,13 @@ def awp(
 
 
 def _ascent_gradient(model: nn.Module, weights: list[Tensor], x_adv: Tensor, y: Tensor, draws: int) -> list[Tensor]:
-    statistics = [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
-    former = [b.clone() for b in statistics]
-    total: list[Tensor] | None = None
-    try:
-        for _ in range(draws):
-            logits = model(x_adv)
-            low = logits.dtype in (torch.bfloat16, torch.float16)
-            loss = F.cross_entropy(logits.float() if low else logits, y) / draws
-            grads = list(torch.autograd.grad(loss, weights))
-            if total is None:
-                total = grads
-            else:
-                torch._foreach_add_(total, grads)
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(statistics, former, strict=True):
-                buffer.copy_(value)
-    assert total is not None
+    # In train mode BatchNorm writes its statistics: here, to copies of them.
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    copies = {f"{name}.{key}".lstrip("."): b.clone() for name, m in layers for key, b in m.named_buffers()}
+    total = [torch.zeros_like(w) for w in weights]
+    for _ in range(draws):
+        logits = torch.func.functional_call(model, copies, (x_adv,))
+        low = logits.dtype in (torch.bfloat16, torch.float16)
+        loss = F.cross_entropy(logits.float() if low else logits, y) / draws
+        torch._foreach_add_(total, torch.autograd.grad(loss, weights))
     return total

@@ -9,9 +9,9 @@ from typing import Any
 from gsem._fingerprint import data_fingerprint
 from gsem.data import DATASETS, Dataset, Split, load
 from gsem.data.download import ROOT
-from gsem.training.recipes import Recipe
+from gsem.training.recipe import Recipe
 
-# Of a field of the recipe: the absolute path, and the path from the run directory.
+# Field of the recipe → [its absolute path, its path from the run directory].
 Places = dict[str, list[str]]
 
 
@@ -29,7 +29,7 @@ class TrainingData:
     """The file of the additional images."""
     run: Path
     then: Mapping[str, Any] | None = None
-    """What the run that is resumed recorded of its data."""
+    """Metadata of the data, as the run that is resumed recorded them."""
 
     def read(self, seed: int) -> tuple[Split, Split, dict[str, Any]]:
         """Training and validation images, and what the run records: name, classes, shape, hashes, whether passed.
@@ -40,7 +40,7 @@ class TrainingData:
         s = self.source
         found: dict[str, Any] = {"name": s.name, "classes": list(s.classes), "shape": list(s.shape), "eps": s.eps}
         if s.read_train is not None:
-            # Of the whole part as it was read, so that the hash is that of the data, whatever is held out of them.
+            # The hash is that of all training images, whatever is held out of them.
             whole = s.read_train()
             found |= data_fingerprint((whole.x, whole.y))
             s = replace(s, read_train=lambda: whole)
@@ -133,8 +133,7 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> No
     other = [word for key, word in words.items() if key in then and key in now and then[key] != now[key]]
     if other:
         raise ValueError(
-            f"{run} was trained on other data ({described(then)}): {', '.join(other)} "
-            f"differ{'s' if len(other) == 1 and other[0] == 'their shape' else ''}. "
+            f"{run} was trained on other data ({described(then)}), which differ in {', '.join(other)}. "
             "Give the data of the run by --data (in Python: data=)"
         )
 
@@ -142,9 +141,8 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> No
 def places_of(name: str | None, root: str | None, folder: Path, extra: str | None = None) -> Places:
     """Where data lie now that were given by name or path: to be kept by files in `folder`."""
     named = name in DATASETS
-    told = {"data": None if named else name, "data_path": (root or str(ROOT)) if named else None, "extra_data": extra}
-    there = {field: path for field, path in told.items() if path is not None and Path(path).expanduser().exists()}
-    return {field: _place(path, folder) for field, path in there.items()}
+    given = {"data": None if named else name, "data_path": (root or str(ROOT)) if named else None, "extra_data": extra}
+    return {field: _place(path, folder) for field, path in given.items() if path and Path(path).expanduser().exists()}
 
 
 def _place(path: str, folder: Path) -> list[str]:
@@ -152,17 +150,17 @@ def _place(path: str, folder: Path) -> list[str]:
     return [str(absolute), os.path.relpath(absolute, folder.absolute())]
 
 
-def _located(field: str, told: str, places: Places, folder: Path, *, needed: bool = True) -> str:
+def _located(field: str, given: str, places: Places, folder: Path, *, needed: bool = True) -> str:
     """The first that exists of: where it was, where it lies seen from the folder, and what was given."""
-    absolute, *beside = places.get(field, [told])
-    tried = list(dict.fromkeys(os.path.normpath(p) for p in (absolute, *(str(folder / b) for b in beside), told)))
+    absolute, *beside = places.get(field, [given])
+    tried = list(dict.fromkeys(os.path.normpath(p) for p in (absolute, *(str(folder / b) for b in beside), given)))
     for path in tried:
         if Path(path).expanduser().exists():
             return path
     if not needed:
-        return told
+        return given
     what = "additional images" if field == "extra_data" else "data"
     raise FileNotFoundError(
         f"the {what} of {folder} are not found. Looked for: {', '.join(tried)} (from {Path.cwd()}). "
-        f"Say where they are by --{field.replace('_', '-')}"
+        f"Give their place by --{field.replace('_', '-')}"
     )

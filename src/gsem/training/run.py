@@ -1,4 +1,4 @@
-"""A run directory and its metrics, the progress of a training, and the exceptions that end it early."""
+"""A run directory and its metrics, and the exceptions that end a training early."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from gsem._fingerprint import model_fingerprint
 from gsem._io import BEST, LAST, read_checkpoint_metadata, read_metadata
 from gsem._text import percent
 from gsem.nn.load import load_model
-from gsem.training.recipes import Recipe
+from gsem.training.progress import rank
+from gsem.training.recipe import Recipe
 
 
 class TrainingDiverged(RuntimeError):
@@ -22,40 +23,17 @@ class TrainingDiverged(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the step was finished and saved; `gsem.train(recipe, resume=True)` goes on from there."""
+    """Ctrl-C or SIGTERM: the step was finished and saved; `gsem.train(recipe, resume=True)` resumes there."""
 
     kind: type[KeyboardInterrupt] = KeyboardInterrupt
     """`gsem._interrupt.Terminated` for SIGTERM."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, for whoever shows it."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    """Done and to do, over all rounds."""
-    loss: float
-    images_per_second: float
-    seconds_left: float
-    clean: float | None
-    robust: float | None
-    """Of the last validation, 0 to 1."""
-    best_robust: float | None
-    """Of the best validation so far: above `robust`, it shows robust overfitting."""
-    epoch_ended: bool
-    device: str
-    precision: dict[str, str]
-    """`precision` and `attack_precision` as chosen for this device: float32, bf16 or fp16."""
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
     """A run directory: `recipe.json`, `metrics.jsonl`, `checkpoints/{last,best}.safetensors`.
 
-    `print(run)` says what was trained, and how accurate its best epoch is.
+    `print(run)` shows the recipe, the model, the data, and the accuracies of the best epoch.
     """
 
     path: Path
@@ -87,7 +65,7 @@ class Run:
 
 
 def model_meta(recipe: Recipe, *, classes: tuple[str, ...], shape: tuple[int, int, int], eps: float) -> dict:
-    """What a checkpoint says of its model and data."""
+    """What a checkpoint records of its recipe, model and data."""
     return {
         "recipe": recipe.to_dict(),
         "model": {
@@ -103,16 +81,6 @@ def model_meta(recipe: Recipe, *, classes: tuple[str, ...], shape: tuple[int, in
     }
 
 
-def rank(recipe: Recipe, metrics: dict[str, Any]) -> tuple[float, float]:
-    """By what epochs are compared: the most robust is best, of equals the cleanest.
-
-    Many tie on a small validation set. A training without attacks is judged by its clean accuracy: its robust one
-    is highest where nothing was learnt yet.
-    """
-    robust, clean = metrics["robust"], metrics["clean"]
-    return (robust, clean) if recipe.adversarial_fraction > 0 else (clean, robust)
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl"
     # A run killed while it wrote leaves half a line at the end, which counts as not written.
@@ -121,7 +89,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def run_fingerprint(path: Path) -> dict[str, str] | None:
-    """Of the run's model (see `gsem._fingerprint`); None without a checkpoint.
+    """The fingerprint of the run's model (see `gsem._fingerprint`); None without a checkpoint.
 
     Raises:
         ValueError, RuntimeError: the checkpoint is damaged.

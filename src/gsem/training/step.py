@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,15 +18,16 @@ from gsem.losses import Loss, cross_entropy, divergence_from, mart, trades
 from gsem.nn.folded import FoldedModel, fold
 from gsem.rng import derive_seed, generator, reseed, seeded
 from gsem.training.awp import awp
-from gsem.training.recipes import Recipe
+from gsem.training.recipe import Recipe
 
 
-def attacked_rows(batch: int, share: float) -> slice | Tensor:
+@cache
+def attacked_rows(batch: int, share: float, device: torch.device | str = "cpu") -> slice | Tensor:
     """Which rows of a batch are attacked: evenly spread, every second one for one half (as published)."""
     if share == 1:
         return slice(None)
     row = torch.arange(batch, dtype=torch.float64)
-    return (torch.floor((row + 1) * share + 1e-9) > torch.floor(row * share + 1e-9)).nonzero()[:, 0]
+    return (torch.floor((row + 1) * share + 1e-9) > torch.floor(row * share + 1e-9)).nonzero()[:, 0].to(device)
 
 
 class Average:
@@ -34,6 +36,8 @@ class Average:
     Exponential with a warm-up of the decay (EMA), or, from an epoch on, with equal weights (SWA, Izmailov et al.
     2018; the statistics are averaged like the weights, not estimated anew).
     """
+
+    # torch's AveragedModel differs: its first update copies the weights and its decay has no warm-up.
 
     def __init__(self, model: nn.Module, averaged: nn.Module, *, decay: float, equal: bool):
         self.model, self.decay, self.equal = averaged, decay, equal
@@ -87,7 +91,6 @@ class Stepper:
         self.training_pass: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         if compiled:
             self.folded.compile_graph()
-        self.rows: dict[int, slice | Tensor] = {}
         self.new_optimizer()
         self.clear_sums()
 
@@ -121,8 +124,8 @@ class Stepper:
         """Train on a batch.
 
         Args:
-            step: of the whole run: all chance of this step follows from it.
-            epoch: of the round, fractional: for the schedule.
+            step: its number in the whole run, from which all random numbers of the step follow.
+            epoch: of the round, fractional, for the schedule.
             averaged: steps averaged before this one; None while the average has not begun.
         """
         r = self.recipe
@@ -130,7 +133,7 @@ class Stepper:
         x = self._augmented(pixels, step)
         x_adv = x
         if r.adversarial_fraction > 0:
-            rows = self._rows(len(x))
+            rows = attacked_rows(len(x), r.adversarial_fraction, self.device)
             x_adv = x if r.objective == "ce" else x.clone()  # the others need the clean images too
             x_adv[rows] = self.attack(self.folded, x[rows], y[rows], steps=r.steps, eot=r.eot, number=step)
         for group in self.optimizer.param_groups:
@@ -152,14 +155,14 @@ class Stepper:
     def _augmented(self, pixels: Tensor, step: int) -> Tensor:
         rng = generator(self.recipe.seed, "augment", step, device=self.device)
         flip = self.source.flip if self.recipe.flip is None else self.recipe.flip
-        how: dict[str, Any] = {"padding": self.source.padding, "fill": self.source.fill}
+        padding, fill = self.source.padding, self.source.fill
         if self.recipe.augment != "none":
-            pixels = crop_flip(pixels, **how, flip=flip, generator=rng)
+            pixels = crop_flip(pixels, padding=padding, fill=fill, flip=flip, generator=rng)
         if self.recipe.augment == "autoaugment":
             if pixels.shape[1] == 3:
                 # The policy's choices are made on the CPU: rows are grouped by operation, and a GPU would wait.
                 choices = generator(self.recipe.seed, "policy", step)
-                pixels = auto_augment(pixels, fill=self.source.fill, generator=choices)
+                pixels = auto_augment(pixels, fill=fill, generator=choices)
             pixels = cutout(pixels, size=pixels.shape[2] // 2, generator=rng)
         return to_float(pixels).contiguous(memory_format=torch.channels_last)
 
@@ -191,13 +194,6 @@ class Stepper:
         self.finite &= finite.all()
         return x_adv
 
-    def _rows(self, batch: int) -> slice | Tensor:
-        """`attacked_rows`, on the device."""
-        if batch not in self.rows:
-            rows = attacked_rows(batch, self.recipe.adversarial_fraction)
-            self.rows[batch] = rows if isinstance(rows, slice) else rows.to(self.device)
-        return self.rows[batch]
-
     def _loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         r = self.recipe
         with self._autocast():
@@ -224,6 +220,17 @@ class Stepper:
         length = length.nan_to_num(0.0, 0.0) if self.scaler.is_enabled() else length
         self.longest = torch.maximum(self.longest, length)
 
+    def mean_loss(self) -> float:
+        """Over the steps since the sums were cleared; there is at least one."""
+        total, count = self.sums.tolist()
+        return total / count
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Into the model and its average."""
+        self.model.load_state_dict(weights)
+        if self.average:
+            self.average.model.load_state_dict(weights)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able metadata that `restore` takes."""
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
@@ -235,7 +242,7 @@ class Stepper:
         return tensors | {"loop.sums": self.sums, "loop.longest": self.longest}, self.scaler.state_dict()
 
     def restore(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Put a `state` back."""
         self.model.load_state_dict(part(tensors, "model"))
         if self.average:
             self.average.model.load_state_dict(part(tensors, "ema"))

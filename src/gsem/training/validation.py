@@ -1,0 +1,44 @@
+"""Validation: clean and PGD-10 accuracy on held-out training images, expected over the noise."""
+
+import torch
+from torch import nn
+
+from gsem.data import Split, to_float
+from gsem.nn.folded import FoldedModel, fold
+from gsem.nn.predict import BATCH, correct_draws, is_stochastic
+from gsem.rng import derive_seed
+from gsem.training.step import Stepper
+
+STEPS = 10
+DRAWS = 5
+
+
+class Validator:
+    """Measures the models of a training on the same held-out images, with the same random numbers each time."""
+
+    def __init__(self, stepper: Stepper, images: Split):
+        self.stepper, self.images = stepper, images
+        self.seed = derive_seed(stepper.recipe.seed, "validation")
+        self.folded_average: FoldedModel | None = None
+
+    def __call__(self, chosen: nn.Module) -> dict[str, float]:
+        """Accuracies `clean` and `robust` of `chosen`; where that is the average, `raw_…` of the raw weights too."""
+        found = self._accuracies(chosen)
+        if chosen is not self.stepper.model:
+            found |= {f"raw_{name}": value for name, value in self._accuracies(self.stepper.model).items()}
+        return found
+
+    def _accuracies(self, model: nn.Module) -> dict[str, float]:
+        model.eval()
+        folded = self.stepper.folded
+        if model is not self.stepper.model:
+            folded = self.folded_average = self.folded_average or fold(model, self.stepper.search_dtype)
+        x, y = to_float(self.images.x), self.images.y
+        draws = DRAWS if is_stochastic(model, x[:1]) else 1
+        parts = enumerate(zip(x.split(BATCH), y.split(BATCH), strict=True), start=1)
+        attack = self.stepper.attack
+        x_adv = torch.cat([attack(folded, *xy, steps=STEPS, eot=1, number=-number, plain=True) for number, xy in parts])
+        return {
+            name: correct_draws(model, images, y, draws=draws, seed=self.seed).sum().item() / (draws * len(y))
+            for name, images in (("clean", x), ("robust", x_adv))
+        }
