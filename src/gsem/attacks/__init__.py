@@ -8,7 +8,7 @@ from gsem.attacks.apgd import apgd as apgd
 from gsem.attacks.autoattack import autoattack as autoattack
 from gsem.attacks.cw import cw as cw
 from gsem.attacks.fab import fab as fab
-from gsem.attacks.fgsm import fgsm as fgsm
+from gsem.attacks.pgd import fgsm as fgsm
 from gsem.attacks.pgd import pgd as pgd
 from gsem.attacks.rays import rays as rays
 from gsem.attacks.square import square as square

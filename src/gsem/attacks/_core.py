@@ -1,8 +1,8 @@
 """What every attack shares: the one EOT loop, the threat model's geometry, and the checks at both ends."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,17 @@ FOLDED_PIXELS = 128 * 32 * 32
 # A GPU has more to fill, and no such cache.
 FOLDED_PIXELS_GPU = 2048 * 32 * 32
 
-NOT_FINITE = "the model's loss is NaN or infinite there"
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+State = TypeVar("State", bound=_Dataclass)
+
+
+def select(state: State, rows: Bool[Tensor, " b"]) -> State:
+    """An attack's state, a dataclass whose tensors have one row per image, for these images only."""
+    return replace(state, **{name: value[rows] for name, value in vars(state).items() if isinstance(value, Tensor)})
 
 
 @dataclass(frozen=True)
@@ -65,25 +75,35 @@ class WorstSoFar:
         self.broken[at] |= broken
 
 
-class Counting(nn.Module):
-    """A model that counts the image rows that pass through it, forward and with a gradient."""
+class _Wrapper(nn.Module):
+    """A model around another, which it asks for the logits of one draw or of several."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.forwards = 0
-        self.gradients = 0
         self.training = model.training  # not train(): it would reach into the model
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits_of_draws(x, 1)
 
     def logits_of_draws(self, x: Tensor, count: int) -> Tensor:
+        return forward_draws(self.model, x, count)
+
+
+class Counting(_Wrapper):
+    """A model that counts the image rows that pass through it, forward and with a gradient."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.forwards = 0
+        self.gradients = 0
+
+    def logits_of_draws(self, x: Tensor, count: int) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             self.gradients += count * len(x)
         else:
             self.forwards += count * len(x)
-        return forward_draws(self.model, x, count)
+        return super().logits_of_draws(x, count)
 
 
 def counting(model: nn.Module) -> Counting:
@@ -91,23 +111,12 @@ def counting(model: nn.Module) -> Counting:
     return Counting(model)
 
 
-class Targeted(nn.Module):
+class Targeted(_Wrapper):
     """A model as a targeted attack sees it: y holds the classes to reach, not those to leave.
 
     The losses of `expected` and `expected_gradient` are those of `model`, negated, so that an attack that raises
-    them drives the images towards y; `wrong` is the share of draws that answer y.
+    them drives the images towards y; `wrong` is the share of draws that classify an image as y.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.training = model.training  # not train(): it would reach into the model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-    def logits_of_draws(self, x: Tensor, count: int) -> Tensor:
-        return forward_draws(self.model, x, count)
 
 
 def aimed(
@@ -118,15 +127,30 @@ def aimed(
     *,
     eps: float | str,
     norm: str,
+    targets: int = 0,
     **counts: int,
 ) -> tuple[nn.Module, Tensor, Tensor, float]:
-    """`checked` arguments of an attack; of a targeted one, a `Targeted` model and the targets in the place of y."""
+    """`checked` arguments of an attack. With a target: a `Targeted` model, and the targets in the place of y."""
+    if targets:
+        counts["targets"] = targets
+        if target is not None:
+            raise ValueError("give target, the classes to reach, or targets, a number of wrong classes; not both")
     if target is None:
         return checked(model, x, y, eps=eps, norm=norm, **counts)
     if isinstance(target, int):
         target = torch.full((len(x),), target)
     model, x, y, radius = checked(model, x, target, "target", eps=eps, norm=norm, **counts)
     return Targeted(model), x, y.to(x.device), radius
+
+
+def checked_init(init: ImagesLike | None, x: Images, restarts: int) -> Images | None:
+    """Starting points that the caller gives, in the form of x."""
+    if init is None:
+        return None
+    init = torch.as_tensor(init).to(x)
+    if init.shape != x.shape or restarts != 1:
+        raise ValueError(f"init must have x's shape {tuple(x.shape)}, and restarts must be 1")
+    return init
 
 
 def resolve_loss(loss: str | Loss) -> Loss:
@@ -209,6 +233,12 @@ def expected_logits(model: nn.Module, x: Images, eot: int) -> Float[Tensor, "b k
     return total / eot
 
 
+def strongest_wrong_classes(logits: Float[Tensor, "b k"], y: Labels, count: int) -> list[Int[Tensor, " b"]]:
+    """For each image the wrong class with the highest logit, then that with the second highest, …: `count` of them."""
+    wrong = logits.scatter(1, y[:, None], float("-inf"))
+    return list(wrong.topk(min(count, logits.shape[1] - 1), dim=1).indices.T)
+
+
 def _length(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)[:, None, None, None]
 
@@ -223,6 +253,11 @@ def random_start(x: Images, eps: float, norm: Norm, generator: torch.Generator) 
         share = torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device, dtype=x.dtype)
         offset = offset / _length(offset).clamp_min(1e-12) * eps * share ** (1 / size)
     return (x + offset).clamp(0, 1)
+
+
+def starting_points(x: Images, init: Images | None, eps: float, norm: Norm, rng: torch.Generator) -> Images:
+    """`init`, projected into the ball; without it, random points of the ball."""
+    return random_start(x, eps, norm, rng) if init is None else project(init, x, eps, norm)
 
 
 def ascend(
@@ -250,27 +285,39 @@ def distances(x_adv: Images, x: Images) -> tuple[Float[Tensor, " b"], Float[Tens
     return offset.abs().amax(1), offset.norm(dim=1)
 
 
-def check_result(
-    x_adv: Images, x: Images, *, eps: float, norm: Norm, finite: Bool[Tensor, " b"] | None = None
-) -> Images:
+def _refuse(
+    bad: Bool[Tensor, " r"], what: str, rows: Int[Tensor, " r"] | None = None, error: type[ValueError] = ValueError
+) -> None:
+    if bool(bad.any()):
+        image = int(bad.nonzero()[0, 0]) if rows is None else int(rows[bad][0])
+        raise error(f"image {image} of the attacked batch: {what}")
+
+
+def require_finite(finite: Bool[Tensor, " r"], rows: Int[Tensor, " r"] | None = None) -> None:
+    """Refuse losses that are not finite.
+
+    Args:
+        finite: whether the loss of each image is.
+        rows: numbers of the images; default: 0, 1, …
+
+    Raises:
+        NotFinite: naming the first image whose loss is NaN or infinite.
+    """
+    _refuse(~finite, "the model's loss is NaN or infinite there", rows, NotFinite)
+
+
+def check_result(x_adv: Images, x: Images, *, eps: float, norm: Norm) -> Images:
     """`x_adv`, if it keeps to the threat model.
 
     Raises:
-        NotFinite: naming the first image whose loss or pixels are NaN or infinite.
+        NotFinite: naming the first image with pixels that are NaN or infinite.
         ValueError: naming the first that leaves [0, 1], or lies farther than eps from its original (by more than
             rounding: 1e-6 for L∞, 1e-5 relative for L2).
     """
-
-    def first(bad: Tensor, what: str, error: type[ValueError] = ValueError) -> None:
-        if bool(bad.any()):
-            raise error(f"image {int(bad.nonzero()[0])} of the attacked batch: {what}")
-
-    if finite is not None:
-        first(~finite, NOT_FINITE, NotFinite)
     flat = x_adv.flatten(1)
-    first(~flat.isfinite().all(1), "the attack returned NaN or infinite pixels", NotFinite)
-    first(((flat < 0) | (flat > 1)).any(1), "the attack left [0, 1]")
+    _refuse(~flat.isfinite().all(1), "the attack returned NaN or infinite pixels", error=NotFinite)
+    _refuse(((flat < 0) | (flat > 1)).any(1), "the attack left [0, 1]")
     linf, l2 = distances(x_adv, x)
     far = linf > eps + 1e-6 if norm == "Linf" else l2 > eps * (1 + 1e-5) + 1e-6
-    first(far, f"the attack returned a point farther than eps = {eps:g} ({norm}) from the image")
+    _refuse(far, f"the attack returned a point farther than eps = {eps:g} ({norm}) from the image")
     return x_adv

@@ -1,18 +1,19 @@
 """Carlini & Wagner (2017): the L2 form, which minimises the perturbation itself, and the bounded margin form."""
 
 import math
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gsem.attacks._active import confirm_broken, confirmation
 from gsem.attacks._core import (
-    NOT_FINITE,
     Images,
     ImagesLike,
     Labels,
     LabelsLike,
-    NotFinite,
+    Norm,
     OnStep,
     Step,
     WorstSoFar,
@@ -21,6 +22,7 @@ from gsem.attacks._core import (
     expected,
     expected_gradient,
     project,
+    require_finite,
 )
 from gsem.attacks.pgd import pgd
 from gsem.losses import margin
@@ -58,7 +60,7 @@ def cw(
         x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
         eps: radius of the ball. None (L2 only): no bound; the smallest perturbation that breaks is returned.
         target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
-            then. The margin is that of the target over all others, and an image is broken where it is taken for it.
+            then. The margin is that of the target over all others, and an image is broken where it is classified as it.
         norm: "L2" or "Linf".
         steps: gradients per search.
         c: weight of the margin in the first search.
@@ -76,15 +78,14 @@ def cw(
     Raises:
         ValueError: arguments out of range, no eps for L∞, a layer in train mode, NaN logits.
     """
-    counts = {"steps": steps, "searches": searches, "eot": eot}
     bound = 1.0 if eps is None else eps
-    model, x, y, bound = aimed(model, x, y, target, eps=bound, norm=norm, **counts)
+    model, x, y, bound = aimed(model, x, y, target, eps=bound, norm=norm, steps=steps, searches=searches, eot=eot)
     radius = math.inf if eps is None else bound
     if norm == "Linf":
         if eps is None:
             raise ValueError("the L∞ form of C&W is bounded: give eps (8/255 is the field's standard)")
-        how = {"eps": radius, "step": radius / 4, "steps": steps, "loss": "margin", "keep": "best"}
-        return pgd(model, x, y, **how, eot=eot, seed=seed, on_step=on_step)  # type: ignore[arg-type]
+        margin_pgd = partial(pgd, eps=radius, step=radius / 4, steps=steps, loss="margin")
+        return margin_pgd(model, x, y, eot=eot, seed=seed, on_step=on_step)
     for name, value in (("c", c), ("lr", lr)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, not {value}")
@@ -108,6 +109,39 @@ def cw(
     return check_result(search.worst.x, x, eps=radius, norm="L2")
 
 
+def cw_form(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm,
+    form: Literal["margin", "l2", "unbounded"],
+    steps: int,
+    c: float,
+    searches: int,
+    lr: float,
+    eot: int,
+    seed: int,
+    on_step: OnStep | None,
+) -> Images:
+    """C&W in one of its forms, as a list of attacks names it.
+
+    Args:
+        form: "margin" is PGD on the margin within eps, in either norm; "l2" is the L2 form within eps; "unbounded" is
+            the L2 form without a bound. c, searches and lr belong to the L2 form.
+
+    The other arguments, what is returned and raised: as in `cw`.
+    """
+    if form == "margin":
+        margin_pgd = partial(pgd, eps=eps, step=eps / 4, steps=steps, norm=norm, loss="margin")
+        return margin_pgd(model, x, y, eot=eot, seed=seed, on_step=on_step)
+    if form == "l2" and norm != "L2":
+        raise ValueError("cw:form=l2 bounds the L2 norm: evaluate with norm L2, or take form=margin or form=unbounded")
+    l2 = partial(cw, eps=eps if form == "l2" else None, steps=steps, c=c, searches=searches, lr=lr)
+    return l2(model, x, y, eot=eot, seed=seed, on_step=on_step)
+
+
 class _Search:
     """The points found so far for each image, over all searches of c."""
 
@@ -120,6 +154,7 @@ class _Search:
         self.worst = WorstSoFar(x)
         self.nearest, self.distance = x.clone(), x.new_full((len(x),), math.inf)
         values, wrong = expected(model, x, y, margin, eot)
+        require_finite(values.isfinite())
         clean = confirm_broken(model, x, y, wrong, self.confirm)
         self.worst.update(x, values, clean)
         self.distance[clean] = 0.0
@@ -160,9 +195,7 @@ class _Search:
     def _judge(self, x_adv: Images, rows: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
         """Keep what the points are worth. Returns their margins and the margins' gradient."""
         margins, wrong, grad = expected_gradient(self.model, x_adv, self.y[rows], margin, self.eot)
-        if not bool(margins.isfinite().all()):
-            image = int(rows[(~margins.isfinite()).nonzero()[0, 0]])
-            raise NotFinite(f"image {image} of the attacked batch: {NOT_FINITE}")
+        require_finite(margins.isfinite(), rows)
         if self.on_step is not None:
             self.on_step(Step(rows, self.number, x_adv, margins, wrong))
             self.number += 1

@@ -1,7 +1,6 @@
 """RayS (Chen & Gu, KDD 2020): a search over directions that uses the model's labels only."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,16 +8,16 @@ from torch import Tensor, nn
 
 from gsem.attacks._active import confirm_broken, confirmation
 from gsem.attacks._core import (
-    NOT_FINITE,
     Images,
     ImagesLike,
     LabelsLike,
     Norm,
-    NotFinite,
     OnStep,
     Step,
     check_result,
     expected,
+    require_finite,
+    select,
 )
 from gsem.losses import margin
 from gsem.nn.contract import checked
@@ -86,9 +85,7 @@ def rays(
     def ask(points: Flat, rows: Int[Tensor, " r"], number: int) -> Float[Tensor, " r"]:
         images = points.view(-1, *x.shape[1:])
         values, wrong = expected(model, images, y[rows], margin, eot)
-        bad = ~values.isfinite()
-        if bool(bad.any()):
-            raise NotFinite(f"image {int(rows[bad][0])} of the attacked batch: {NOT_FINITE}")
+        require_finite(values.isfinite(), rows)
         if on_step is not None:
             on_step(Step(rows, number, images, wrong, wrong))
         return wrong
@@ -116,7 +113,7 @@ def rays(
                 points = search.points(search.radius.new_tensor(limit) if confirm else search.radius)
                 left = stands(points, search.rows, reached.to(x.dtype))
                 found[search.rows[~left]] = points[~left]
-                search = search.only(left)
+                search = select(search, left)
         found[search.rows] = search.points(search.radius.new_tensor(limit))
     return check_result(found.view_as(x), x, eps=eps, norm=norm)
 
@@ -148,11 +145,6 @@ class _Search:
         rank = torch.arange(x.shape[1], device=x.device).expand(x.shape).clone()
         none = x.new_zeros(len(x))
         return cls(rows, x, torch.ones_like(x), none + 2, rank, count, count, count > 0, none, none, tolerance)
-
-    def only(self, left: Bool[Tensor, " b"]) -> "_Search":
-        """The images that go on."""
-        kept: dict[str, Any] = {name: v[left] for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **kept)
 
     def points(self, radius: Tensor) -> Flat:
         """On the best rays."""

@@ -1,8 +1,7 @@
 """Square Attack (Andriushchenko et al., ECCV 2020): a random search that uses the model's margins only."""
 
 from bisect import bisect_left
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -10,18 +9,17 @@ from torch import Tensor, nn
 
 from gsem.attacks._active import cascade, confirm_broken, confirmation
 from gsem.attacks._core import (
-    NOT_FINITE,
     Images,
     ImagesLike,
     Labels,
     LabelsLike,
     Norm,
-    NotFinite,
     OnStep,
     Step,
     aimed,
     check_result,
     expected,
+    require_finite,
 )
 from gsem.losses import margin
 from gsem.rng import derive_seed, generator, reseed, seeded
@@ -61,13 +59,13 @@ def square(
         x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
         eps: radius of the ball, in the unit of the images.
         target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
-            then. The margin is that of the target over all others, and an image is broken where it is taken for it.
+            then. The margin is that of the target over all others, and an image is broken where it is classified as it.
         norm: "Linf" (perturbations of ±eps) or "L2".
         queries: evaluations of the draw-averaged margin, for each image and restart. An image leaves with the
             query that breaks it for good: every draw of it is wrong, and a hundred more if the model is stochastic
             (these come on top, and so do one evaluation of each image and one of each restart's result).
         p_init: share of the image that the first squares cover, in (0, 1].
-        restarts: independent runs, each on the images that the former left standing.
+        restarts: independent runs, each on the images that are not broken yet.
         eot: draws of the model's noise that every margin is averaged over.
         seed: of the squares and of the model's noise. The caller's random state is not changed.
         on_step: called with a `Step` at every query: the queried points, their margins, the share of wrong draws.
@@ -82,35 +80,20 @@ def square(
     Source: algorithms 1 to 3 of the paper. As in its authors' code a square that would change nothing is not asked
     for; squares reach every row and column, where that code spares the last ones.
     """
-    counts = {"queries": queries, "restarts": restarts, "eot": eot}
-    model, x, y, eps = aimed(model, x, y, target, eps=eps, norm=norm, **counts)
+    model, x, y, eps = aimed(model, x, y, target, eps=eps, norm=norm, queries=queries, restarts=restarts, eot=eot)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must be a share of the image in (0, 1], not {p_init}")
     x = x.detach()
     confirm = confirmation(model, x)
     squares = (_Linf if norm == "Linf" else _L2)(eps, p_init)
 
-    how: dict[str, Any] = {"queries": queries, "eot": eot, "confirm": confirm}
-
     def run(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
-        return _search(model, x[rows], y[rows], squares, **how, seed=seed, on_step=on_step)
+        return _search(
+            model, x[rows], y[rows], squares, queries=queries, eot=eot, confirm=confirm, seed=seed, on_step=on_step
+        )
 
-    runs = [run] * restarts
-    x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, on_step=_only_finite(on_step))
+    x_adv = cascade(model, x, y, [run] * restarts, eot=eot, confirm=confirm, seed=seed, on_step=on_step)
     return check_result(x_adv, x, eps=eps, norm=norm)
-
-
-def _only_finite(on_step: OnStep | None) -> OnStep:
-    """The search compares margins, and a NaN would pass for a low one; observers know the image's number."""
-
-    def see(step: Step) -> None:
-        bad = ~step.loss.isfinite()
-        if bool(bad.any()):
-            raise NotFinite(f"image {int(step.rows[bad][0])} of the attacked batch: {NOT_FINITE}")
-        if on_step is not None:
-            on_step(replace(step, x=step.x.clone()))  # the search works in place
-
-    return see
 
 
 def _share(p_init: float, proposal: int) -> float:
@@ -139,7 +122,7 @@ def _search(
     seed: int,
     on_step: OnStep | None,
 ) -> Images:
-    """One run on images that stand; `confirm` is 0 for a deterministic model.
+    """One run, on the remaining images; `confirm` is 0 for a deterministic model.
 
     A stochastic model gets the same noise, query after query, until it is redrawn. Two points that differ by a
     small square then differ by that square's effect, and not by the far larger one of their noise. With the noise
@@ -170,8 +153,9 @@ def _search(
                 reseed(derive_seed(seed, "noise", drawn), x.device)
             point = z.view(-1, *shape)
             values, wrong = expected(model, point, y, margin, eot)
+            require_finite(values.isfinite(), rows)  # (a NaN would pass for a low margin)
             if on_step is not None:
-                on_step(Step(rows, number, point, values, wrong))
+                on_step(Step(rows, number, point.clone(), values, wrong))  # the search works in place
             if confirm:
                 reseed(derive_seed(seed, "confirm", number), x.device)
             broken = confirm_broken(model, point, y, wrong, confirm)
