@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from gsem.attacks import Step, counting
 from gsem.attacks._active import CONFIRM, Confirmer, cascade, confirm_broken, confirmation, draw_schedule
-from gsem.attacks._core import NotFinite, require_finite
+from gsem.attacks._checks import require_finite
+from gsem.nn.contract import NotFinite
 from gsem.rng import seeded
 
 CPU = torch.device("cpu")

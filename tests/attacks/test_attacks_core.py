@@ -5,18 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from gsem.attacks import NotFinite, counting
-from gsem.attacks._core import (
-    FOLDED_PIXELS,
-    WorstSoFar,
-    ascend,
-    check_result,
-    distances,
-    draw_chunks,
-    project,
-    random_start,
-    require_finite,
-    resolve_loss,
-)
+from gsem.attacks._active import WorstSoFar
+from gsem.attacks._checks import check_result, require_finite, resolve_loss
+from gsem.attacks._core import FOLDED_PIXELS, ascend, distances, draw_chunks, project, random_start
 from gsem.losses import LOSSES
 
 

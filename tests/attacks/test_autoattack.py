@@ -21,14 +21,14 @@ def budget(attack) -> tuple:
 def test_the_parts_have_the_references_order_and_budgets():
     standard = [budget(attack) for _, attack in parts("standard", 10)]
     assert standard == [
-        ("apgd", {"steps": 100}),
+        ("apgd", {"steps": 100, "restarts": 1}),
         ("apgd", {"steps": 100, "targets": 9}),
         ("fab", {"steps": 100, "targets": 9}),
         ("square", {"queries": 5000}),
     ]
     assert [budget(attack) for _, attack in parts("rand", 10)] == [
-        ("apgd", {"steps": 100}),
-        ("apgd", {"steps": 100, "loss": "dlr"}),
+        ("apgd", {"steps": 100, "restarts": 1}),
+        ("apgd", {"steps": 100, "restarts": 1, "loss": "dlr"}),
     ]
     plus = [budget(attack) for _, attack in parts("plus", 100)]
     assert plus[:3] == [

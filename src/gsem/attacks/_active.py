@@ -4,13 +4,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks._core import Images, Labels, NotFinite, OnStep, WorstSoFar, expected, require_finite
+from gsem.attacks._checks import require_finite
+from gsem.attacks._core import expected
+from gsem.attacks._types import Images, Labels, OnStep
 from gsem.losses import margin
+from gsem.nn.contract import NotFinite
 from gsem.nn.predict import is_stochastic
 from gsem.rng import derive_seed, seeded
 
@@ -22,6 +26,41 @@ PROBED = 32
 
 Run = Callable[[Int[Tensor, " r"], int, OnStep | None], Images]
 """One run of an attack: (rows, seed, on_step) → x_adv [r, c, h, w] of the images with these numbers."""
+
+
+class WorstSoFar:
+    """The worst point of each image among those seen: one that is broken for good, then the highest loss.
+
+    Broken (every draw misclassifies it) comes first because such a point may have the lower loss; among the others
+    the mean loss decides, not the share of wrong draws, whose maximum over a path would mostly pick luck.
+    """
+
+    def __init__(self, x: Images):
+        self.x = x.detach().clone()
+        self.value = x.new_full((len(x),), float("-inf"))
+        self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def update(
+        self, x: Images, value: Float[Tensor, " r"], broken: Bool[Tensor, " r"], rows: Int[Tensor, " r"] | None = None
+    ) -> None:
+        """Compare points of the images numbered `rows` (default: all) with the worst so far."""
+        at = slice(None) if rows is None else rows
+        better = torch.where(broken == self.broken[at], value > self.value[at], broken)
+        self.x[at] = torch.where(better[:, None, None, None], x, self.x[at])
+        self.value[at] = torch.where(better, value, self.value[at])
+        self.broken[at] |= broken
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+State = TypeVar("State", bound=_Dataclass)
+
+
+def select(state: State, rows: Bool[Tensor, " b"]) -> State:
+    """An attack's state, a dataclass whose tensors have one row per image, for these images only."""
+    return replace(state, **{name: value[rows] for name, value in vars(state).items() if isinstance(value, Tensor)})
 
 
 def confirmation(model: nn.Module, x: Images) -> int:

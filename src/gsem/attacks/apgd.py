@@ -8,29 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._active import Confirmer, cascade, confirmation
-from gsem.attacks._core import (
-    Images,
-    ImagesLike,
-    Labels,
-    LabelsLike,
-    Norm,
-    OnStep,
-    Step,
-    aimed,
-    ascend,
-    check_result,
-    checked_init,
-    expected,
-    expected_gradient,
-    expected_logits,
-    project,
-    require_finite,
-    resolve_loss,
-    select,
-    starting_points,
-    strongest_wrong_classes,
-)
+from gsem.attacks._active import Confirmer, cascade, confirmation, select
+from gsem.attacks._checks import aimed, check_result, checked_init, require_finite, resolve_loss
+from gsem.attacks._core import ascend, averaged, expected_logits, project, starting_points, strongest_wrong_classes
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
 from gsem.losses import Loss, dlr_towards, margin_towards
 from gsem.rng import derive_seed, generator, seeded
 
@@ -136,20 +117,15 @@ class _Path:
     y: Tensor
     target: Tensor | None
     x_adv: Tensor
-    before: Tensor
-    """The iterate before x_adv."""
-    value: Tensor
-    """Loss at x_adv."""
+    before: Tensor  # the iterate before x_adv
+    value: Tensor  # loss at x_adv
     best: Tensor
     best_grad: Tensor
     best_value: Tensor
-    checked: Tensor
-    """Best loss at the last checkpoint."""
+    checked: Tensor  # best loss at the last checkpoint
     step: Tensor
-    halved: Tensor
-    """Whether the step was halved at the last checkpoint."""
-    rose: Tensor
-    """Steps since then at which the loss rose."""
+    halved: Tensor  # whether the step was halved at the last checkpoint
+    rose: Tensor  # steps since then at which the loss rose
 
     @classmethod
     def begin(cls, start: Images, x: Images, y: Labels, target: Tensor | None, eps: float) -> "_Path":
@@ -219,12 +195,8 @@ def _apgd_loop(
     marks, last = checkpoints(steps), 0
     mark = next(marks, None)
     for number in range(steps + 1):
-        ends = number == steps
-        grad: Tensor | None = None
-        if ends:
-            value, wrong = expected(model, path.x_adv, path.y, path.loss(objective), eot)
-        else:
-            value, wrong, grad = expected_gradient(model, path.x_adv, path.y, path.loss(objective), eot)
+        loss = path.loss(objective)
+        value, wrong, grad = averaged(model, path.x_adv, path.y, loss, eot, differentiate=number < steps)
         require_finite(value.isfinite(), path.rows)
         if on_step is not None:
             on_step(Step(path.rows, number, path.x_adv, value, wrong))

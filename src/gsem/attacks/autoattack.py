@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gsem.attacks._active import cascade, confirmation, draw_schedule
-from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, OnStep, check_result
+from gsem.attacks._checks import check_result
+from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep
 from gsem.attacks.apgd import apgd
 from gsem.attacks.fab import fab
 from gsem.attacks.square import square
@@ -23,28 +24,22 @@ def parts(version: Version, classes: int, steps: int = 100, queries: int = 5000)
     """The attacks of a version, in their order, with the reference's budgets.
 
     standard: APGD-CE, APGD-T and FAB-T towards 9 classes, Square. plus: APGD-CE and APGD-DLR of 5 restarts, FAB of 5,
-    Square, APGD-T, FAB-T. rand: APGD-CE and APGD-DLR. Losses that need more classes than there are give way to the
-    margin (untargeted DLR needs 3 classes) or to fewer targets.
+    Square, APGD-T, FAB-T. rand: APGD-CE and APGD-DLR. With too few classes the margin replaces
+    the untargeted DLR loss (which needs 3), and there are fewer targets.
     """
     dlr = "dlr" if classes > 2 else "margin"
     targets = min(9, classes - 1)
-    ce = partial(apgd, steps=steps)
-    targeted = [
-        (f"apgd-t{steps}", partial(apgd, steps=steps, targets=targets)),
-        (f"fab-t{steps}", partial(fab, steps=steps, targets=targets)),
-    ]
-    boxed: Part = (f"square{queries}", partial(square, queries=queries))
+    restarts = 5 if version == "plus" else 1
+    ce: Part = (f"apgd-ce{steps}", partial(apgd, steps=steps, restarts=restarts))
+    untargeted: Part = (f"apgd-{dlr}{steps}", partial(apgd, steps=steps, restarts=restarts, loss=dlr))
+    apgd_t: Part = (f"apgd-t{steps}", partial(apgd, steps=steps, targets=targets))
+    fab_t: Part = (f"fab-t{steps}", partial(fab, steps=steps, targets=targets))
+    box: Part = (f"square{queries}", partial(square, queries=queries))
     if version == "standard":
-        return [(f"apgd-ce{steps}", ce), *targeted, boxed]
+        return [ce, apgd_t, fab_t, box]
     if version == "rand":
-        return [(f"apgd-ce{steps}", ce), (f"apgd-{dlr}{steps}", partial(ce, loss=dlr))]
-    return [
-        (f"apgd-ce{steps}", partial(ce, restarts=5)),
-        (f"apgd-{dlr}{steps}", partial(ce, loss=dlr, restarts=5)),
-        (f"fab{steps}", partial(fab, steps=steps, restarts=5)),
-        boxed,
-        *targeted,
-    ]
+        return [ce, untargeted]
+    return [ce, untargeted, (f"fab{steps}", partial(fab, steps=steps, restarts=5)), box, apgd_t, fab_t]
 
 
 def autoattack(

@@ -8,20 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks._active import cascade, confirm_broken, confirmation, numbered, shifted
+from gsem.attacks._active import WorstSoFar, cascade, confirm_broken, confirmation, numbered, select, shifted
+from gsem.attacks._checks import aimed, check_result, require_finite
 from gsem.attacks._core import (
-    Images,
-    ImagesLike,
-    Labels,
-    LabelsLike,
-    Norm,
-    OnStep,
-    Step,
     Targeted,
-    WorstSoFar,
-    aimed,
     ascend,
-    check_result,
     distances,
     draw_chunks,
     expected,
@@ -30,10 +21,9 @@ from gsem.attacks._core import (
     outcome,
     project,
     random_start,
-    require_finite,
-    select,
     strongest_wrong_classes,
 )
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
 from gsem.losses import margin
 from gsem.nn.contract import gradient
 from gsem.rng import derive_seed, generator, seeded
@@ -101,7 +91,7 @@ def fab(
 
     Source: "Minimally distorted adversarial examples with a fast adaptive boundary attack", algorithm 1; FAB-T from
     Croce & Hein, "Reliable evaluation of adversarial robustness …", ICML 2020. One thing differs: a point found
-    within eps is pushed on along the plane's normal, where rounding cannot take it back.
+    within eps is pushed further along the plane's normal, so that it stays misclassified after rounding.
     """
     bound = 1.0 if eps is None else eps
     model, x, y, bound = aimed(
@@ -144,18 +134,14 @@ class _Task:
 class _Path:
     """One run's state, a row per image that is not broken yet."""
 
-    rows: Tensor
-    """Numbers of the images within the run."""
+    rows: Tensor  # numbers of the images within the run
     x: Tensor
     y: Tensor
     target: Tensor | None
     x_adv: Tensor
-    normal: Tensor
-    """Of the linearised boundary: the gradient of the difference of logits that is zero on it."""
-    found: Tensor
-    """The nearest misclassified point so far."""
-    distance: Tensor
-    """Its distance; infinite where there is none."""
+    normal: Tensor  # of the linearised boundary: the gradient of the difference of logits that is zero on it
+    found: Tensor  # the nearest misclassified point so far
+    distance: Tensor  # its distance; infinite where there is none
 
     @classmethod
     def begin(cls, start: Images, x: Images, y: Labels, target: Tensor | None) -> "_Path":
@@ -169,10 +155,8 @@ class _Seen:
 
     margin: Tensor
     wrong: Tensor
-    crossed: Tensor
-    """Whether the averaged logits are wrong."""
-    gap: Tensor
-    """The difference of logits whose gradient is the path's normal."""
+    crossed: Tensor  # whether the averaged logits are wrong
+    gap: Tensor  # the difference of logits whose gradient is the path's normal
 
 
 def _in_ball(
@@ -240,7 +224,7 @@ def _fab_loop(task: _Task, path: _Path, worst: WorstSoFar | None, on_step: OnSte
         length = task.length(path.x_adv, path.x)
         nearer = _closer(path, path.x_adv, torch.where(seen.crossed, length, float("inf")))
         if worst is not None:
-            # The start is pushed, too: the least that one gradient can do.
+            # The start is pushed, too: then one gradient alone gives at least a step of length eps.
             broken = _judge(task, path, seen, length, nearer if number else torch.ones_like(nearer), worst)
             if bool(broken.any()):
                 path, seen = select(path, ~broken), select(seen, ~broken)
@@ -352,16 +336,16 @@ def _final_search(task: _Task, path: _Path, clean: Float[Tensor, " b"]) -> Image
         return x_adv
     x, y, far = path.x[rows], path.y[rows], path.found[rows]
 
-    def worth(point: Images) -> Float[Tensor, " b"]:
+    def margins(point: Images) -> Float[Tensor, " b"]:
         return outcome(task.model, expected_logits(task.model, point, task.eot), y, margin)[0]
 
     low, high = torch.zeros_like(clean[rows]), torch.ones_like(clean[rows])
-    right, wrong = clean[rows], worth(far)
+    right, wrong = clean[rows], margins(far)
     for _ in range(FINAL):
         share = (right / (right - wrong).clamp_max(-torch.finfo(x.dtype).tiny)).clamp(0, 1)
         between = torch.minimum((low + (high - low) * share) * (1 + BEYOND), high)
         point = (x + between[:, None, None, None] * (far - x)).clamp(0, 1)
-        value = worth(point)
+        value = margins(point)
         crossed = value > 0
         x_adv[rows] = torch.where(crossed[:, None, None, None], point, x_adv[rows])
         low, right = torch.where(crossed, low, between), torch.where(crossed, right, value)

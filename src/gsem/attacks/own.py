@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._core import Norm
+from gsem.attacks._types import Norm
 from gsem.attacks.suite import ATTACKS, EOT, AttackSpec, parse_attacks
 from gsem.rng import derive_seed, seeded
 

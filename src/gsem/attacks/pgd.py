@@ -9,27 +9,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from gsem.attacks._active import Confirmer, confirmation
-from gsem.attacks._core import (
-    Images,
-    ImagesLike,
-    Labels,
-    LabelsLike,
-    Norm,
-    OnStep,
-    Step,
-    Targeted,
-    WorstSoFar,
-    aimed,
-    ascend,
-    check_result,
-    checked_init,
-    expected,
-    expected_gradient,
-    require_finite,
-    resolve_loss,
-    starting_points,
-)
+from gsem.attacks._active import Confirmer, WorstSoFar, confirmation
+from gsem.attacks._checks import aimed, check_result, checked_init, require_finite, resolve_loss
+from gsem.attacks._core import Targeted, ascend, expected, expected_gradient, starting_points
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
 from gsem.losses import Loss
 from gsem.nn.contract import plain_logits, to_number
 from gsem.rng import derive_seed, generator, seeded
@@ -179,10 +162,8 @@ class _Judge:
     y: Labels
     objective: Loss
     eot: int
-    every: bool
-    """Whether every iterate may be the one that is returned,"""
-    last: bool
-    """or (with several restarts) the last one of each path."""
+    every: bool  # whether every iterate may be the one that is returned,
+    last: bool  # or (with several restarts) the last one of each path
     stop_broken: bool
     on_step: OnStep | None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gsem.attacks._core import Norm, OnStep
+from gsem.attacks._types import Norm, OnStep
 from gsem.attacks.apgd import apgd
 from gsem.attacks.autoattack import autoattack
 from gsem.attacks.cw import cw_form

@@ -6,7 +6,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from gsem.attacks._active import cascade, confirmation
-from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, OnStep, check_result
+from gsem.attacks._checks import check_result
+from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep
 from gsem.attacks.apgd import apgd
 from gsem.nn.contract import checked, plain_logits
 from gsem.rng import derive_seed, seeded
@@ -39,7 +40,7 @@ def transfer(
     """
     model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, steps=steps, eot=eot)
     if not source_models:
-        raise ValueError("transfer needs at least one source: a model whose adversarial examples are tried on this one")
+        raise ValueError("transfer needs at least one source model, whose adversarial examples are tried on this one")
     source_models = [plain_logits(source, x, y) for source in source_models]
 
     def run(source: nn.Module, loss: str, rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
