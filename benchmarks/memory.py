@@ -40,7 +40,7 @@ def work(case: str, count: int) -> None:
     elif case == "draws of EOT":
         gsem.attacks.pgd(gsem.fold(model), x, y, eps=8 / 255, step=2 / 255, steps=3, eot=count, keep="last")
     else:
-        gsem.attacks.apgd(gsem.fold(model), x, y, eps=8 / 255, steps=count, eot=2, settle=False)
+        gsem.attacks.apgd(gsem.fold(model), x, y, eps=8 / 255, steps=count, eot=2, stop_broken=False)
 
 
 def peak(case: str, count: int) -> float:

@@ -8,21 +8,21 @@ import torch
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """The seed of the stream that `names` name, in [0, 2^63): one stream cannot be guessed from another.
+    """The seed of the random stream called `names`, in [0, 2^63). Streams of different names are independent.
 
-    `split(seed, "search")`, `"selection"` and `"scoring"` are the three disjoint streams of an evaluation.
+    An evaluation has three: `derive_seed(seed, "search", …)`, `"selection"` and `"scoring"`.
     """
     text = "/".join([str(seed), *map(str, names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A private generator on `device` for the stream that `names` name."""
+    """A generator of its own on `device`, for the random stream called `names`."""
     return torch.Generator(device).manual_seed(derive_seed(seed, *names))
 
 
 def reseed(seed: int, device: torch.device) -> None:
-    """Set torch's own stream on the CPU and on `device`. Only inside `stream`, which puts it back."""
+    """Set torch's global random state on the CPU and on `device`. Only inside `seeded`, which restores it."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -33,7 +33,7 @@ def reseed(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's own stream, from which a stochastic model draws, starts at `seed` for this block only."""
+    """Torch's global random state, from which a stochastic model draws, starts at `seed` for this block only."""
     cuda = [device] if device.type == "cuda" else []
     mps = torch.mps.get_rng_state() if device.type == "mps" else None
     try:

@@ -1,4 +1,4 @@
-"""Work on what still stands: confirmation, cascades, and the schedule of draws."""
+"""Attacks on the remaining images: confirmation, cascades, and the schedule of draws."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from gsem.attacks import Step, counting
 from gsem.attacks._active import CONFIRM, Confirmer, cascade, confirm_broken, confirmation, draw_schedule
-from gsem.attacks._core import NotFinite
+from gsem.attacks._checks import require_finite
+from gsem.nn.contract import NotFinite
 from gsem.rng import seeded
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_a_deterministic_model_needs_no_confirmation():
     assert counted.forwards == 0
 
 
-def test_only_what_is_wrong_in_every_draw_is_settled():
+def test_only_what_is_wrong_in_every_draw_is_broken():
     x = flat(*[0.8] * 200)
     ones = torch.ones(200)
     with seeded(0, CPU):
@@ -58,20 +59,20 @@ def test_only_what_is_wrong_in_every_draw_is_settled():
 def test_a_point_that_could_not_be_confirmed_is_tried_again_where_it_is_worse_and_ever_more_rarely():
     model = counting(Brightness(0.5))
     x = flat(0.8)
-    settling = Confirmer(model, x, zeros(x), CONFIRM)
+    confirmer = Confirmer(model, x, zeros(x), CONFIRM)
     tried = []
     with seeded(0, CPU):
         for _ in range(16):
             before = model.forwards
-            assert not settling(x, torch.tensor([0.3]), torch.ones(1), torch.tensor([0])).any()
+            assert not confirmer(x, torch.tensor([0.3]), torch.ones(1), torch.tensor([0])).any()
             tried.append(model.forwards > before)
         assert tried == [number in (0, 2, 5, 10) for number in range(16)]
         before = model.forwards
-        settling(x, torch.tensor([0.4]), torch.ones(1), torch.tensor([0]))
+        confirmer(x, torch.tensor([0.4]), torch.ones(1), torch.tensor([0]))
         assert model.forwards > before  # a higher loss than where it failed
 
 
-def test_a_cascade_runs_each_attack_on_what_stands_and_keeps_the_worst():
+def test_a_cascade_runs_each_attack_on_the_remaining_images_and_keeps_the_worst():
     x = flat(0.9, 0.45, 0.3, 0.1)  # the first is wrong already
     asked: list[list[int]] = []
 
@@ -82,7 +83,7 @@ def test_a_cascade_runs_each_attack_on_what_stands_and_keeps_the_worst():
 
         return run
 
-    told: list[tuple[int, int]] = []
+    left: list[tuple[int, int]] = []
     x_adv = cascade(
         Brightness(),
         x,
@@ -91,14 +92,14 @@ def test_a_cascade_runs_each_attack_on_what_stands_and_keeps_the_worst():
         eot=1,
         confirm=0,
         seed=0,
-        on_progress=lambda *news: told.append(news),
+        on_progress=lambda *news: left.append(news),
     )
     assert asked == [[1, 2, 3], [2, 3], [2, 3], [2, 3]]
-    assert told == [(0, 2), (1, 2), (2, 2), (3, 1)]
+    assert left == [(0, 2), (1, 2), (2, 2), (3, 1)]
     torch.testing.assert_close(x_adv, flat(0.9, 0.55, 0.6, 0.4))
 
 
-def test_a_cascade_regroups_what_stands_into_batches_and_numbers_the_images():
+def test_a_cascade_regroups_the_remaining_images_into_batches_and_numbers_them():
     x = flat(0.9, 0.2, 0.9, 0.2, 0.2)
     batches, seen = [], []
 
@@ -121,6 +122,16 @@ def test_a_nan_is_named_by_the_number_of_its_image():
     x = flat(0.6, 0.2, 0.3)
     with pytest.raises(NotFinite, match="image 2 of the attacked batch"):
         cascade(Broken(), x, zeros(x), [lambda r, s, o: flat(0.3, 0.8)], eot=1, confirm=0, seed=0)
+
+
+def test_a_nan_within_a_run_is_named_by_the_number_in_the_batch():
+    def run(rows, seed, on_step):
+        require_finite(torch.tensor([True, False]))
+        return x[rows]
+
+    x = flat(0.9, 0.2, 0.3)  # the first is not attacked
+    with pytest.raises(NotFinite, match=r"^image 2 of the attacked batch"):
+        cascade(Brightness(), x, zeros(x), [run], eot=1, confirm=0, seed=0)
 
 
 def test_more_draws_are_for_survivors_only():

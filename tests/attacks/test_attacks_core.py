@@ -5,17 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from gsem.attacks import NotFinite, counting
-from gsem.attacks._core import (
-    FOLDED_PIXELS,
-    WorstSoFar,
-    ascend,
-    check_result,
-    distances,
-    draw_chunks,
-    project,
-    random_start,
-    resolve_loss,
-)
+from gsem.attacks._active import WorstSoFar
+from gsem.attacks._checks import check_result, require_finite, resolve_loss
+from gsem.attacks._core import FOLDED_PIXELS, ascend, distances, draw_chunks, project, random_start
 from gsem.losses import LOSSES
 
 
@@ -213,7 +205,9 @@ def test_pixels_that_cannot_be_are_an_error(value, error, message):
         check_result(x_adv, x, eps=0.6, norm="Linf")
 
 
-def test_a_loss_that_was_not_finite_is_an_error():
-    x = torch.full((4, 1, 2, 2), 0.5)
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_image():
+    require_finite(torch.tensor([True, True]))
     with pytest.raises(NotFinite, match=r"image 1 .*loss is NaN or infinite"):
-        check_result(x, x, eps=0.1, norm="Linf", finite=torch.tensor([True, False, False, True]))
+        require_finite(torch.tensor([True, False, False, True]))
+    with pytest.raises(NotFinite, match="image 7 of the attacked batch"):
+        require_finite(torch.tensor([True, False, False]), torch.tensor([3, 7, 9]))

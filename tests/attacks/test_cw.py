@@ -51,11 +51,11 @@ def test_with_a_bound_it_breaks_what_can_be_broken_in_it_and_stays_there():
     assert (length <= eps * (1 + 1e-5) + 1e-6).all()
     broken = wrong(model, x_adv, y)
     assert broken[distance < 0.95 * eps].all() and not broken[distance > eps].any()
-    # What stands is at its worst point: deeper in the ball than the image.
+    # Where nothing is broken, the worst point is returned: its margin is higher than the image's.
     with torch.no_grad():
-        stands = ~broken
-        assert stands.any()
-        assert (margin(model(x_adv), y)[stands] > margin(model(x), y)[stands]).all()
+        remain = ~broken
+        assert remain.any()
+        assert (margin(model(x_adv), y)[remain] > margin(model(x), y)[remain]).all()
 
 
 def test_one_search_is_the_papers_adam_in_tanh_space():
@@ -90,9 +90,7 @@ def test_bounded_images_leave_once_broken():
         ({"c": 0.0}, "c must be positive"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"kappa": -1.0}, "kappa must be at least 0"),
-        ({"searches": 0}, "searches must be"),
         ({"eps": -1.0}, "eps must be positive"),
-        ({"norm": "L1"}, "norm 'L1' is unknown"),
     ],
 )
 def test_what_cw_refuses(change, message):
@@ -145,7 +143,7 @@ def test_points_of_a_source_break_a_model_that_hides_its_gradient(attacked):
     assert theirs.double().mean() >= white.double().mean() - 0.02
 
 
-def test_every_source_gets_what_stands_and_the_worst_is_kept(attacked):
+def test_every_source_model_works_on_the_remaining_images_and_the_worst_is_kept(attacked):
     model, x, y = attacked
     sources = [counting(model), counting(model)]
     x_adv = transfer(model, x, y, source_models=sources, eps=0.1, steps=5, losses=["ce"])

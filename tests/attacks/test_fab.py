@@ -6,16 +6,13 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import gsem
 from gsem.attacks import NotFinite, Step, counting
 from gsem.attacks._core import distances
-from gsem.attacks._planes import gradients, onto_plane
-from gsem.attacks.fab import _look, _Path, _Task, fab
+from gsem.attacks.fab import _look, _Path, _Task, fab, gradients, onto_plane
 from gsem.losses import margin
 from gsem.rng import seeded
 from landscapes import Landscape, Linear, images, rng, zeros
@@ -128,7 +125,7 @@ def test_a_zero_normal_moves_nothing(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("targets", [None, 3, 9])
+@pytest.mark.parametrize("targets", [0, 3, 9])
 def test_the_nearest_point_of_a_linear_classifier(norm, targets):
     w, b = torch.randn((4, 64), generator=rng()), 0.1 * torch.randn(4, generator=rng(1))
     model, x = Linear(w, b), 0.4 + 0.2 * images(64)
@@ -185,7 +182,7 @@ def test_within_a_ball_exactly_the_images_near_the_boundary_are_broken(norm):
     torch.testing.assert_close(reached, furthest, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("targets", [None, 9])
+@pytest.mark.parametrize("targets", [0, 9])
 def test_two_classes(targets):
     model, x = Landscape(lambda x: (x[:, :2] ** 2).sum(1) - 1), 0.1 + 0.3 * images(16, side=2)
     x_adv = fab(model, x, zeros(x), eps=None, norm="L2", targets=targets)
@@ -210,26 +207,26 @@ def test_what_is_misclassified_or_cannot_be_broken_is_returned_as_it_is():
         assert fab(model, x[:0], y[:0], eps=eps).shape == (0, 1, 8, 8)
 
 
-@pytest.mark.parametrize("targets", [None, 9])
+@pytest.mark.parametrize("targets", [0, 9])
 @pytest.mark.parametrize("norm", NORMS)
 def test_what_is_never_broken_keeps_its_worst_point(norm, targets):
     model, x, y = trained()
     x, y, seen = x[:40], y[:40], []
     eps = 0.03 if norm == "Linf" else 0.15
     x_adv = fab(model, x, y, eps=eps, norm=norm, targets=targets, steps=10, on_step=seen.append)
-    stands = predicted(model, x_adv) == y
-    assert stands.double().mean() > 0.8
+    remain = predicted(model, x_adv) == y
+    assert remain.double().mean() > 0.8
     with torch.no_grad():
         reached, clean = margin(model(x_adv), y), margin(model(x), y)
     assert (reached > clean).all()
     for step in seen:
-        inside = (length(step.x, x[step.rows], norm) <= eps) & stands[step.rows]
+        inside = (length(step.x, x[step.rows], norm) <= eps) & remain[step.rows]
         assert (reached[step.rows][inside] >= step.loss[inside] - 1e-4).all()
     # Not just anywhere: most of what one gradient can do.
     z = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(margin(model(z), y).sum(), z)
     gain = grad.flatten(1).norm(p=1 if norm == "Linf" else 2, dim=1) * eps
-    assert ((reached - clean) / gain)[stands].median() > 0.7
+    assert ((reached - clean) / gain)[remain].median() > 0.7
 
 
 def test_more_effort_is_never_farther():
@@ -259,7 +256,7 @@ def test_points_found_survive_another_batch():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("targets", [None, 9])
+@pytest.mark.parametrize("targets", [0, 9])
 def test_it_breaks_as_many_as_its_peer_at_no_higher_cost(norm, targets):
     from pyautoattack.fab_pt import FABAttack_PT
 
@@ -371,7 +368,7 @@ def test_one_lucky_draw_does_not_break_an_image():
         assert (fab(Landscape(f), x, zeros(x), eps=0.4, steps=10, **how) > 0.75).all()
 
 
-@pytest.mark.parametrize("targets", [None, 2])
+@pytest.mark.parametrize("targets", [0, 2])
 def test_a_stochastic_network_is_broken_in_almost_every_draw(targets):
     model, x, y = trained()
     x, y = x[:40], y[:40]
@@ -390,24 +387,7 @@ def test_a_stochastic_network_is_broken_in_almost_every_draw(targets):
     assert wrong[found].mean() > 0.2  # on the boundary, where two draws were wrong on average
 
 
-# --- chance, costs, and what is left alone -----------------------------------------------------------------------
-
-
-def test_the_process_and_its_parameters_are_left_alone():
-    torch.manual_seed(2)
-    model, x = gsem.create_model("gsem-resnet10x16", in_channels=1).eval(), images(4)
-    before, weights, copies = torch.get_rng_state(), copy.deepcopy(model.state_dict()), x.clone()
-    for how in ({"eps": 0.1}, {"eps": None}, {"eps": 0.1, "targets": 2}):
-        how = {"steps": 2, "restarts": 2, "eot": 2, **how}
-        first = fab(model, x, zeros(x), **how, seed=3)
-        with torch.no_grad():
-            assert torch.equal(fab(model, x, zeros(x), **how, seed=3), first)
-        assert not first.requires_grad
-    with pytest.raises(RuntimeError):
-        fab(Landscape(lambda x: x.detach().sum(1) - 100), x, zeros(x), eps=0.1)
-    assert torch.equal(torch.get_rng_state(), before) and torch.equal(x, copies)
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+# --- costs, and what the observer sees -----------------------------------------------------------------------
 
 
 def test_later_restarts_start_at_random_points_of_the_ball():
@@ -441,7 +421,7 @@ def test_the_cost_is_exact(eot):
         assert counted.forwards == probes + 5 * eot * (extra + runs * (3 + 7))
 
 
-def test_work_is_spent_on_standing_images_only():
+def test_work_is_spent_on_remaining_images_only():
     w = torch.randn((2, 64), generator=rng())
     x = 0.5 * torch.ones(8, 1, 8, 8)
     model = Linear(w, torch.stack([torch.tensor(2.0), w[0].sum() / 2 - w[1].sum() / 2]))
@@ -470,53 +450,11 @@ def test_the_observer_sees_every_iterate_as_it_is():
     assert not torch.equal(seen[1].x, seen[6].x)  # another target
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    eps=st.one_of(st.none(), st.floats(1e-4, 2.0)),
-    steps=st.integers(1, 4),
-    restarts=st.integers(1, 2),
-    targets=st.sampled_from([None, 1, 9]),
-    norm=st.sampled_from(NORMS),
-    edge=st.sampled_from([0.0, 0.5, 1.0]),
-    noisy=st.booleans(),
-    seed=st.integers(0, 2**40),
-)
-def test_every_result_keeps_to_the_threat_model(eps, steps, restarts, targets, norm, edge, noisy, seed):
-    x = (images(3, 2, 4, seed=seed) * 2 - 1 + edge).clamp(0, 1)
-    w = torch.randn((3, 32), generator=rng(seed))
-    model = SignNoise(w) if noisy else Linear(w)
-    how = {"eps": eps, "norm": norm, "steps": steps, "restarts": restarts, "targets": targets, "seed": seed}
-    x_adv = fab(model, x, zeros(x), **how)
-    assert x_adv.shape == x.shape and x_adv.min() >= 0 and x_adv.max() <= 1
-    if eps is not None:
-        assert (length(x_adv.double(), x.double(), norm) <= eps * (1 + 1e-5) + 1e-6).all()
-
-
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": images() * 2}, r"\[0, 1\].*gsem.normalized"),
-        ({"y": torch.zeros(16)}, "int64"),
-        ({"eps": 0.0}, "eps must be positive"),
-        ({"eps": float("nan")}, "eps must be positive"),
-        ({"norm": "L1"}, "norm 'L1' is unknown"),
-        ({"steps": 0}, "steps must be an integer of at least 1, not 0"),
-        ({"restarts": 1.5}, "restarts must be an integer"),
-        ({"targets": 0}, "targets must be an integer of at least 1, not 0"),
-        ({"eot": True}, "eot must be"),
-    ],
-)
-def test_what_it_refuses(change, message):
-    x = images()
-    with pytest.raises(ValueError, match=message):
-        fab(Linear(torch.ones(3, 64)), **({"x": x, "y": zeros(x), "eps": 0.1} | change))
-
-
 @pytest.mark.parametrize("eps", [None, 0.1])
-@pytest.mark.parametrize("targets", [None, 2])
+@pytest.mark.parametrize("targets", [0, 2])
 @pytest.mark.parametrize("on_the_way", [False, True])
 def test_logits_that_are_not_finite_are_an_error_that_names_the_image(eps, targets, on_the_way):
     w, x = torch.randn((3, 64), generator=rng()), images()
@@ -533,10 +471,3 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_image(eps, targe
 
     with pytest.raises(NotFinite, match=r"image (11|27) of the attacked batch.*NaN or infinite"):
         fab(Broken(w), x, y, eps=eps, targets=targets, steps=3)
-
-
-def test_batchnorm_in_train_mode_is_refused():
-    x, model = images(), gsem.create_model("resnet10x16", in_channels=1).eval()
-    model.layer1[0].bn1.train()
-    with pytest.raises(ValueError, match=r"'layer1\.0\.bn1' is in train mode"):
-        fab(model, x, zeros(x), eps=0.1)

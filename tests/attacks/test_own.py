@@ -104,7 +104,7 @@ def test_what_does_not_keep_to_the_contract_is_named(attack, message):
         evaluate(Halves(), x, y, [("own", attack)], eps=0.1)
 
 
-def test_names_that_cannot_stand_in_a_result_are_refused():
+def test_names_that_no_result_can_have_are_refused():
     x, y = halves(4)
     for attack, message in (
         (lambda model, x, y: x, "'<lambda>' cannot be the name of an attack: give it one in a pair"),

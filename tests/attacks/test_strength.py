@@ -63,5 +63,5 @@ def test_the_ensemble_reaches_what_any_reference_reaches(kept):
     reached = wrong(model, autoattack(model, x, y, **how), y)
     assert int((~reached).sum()) <= 1, any_.nonzero()[:, 0][~reached].tolist()
     # What gradient signs cannot reach is left to the later parts, and they reach it.
-    remaining = [stand for _, stand in stages]
+    remaining = [left for _, left in stages]
     assert remaining[1] > 5 > remaining[-1]

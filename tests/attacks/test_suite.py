@@ -66,8 +66,3 @@ def test_the_papers_five_at_their_true_strength():
     ]
     with pytest.raises(ValueError, match="suite 'hard' is unknown: it is one of quick, standard"):
         suite("hard")
-
-
-def test_a_form_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="form 'linf' is unknown: it is one of margin, l2, unbounded"):
-        AttackSpec.parse("cw:form=linf")

@@ -150,5 +150,5 @@ def test_targets_are_labels_one_for_all_or_an_array():
     for attack in (apgd, fab):
         with pytest.raises(ValueError, match=r"give target, .*, or targets, .*not both"):
             attack(model, x, zeros(x), eps=0.1, target=3, targets=2)
-    with pytest.raises(ValueError, match="no option=value; options of pgd"):
+    with pytest.raises(ValueError, match="attack 'pgd' has no option 'target'"):
         gsem.evaluate(model, x, zeros(x), "pgd:target=3", eps=0.1)

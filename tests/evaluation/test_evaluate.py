@@ -1,6 +1,7 @@
 """The evaluator on models whose accuracy is planted, deterministic and not."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,11 @@ from gsem.evaluation.evaluate import Progress, _chosen, evaluate, undefended
 from gsem.evaluation.partial import AnotherQuestion
 from gsem.nn.predict import correct_draws, is_stochastic
 from planted import Flipper, Halves, halves, rng, small_net
+
+
+def replace_pgd(monkeypatch: pytest.MonkeyPatch, function) -> None:
+    monkeypatch.setitem(suite.ATTACKS, "pgd", replace(suite.ATTACKS["pgd"], function=function))
+
 
 # --- planted accuracy --------------------------------------------------------------------------------------------
 
@@ -200,7 +206,7 @@ def test_scoring_draws_do_not_depend_on_the_search(monkeypatch):
 
     attacks = ["pgd:steps=3:eot=2"]
     first = evaluate(Flipper(), x, y, attacks, eps=0.1, draws=50)
-    monkeypatch.setitem(suite._FUNCTIONS, "pgd", another)
+    replace_pgd(monkeypatch, another)
     second = evaluate(Flipper(), x, y, attacks, eps=0.1, draws=50)
     for a, b in zip(first.scores, second.scores, strict=True):
         assert (a.correct == b.correct).all() and (a.selection == b.selection).all()
@@ -237,7 +243,7 @@ def test_options_reach_the_attack(monkeypatch):
         seen.append(how)
         return pgd(model, x, y, **how)
 
-    monkeypatch.setitem(suite._FUNCTIONS, "pgd", spy)
+    replace_pgd(monkeypatch, spy)
     x, y = halves(6)
     options = {"steps": 3, "step": 0.02, "restarts": 2, "eot": 1, "loss": "dlr", "keep": "last"}
     text = "pgd:" + ":".join(f"{k}={v}" for k, v in options.items())
@@ -248,7 +254,7 @@ def test_options_reach_the_attack(monkeypatch):
     assert label == "pgd3-eot1-dlr-x2-last-step0.02" and result.metadata["options"][label] == options
     seen.clear()
     evaluate(small_net(), x, y, ["pgd:steps=1"], eps=0.1)
-    assert seen[0]["step"] == 0.1 / 4 and set(seen[0]) >= set(suite.ATTACKS["pgd"])
+    assert seen[0]["step"] == 0.1 / 4 and set(seen[0]) >= set(suite.ATTACKS["pgd"].options)
 
 
 @pytest.mark.parametrize(
@@ -256,13 +262,13 @@ def test_options_reach_the_attack(monkeypatch):
     [
         (["deepfool"], "attack 'deepfool' is unknown: it is one of clean, fgsm, pgd"),
         ([""], "attack '' is unknown"),
-        (["pgd:stepz=3"], r"'stepz=3' is no option=value; options of pgd: steps, step"),
-        (["pgd:steps"], "'steps' is no option=value"),
-        (["clean:steps=3"], "options of clean: none"),
-        (["pgd:steps=many"], "steps = 'many' is not a number"),
-        (["pgd:steps=2.5"], "steps = '2.5' is not a number"),
-        (["pgd:step=1/0"], "step = '1/0' is not a number"),
-        (["pgd:step=1/2/3"], "is not a number"),
+        (["pgd:stepz=3"], "attack 'pgd' has no option 'stepz': it has steps, eot"),
+        (["pgd:steps"], "'steps' is not of the form option=value"),
+        (["clean:steps=3"], "attack 'clean' has no option 'steps': it has none"),
+        (["pgd:steps=many"], "steps = 'many' is neither a number"),
+        (["pgd:steps=2.5"], "steps must be an integer, not '2.5'"),
+        (["pgd:step=1/0"], "step = '1/0' is neither a number"),
+        (["pgd:step=1/2/3"], "is neither a number nor a fraction"),
         (["pgd:steps=0"], "steps must be an integer of at least 1"),
         (["pgd:step=nan"], "step must be positive"),
         (["pgd:loss=hinge"], "loss 'hinge' is unknown"),
@@ -317,7 +323,7 @@ def test_errors_name_the_row_in_the_data_set(monkeypatch):
     def broken(model, x, y, **how):
         return torch.where((torch.arange(len(x)) == 2)[:, None, None, None], torch.nan, x)
 
-    monkeypatch.setitem(suite._FUNCTIONS, "pgd", broken)
+    replace_pgd(monkeypatch, broken)
     with pytest.raises(ValueError, match=r"^attack 'pgd100-eot1': image 2 \(row 22 of the data set\): the attack re"):
         evaluate(Halves(), x, y, ["pgd"], eps=0.1, batch_size=4, rows=rows.tolist())
 
@@ -345,7 +351,7 @@ def test_a_finished_result_is_returned_and_not_computed_again(tmp_path, monkeypa
 
 
 def test_an_attack_that_cheats_is_caught(monkeypatch):
-    monkeypatch.setitem(suite._FUNCTIONS, "pgd", lambda model, x, y, **how: (x + 1.01 * how["eps"]).clamp(0, 1))
+    replace_pgd(monkeypatch, lambda model, x, y, **how: (x + 1.01 * how["eps"]).clamp(0, 1))
     x, y = halves(4)
     with pytest.raises(ValueError, match=r"farther than eps = 0\.1"):
         evaluate(Halves(), x, y, ["pgd"], eps=0.1)

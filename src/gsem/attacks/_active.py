@@ -1,36 +1,77 @@
-"""Work on the images that remain: when an image is broken for good, and attacks run one after the other."""
+"""Attacks on the remaining images: when an image counts as broken, and how attacks run one after the other."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks._core import NOT_FINITE, Images, Labels, NotFinite, OnStep, WorstSoFar, expected
+from gsem.attacks._checks import require_finite
+from gsem.attacks._core import expected
+from gsem.attacks._types import Images, Labels, OnStep
 from gsem.losses import margin
+from gsem.nn.contract import NotFinite
 from gsem.nn.predict import is_stochastic
 from gsem.rng import derive_seed, seeded
 
-# One lucky draw breaks nothing: a point of a stochastic model is given up only when it was wrong in all draws of
-# the search and in so many more.
+# One lucky draw breaks nothing: an image of a stochastic model is broken when a point of it is misclassified in all
+# draws of the search and in so many more.
 CONFIRM = 100
-# Images on which an attack finds out whether the model is stochastic.
+# Images of the two forward passes that show whether the model is stochastic.
 PROBED = 32
 
 Run = Callable[[Int[Tensor, " r"], int, OnStep | None], Images]
-"""One run of an attack: (rows, seed, on_step) → x_adv [r, c, h, w] of the images with these numbers, which stand."""
+"""One run of an attack: (rows, seed, on_step) → x_adv [r, c, h, w] of the images with these numbers."""
+
+
+class WorstSoFar:
+    """The worst point of each image among those seen: one that is broken for good, then the highest loss.
+
+    Broken (every draw misclassifies it) comes first because such a point may have the lower loss; among the others
+    the mean loss decides, not the share of wrong draws, whose maximum over a path would mostly pick luck.
+    """
+
+    def __init__(self, x: Images):
+        self.x = x.detach().clone()
+        self.value = x.new_full((len(x),), float("-inf"))
+        self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def update(
+        self, x: Images, value: Float[Tensor, " r"], broken: Bool[Tensor, " r"], rows: Int[Tensor, " r"] | None = None
+    ) -> None:
+        """Compare points of the images numbered `rows` (default: all) with the worst so far."""
+        at = slice(None) if rows is None else rows
+        better = torch.where(broken == self.broken[at], value > self.value[at], broken)
+        self.x[at] = torch.where(better[:, None, None, None], x, self.x[at])
+        self.value[at] = torch.where(better, value, self.value[at])
+        self.broken[at] |= broken
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+State = TypeVar("State", bound=_Dataclass)
+
+
+def select(state: State, rows: Bool[Tensor, " b"]) -> State:
+    """An attack's state, a dataclass whose tensors have one row per image, for these images only."""
+    return replace(state, **{name: value[rows] for name, value in vars(state).items() if isinstance(value, Tensor)})
 
 
 def confirmation(model: nn.Module, x: Images) -> int:
-    """How many more draws confirm a broken point: none for a deterministic model."""
+    """How many more draws confirm that a point is broken: none for a deterministic model."""
     return CONFIRM if len(x) and is_stochastic(model, x[:PROBED]) else 0
 
 
 def confirm_broken(
     model: nn.Module, x: Images, y: Labels, wrong: Float[Tensor, " b"], confirm: int
 ) -> Bool[Tensor, " b"]:
-    """Which points are broken for good: wrong in every draw so far (`wrong` is 1) and in `confirm` more."""
+    """Which points are broken: misclassified in every draw so far (`wrong` is 1) and in `confirm` more."""
     broken = wrong == 1
     done, draws = 0, 5
     while done < confirm and bool(broken.any()):
@@ -43,9 +84,11 @@ def confirm_broken(
 
 
 class Confirmer:
-    """`confirm_broken` along a path, for many points of each image: after a failure the next is tried where the loss is
-    higher than it was there, and in any case after 1, 2, 4, … more points. Else an image that flips in 95 draws of
-    100 would cost more than all the others."""
+    """`confirm_broken` along a path, for many points of each image.
+
+    After a point that was not confirmed, the next one is tried where its loss is higher, and in any case after 1, 2,
+    4, … more points. Otherwise an image that is misclassified in 95 draws of 100 would cost more than all the others.
+    """
 
     def __init__(self, model: nn.Module, x: Images, y: Labels, confirm: int):
         self.model, self.y, self.confirm = model, y, confirm
@@ -56,7 +99,7 @@ class Confirmer:
     def __call__(
         self, x: Images, value: Float[Tensor, " r"], wrong: Float[Tensor, " r"], rows: Int[Tensor, " r"]
     ) -> Bool[Tensor, " r"]:
-        """For points x of the images numbered `rows`, with their loss and share of wrong draws."""
+        """Which points x of the images numbered `rows` are broken, by their loss and their share of wrong draws."""
         broken = wrong == 1
         if not self.confirm:
             return broken
@@ -73,15 +116,25 @@ class Confirmer:
 
 
 def draw_schedule(eot: int) -> list[int]:
-    """Few draws first, more for survivors only: 5, then 20, then up to `eot`."""
+    """Few draws first, and more for the images that remain: 5, then 20, then `eot`."""
     return [draws for draws in (5, 20) if draws < eot] + [eot]
 
 
 def shifted(on_step: OnStep | None, rows: Int[Tensor, " r"]) -> OnStep | None:
-    """An observer of some rows of a batch, told the numbers that they have in the whole."""
+    """`on_step` for a run on some rows of a batch: it gets their numbers in the whole batch."""
     if on_step is None:
         return None
     return lambda step: on_step(replace(step, rows=rows[step.rows]))
+
+
+@contextmanager
+def numbered(rows: Int[Tensor, " r"]) -> Iterator[None]:
+    """An error that names an image by its number among `rows` names it by its number in the whole batch."""
+    try:
+        yield
+    except NotFinite as error:
+        error.args = (re.sub(r"(?<=^image )\d+", lambda number: str(int(rows[int(number[0])])), str(error)),)
+        raise
 
 
 def cascade(
@@ -91,23 +144,22 @@ def cascade(
     runs: Iterable[Run],
     *,
     eot: int,
-    confirm: int,
+    confirm: int | None,
     seed: int,
     batch_size: int | None = None,
-    settle: bool = True,
     on_step: OnStep | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Images:
-    """Run attacks one after the other, each on the images that still stand; keep the worst point of each image.
+    """Run attacks one after the other, each on the images that are not broken yet; keep the worst point of each image.
 
-    Restarts, target classes, a suite, and the same attack with more draws are all this. An image is worked on until
-    a point of it is broken for good (`confirm_broken`). An image that the model already gets wrong is not attacked. Of
-    points that are not broken, the one with the highest margin, averaged over `eot` draws, is kept.
+    Restarts, target classes, a suite, and the same attack with more draws are all this. An image that the model
+    misclassifies already is not attacked. Of points that are not broken, the one with the highest margin, averaged
+    over `eot` draws, is kept.
 
     Args:
-        settle: False attacks every image in every run.
+        confirm: draws that confirm a broken point (`confirm_broken`); None attacks every image in every run.
         batch_size: images attacked at once, of those that remain; default: all.
-        on_progress: called after each run with its number and how many images stand.
+        on_progress: called after each run with its number and how many images remain.
     """
     worst = WorstSoFar(x)
     everything = torch.arange(len(x), device=x.device)
@@ -115,19 +167,18 @@ def cascade(
     def judge(found: Images, rows: Tensor, *names: int) -> None:
         with seeded(derive_seed(seed, "judge", *names), x.device):
             values, wrong = expected(model, found, y[rows], margin, eot)
-            bad = (~values.isfinite()).nonzero()
-            if len(bad):
-                raise NotFinite(f"image {int(rows[bad[0, 0]])} of the attacked batch: {NOT_FINITE}")
-            worst.update(found, values, confirm_broken(model, found, y[rows], wrong, confirm), rows)
+            require_finite(values.isfinite(), rows)
+            worst.update(found, values, confirm_broken(model, found, y[rows], wrong, confirm or 0), rows)
 
     for part, rows in enumerate(everything.split(batch_size or max(1, len(x)))):
         judge(x[rows], rows, part)
     for number, run in enumerate(runs):
-        remaining = (~worst.broken).nonzero()[:, 0] if settle else everything
+        remaining = everything if confirm is None else (~worst.broken).nonzero()[:, 0]
         if not len(remaining):
             break
         for part, rows in enumerate(remaining.split(batch_size or len(remaining))):
-            found = run(rows, derive_seed(seed, "run", number, part), shifted(on_step, rows))
+            with numbered(rows):
+                found = run(rows, derive_seed(seed, "run", number, part), shifted(on_step, rows))
             judge(found, rows, number, part)
         if on_progress is not None:
             on_progress(number, int((~worst.broken).sum()))

@@ -1,19 +1,12 @@
-"""What every attack shares: the one EOT loop, the threat model's geometry, and the checks at both ends."""
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+"""The EOT loop of every attack, and the geometry of the threat model."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gsem.losses import LOSSES, Loss
-from gsem.nn.contract import ImagesLike, LabelsLike, NotFinite, checked, gradient
-
-Images = Float[Tensor, "b c h w"]  # in [0, 1]; eps in the same unit
-Labels = Int[Tensor, " b"]
-Norm = Literal["Linf", "L2"]
+from gsem.attacks._types import Images, Labels, Norm
+from gsem.losses import Loss
+from gsem.nn.contract import gradient
 
 # Draws are folded into the batch up to this many pixels: 128 images of 32 × 32, 2,048 of 8 × 8. Fewer leave a processor
 # with little to do; more no longer fit into its cache, and images of 32 × 32 then take a fifth longer.
@@ -21,69 +14,36 @@ FOLDED_PIXELS = 128 * 32 * 32
 # A GPU has more to fill, and no such cache.
 FOLDED_PIXELS_GPU = 2048 * 32 * 32
 
-NOT_FINITE = "the model's loss is NaN or infinite there"
 
-
-@dataclass(frozen=True)
-class Step:
-    """One iterate of an attack, as its observer sees it: all averaged over the draws of the search.
-
-    rows: [b] numbers of the images; x: [b, c, h, w] the iterate; loss: [b]; wrong: [b], the share of draws that
-    misclassify it (of a targeted attack: that take it for its target), in [0, 1].
-    """
-
-    rows: Tensor
-    step: int
-    x: Tensor
-    loss: Tensor
-    wrong: Tensor
-
-
-OnStep = Callable[[Step], None]
-
-
-class WorstSoFar:
-    """The worst point of each image among those seen: one that is broken for good, then the highest loss.
-
-    Broken (every draw misclassifies it) comes first because such a point may have the lower loss; among the others
-    the mean loss decides, not the share of wrong draws, whose maximum over a path would mostly pick luck.
-    """
-
-    def __init__(self, x: Images):
-        self.x = x.detach().clone()
-        self.value = x.new_full((len(x),), float("-inf"))
-        self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-
-    def update(
-        self, x: Images, value: Float[Tensor, " r"], broken: Bool[Tensor, " r"], rows: Int[Tensor, " r"] | None = None
-    ) -> None:
-        """Compare points of the images numbered `rows` (default: all) with the worst so far."""
-        at = slice(None) if rows is None else rows
-        better = torch.where(broken == self.broken[at], value > self.value[at], broken)
-        self.x[at] = torch.where(better[:, None, None, None], x, self.x[at])
-        self.value[at] = torch.where(better, value, self.value[at])
-        self.broken[at] |= broken
-
-
-class Counting(nn.Module):
-    """A model that counts the image rows that pass through it, forward and with a gradient."""
+class _Wrapper(nn.Module):
+    """A model around another one, with the same logits."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.forwards = 0
-        self.gradients = 0
         self.training = model.training  # not train(): it would reach into the model
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits_of_draws(x, 1)
 
     def logits_of_draws(self, x: Tensor, count: int) -> Tensor:
+        return forward_draws(self.model, x, count)
+
+
+class Counting(_Wrapper):
+    """A model that counts the image rows that pass through it, forward and with a gradient."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.forwards = 0
+        self.gradients = 0
+
+    def logits_of_draws(self, x: Tensor, count: int) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             self.gradients += count * len(x)
         else:
             self.forwards += count * len(x)
-        return forward_draws(self.model, x, count)
+        return super().logits_of_draws(x, count)
 
 
 def counting(model: nn.Module) -> Counting:
@@ -91,50 +51,12 @@ def counting(model: nn.Module) -> Counting:
     return Counting(model)
 
 
-class Targeted(nn.Module):
-    """A model as a targeted attack sees it: y holds the classes to reach, not those to leave.
+class Targeted(_Wrapper):
+    """The model of a targeted attack: y holds the classes to reach, not the labels.
 
     The losses of `expected` and `expected_gradient` are those of `model`, negated, so that an attack that raises
-    them drives the images towards y; `wrong` is the share of draws that answer y.
+    them drives the images towards y; `wrong` is the share of draws that classify an image as y.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.training = model.training  # not train(): it would reach into the model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-    def logits_of_draws(self, x: Tensor, count: int) -> Tensor:
-        return forward_draws(self.model, x, count)
-
-
-def aimed(
-    model: nn.Module,
-    x: ImagesLike,
-    y: LabelsLike,
-    target: LabelsLike | int | None,
-    *,
-    eps: float | str,
-    norm: str,
-    **counts: int,
-) -> tuple[nn.Module, Tensor, Tensor, float]:
-    """`checked` arguments of an attack; of a targeted one, a `Targeted` model and the targets in the place of y."""
-    if target is None:
-        return checked(model, x, y, eps=eps, norm=norm, **counts)
-    if isinstance(target, int):
-        target = torch.full((len(x),), target)
-    model, x, y, radius = checked(model, x, target, "target", eps=eps, norm=norm, **counts)
-    return Targeted(model), x, y.to(x.device), radius
-
-
-def resolve_loss(loss: str | Loss) -> Loss:
-    if callable(loss):
-        return loss
-    if loss not in LOSSES:
-        raise ValueError(f"loss {loss!r} is unknown: it is one of {', '.join(LOSSES)}, or a function")
-    return LOSSES[loss]
 
 
 def draw_chunks(draws: int, x: Images) -> list[int]:
@@ -156,14 +78,16 @@ def forward_draws(model: nn.Module, x: Images, draws: int) -> Float[Tensor, "n k
 def outcome(
     model: nn.Module, logits: Float[Tensor, "n k"], y: Int[Tensor, " n"], loss: Loss
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """What an attack raises, and whether it has reached its goal: for each row, of one draw."""
+    """For each row, of one draw: the loss that the attack raises, and whether its goal is reached (see `Targeted`)."""
     values, answers = loss(logits, y), logits.detach().argmax(1)
     return (-values, answers == y) if isinstance(model, Targeted) else (values, answers != y)
 
 
-def _averaged(
+def averaged(
     model: nn.Module, x: Images, y: Labels, loss: Loss, eot: int, *, differentiate: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Images | None]:
+    """Loss and share of wrong draws of each image, averaged over `eot` forward passes; if `differentiate`, also the
+    gradient of the averaged loss (EOT, Athalye et al. 2018)."""
     values, wrong = x.new_zeros(len(x)), x.new_zeros(len(x))
     grad: Tensor | None = None
     x = x.detach().requires_grad_(differentiate)
@@ -177,23 +101,23 @@ def _averaged(
                 grad = part if grad is None else grad + part
         values = values + each.detach().view(fold, -1).sum(0)
         wrong = wrong + reached.view(fold, -1).sum(0)
-    # One draw is left as it is: a division would cost a pass, and the bits stay those of the textbook.
+    # The gradient of one draw is not divided: that would cost time.
     return values / eot, wrong / eot, grad if grad is None or eot == 1 else grad / eot
 
 
 def expected(
     model: nn.Module, x: Images, y: Labels, loss: Loss, eot: int
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Loss and share of wrong draws of each image, averaged over `eot` forward passes."""
-    values, wrong, _ = _averaged(model, x, y, loss, eot, differentiate=False)
+    """`averaged` without the gradient."""
+    values, wrong, _ = averaged(model, x, y, loss, eot, differentiate=False)
     return values, wrong
 
 
 def expected_gradient(
     model: nn.Module, x: Images, y: Labels, loss: Loss, eot: int
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Images]:
-    """As `expected`, and the gradient of the averaged loss (EOT, Athalye et al. 2018)."""
-    values, wrong, grad = _averaged(model, x, y, loss, eot, differentiate=True)
+    """`averaged` with the gradient."""
+    values, wrong, grad = averaged(model, x, y, loss, eot, differentiate=True)
     assert grad is not None
     return values, wrong, grad
 
@@ -207,6 +131,12 @@ def expected_logits(model: nn.Module, x: Images, eot: int) -> Float[Tensor, "b k
         total = total + logits.view(fold, len(x), -1).sum(0)
     assert isinstance(total, Tensor)
     return total / eot
+
+
+def strongest_wrong_classes(logits: Float[Tensor, "b k"], y: Labels, count: int) -> list[Int[Tensor, " b"]]:
+    """For each image the wrong class with the highest logit, then that with the second highest, …: `count` of them."""
+    wrong = logits.scatter(1, y[:, None], float("-inf"))
+    return list(wrong.topk(min(count, logits.shape[1] - 1), dim=1).indices.T)
 
 
 def _length(x: Tensor) -> Tensor:
@@ -223,6 +153,11 @@ def random_start(x: Images, eps: float, norm: Norm, generator: torch.Generator) 
         share = torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device, dtype=x.dtype)
         offset = offset / _length(offset).clamp_min(1e-12) * eps * share ** (1 / size)
     return (x + offset).clamp(0, 1)
+
+
+def starting_points(x: Images, init: Images | None, eps: float, norm: Norm, rng: torch.Generator) -> Images:
+    """`init`, projected into the ball; without it, random points of the ball."""
+    return random_start(x, eps, norm, rng) if init is None else project(init, x, eps, norm)
 
 
 def ascend(
@@ -248,29 +183,3 @@ def distances(x_adv: Images, x: Images) -> tuple[Float[Tensor, " b"], Float[Tens
     """L∞ and L2 length of each perturbation, in the unit of the images."""
     offset = (x_adv - x).flatten(1)
     return offset.abs().amax(1), offset.norm(dim=1)
-
-
-def check_result(
-    x_adv: Images, x: Images, *, eps: float, norm: Norm, finite: Bool[Tensor, " b"] | None = None
-) -> Images:
-    """`x_adv`, if it keeps to the threat model.
-
-    Raises:
-        NotFinite: naming the first image whose loss or pixels are NaN or infinite.
-        ValueError: naming the first that leaves [0, 1], or lies farther than eps from its original (by more than
-            rounding: 1e-6 for L∞, 1e-5 relative for L2).
-    """
-
-    def first(bad: Tensor, what: str, error: type[ValueError] = ValueError) -> None:
-        if bool(bad.any()):
-            raise error(f"image {int(bad.nonzero()[0])} of the attacked batch: {what}")
-
-    if finite is not None:
-        first(~finite, NOT_FINITE, NotFinite)
-    flat = x_adv.flatten(1)
-    first(~flat.isfinite().all(1), "the attack returned NaN or infinite pixels", NotFinite)
-    first(((flat < 0) | (flat > 1)).any(1), "the attack left [0, 1]")
-    linf, l2 = distances(x_adv, x)
-    far = linf > eps + 1e-6 if norm == "Linf" else l2 > eps * (1 + 1e-5) + 1e-6
-    first(far, f"the attack returned a point farther than eps = {eps:g} ({norm}) from the image")
-    return x_adv

@@ -1,34 +1,17 @@
-"""Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum that halves its own step; with targets, APGD-T."""
+"""Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum and a step size that is halved by a rule; APGD-T."""
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._active import Confirmer, Run, cascade, confirmation
-from gsem.attacks._core import (
-    NOT_FINITE,
-    Images,
-    ImagesLike,
-    Labels,
-    LabelsLike,
-    Norm,
-    NotFinite,
-    OnStep,
-    Step,
-    aimed,
-    ascend,
-    check_result,
-    expected,
-    expected_gradient,
-    expected_logits,
-    project,
-    random_start,
-    resolve_loss,
-)
+from gsem.attacks._active import Confirmer, cascade, confirmation, select
+from gsem.attacks._checks import aimed, check_result, checked_init, require_finite, resolve_loss
+from gsem.attacks._core import ascend, averaged, expected_logits, project, starting_points, strongest_wrong_classes
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
 from gsem.losses import Loss, dlr_towards, margin_towards
 from gsem.rng import derive_seed, generator, seeded
 
@@ -49,9 +32,9 @@ def apgd(
     steps: int = 100,
     restarts: int = 1,
     loss: str | Loss = "ce",
-    targets: int | None = None,
+    targets: int = 0,
     eot: int = 1,
-    settle: bool = True,
+    stop_broken: bool = True,
     seed: int = 0,
     init: ImagesLike | None = None,
     on_step: OnStep | None = None,
@@ -65,12 +48,12 @@ def apgd(
         target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
             then. `loss` towards them is lowered, and an image is broken where it is taken for its target.
         steps: gradients per restart (and target).
-        restarts: independent random starts; later ones work on the images that still stand.
+        restarts: independent random starts; later ones work on the images that are not broken yet.
         loss: "ce", "margin", "dlr", or a function (logits [b, k], y [b]) → [b], to be raised.
-        targets: APGD-T: instead of `loss`, the targeted DLR loss towards each of the so many wrong classes with the
-            highest clean logits (the standard's 9), one after the other.
+        targets: 0 runs the untargeted attack. More (AutoAttack: 9) run APGD-T: in place of `loss`, the targeted DLR
+            loss towards each of so many wrong classes with the highest clean logits, one after the other.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
-        settle: whether an image is left alone once it is broken; False follows every path to its end.
+        stop_broken: whether the search stops for an image once it is broken; False follows every path to its end.
         seed: of the random starts and of the model's noise. The caller's random state is not changed.
         init: starting points [b, c, h, w] instead of random ones.
         on_step: called with a `Step` at every iterate.
@@ -85,47 +68,35 @@ def apgd(
     Warns:
         UserWarning: where fewer than four classes leave no targeted DLR, and the targeted margin is used.
     """
-    counts = {"steps": steps, "restarts": restarts, "eot": eot} | ({} if targets is None else {"targets": targets})
-    if target is not None and targets is not None:
-        raise ValueError("give target, the classes to reach, or targets, a number of wrong classes to try; not both")
-    model, x, y, eps = aimed(model, x, y, target, eps=eps, norm=norm, **counts)
-    init = None if init is None else torch.as_tensor(init).to(x)
-    if init is not None and (init.shape != x.shape or restarts != 1):
-        raise ValueError(f"init must have x's shape {tuple(x.shape)} and goes with restarts=1")
+    model, x, y, eps = aimed(
+        model, x, y, target, eps=eps, norm=norm, targets=targets, steps=steps, restarts=restarts, eot=eot
+    )
+    init = checked_init(init, x, restarts)
     objective = resolve_loss(loss)
     if not len(x):
         return x.clone()
-    how: dict[str, Any] = {"eps": eps, "norm": norm, "steps": steps, "eot": eot}
+
+    def run(target: Tensor | None, rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
+        own = None if init is None else init[rows]
+        start = starting_points(x[rows], own, eps, norm, generator(seed, "start", device=x.device))
+        path = _Path.begin(start, x[rows], y[rows], None if target is None else target[rows], eps)
+        with seeded(derive_seed(seed, "model"), x.device):
+            return _apgd_loop(
+                model, path, objective, eps=eps, norm=norm, steps=steps, eot=eot, confirm=confirm, on_step=on_step
+            )
+
     with seeded(derive_seed(seed, "model"), x.device):
-        confirm = confirmation(model, x) if settle else None
-        classes = [None] if targets is None else _targets(model, x, y, targets, eot)
-
-        def run(target: Tensor | None) -> Run:
-            def pgd_loop(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
-                if init is None:
-                    start = random_start(x[rows], eps, norm, generator(seed, "start", device=x.device))
-                else:
-                    start = project(init[rows], x[rows], eps, norm)
-                path = _Path.begin(start, x[rows], y[rows], None if target is None else target[rows], eps)
-                with seeded(derive_seed(seed, "model"), x.device):
-                    return _climb(model, path, objective, confirm=confirm, on_step=on_step, **how)
-
-            return pgd_loop
-
-        runs = [run(target) for _ in range(restarts) for target in classes]
-        x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm or 0, settle=settle, seed=seed, on_step=on_step)
+        confirm = confirmation(model, x) if stop_broken else None
+        classes: list[Tensor | None] = [None]
+        if targets:
+            logits = expected_logits(model, x, eot)
+            if (k := logits.shape[1]) < 4:
+                problem = f"the targeted DLR loss needs 4 classes, the model has {k}: the targeted margin is used"
+                warnings.warn(problem, stacklevel=2)
+            classes = [*strongest_wrong_classes(logits, y, targets)]
+        runs = [partial(run, target) for _ in range(restarts) for target in classes]
+        x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, on_step=on_step)
     return check_result(x_adv, x, eps=eps, norm=norm)
-
-
-def _targets(model: nn.Module, x: Images, y: Labels, targets: int, eot: int) -> list[Tensor]:
-    """For the 1st, 2nd, … target: [b] the wrong class whose mean logit on the clean image comes 1st, 2nd, …"""
-    logits = expected_logits(model, x, eot).scatter(1, y[:, None], float("-inf"))
-    if logits.shape[1] < 4:
-        warnings.warn(
-            f"the targeted DLR loss needs 4 classes, the model has {logits.shape[1]}: the targeted margin is used",
-            stacklevel=3,
-        )
-    return list(logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices.T)
 
 
 def checkpoints(steps: int) -> Iterator[int]:
@@ -139,27 +110,22 @@ def checkpoints(steps: int) -> Iterator[int]:
 
 @dataclass
 class _Path:
-    """APGD's state, a row per image: settled ones leave it."""
+    """APGD's state, a row per image that is not broken yet."""
 
     rows: Tensor
     x: Tensor
     y: Tensor
     target: Tensor | None
     x_adv: Tensor
-    before: Tensor
-    """The iterate before x_adv."""
-    value: Tensor
-    """Loss at x_adv."""
+    before: Tensor  # the iterate before x_adv
+    value: Tensor  # loss at x_adv
     best: Tensor
     best_grad: Tensor
     best_value: Tensor
-    checked: Tensor
-    """Best loss at the last checkpoint."""
+    checked: Tensor  # best loss at the last checkpoint
     step: Tensor
-    halved: Tensor
-    """Whether the step was halved at the last checkpoint."""
-    rose: Tensor
-    """Steps since then at which the loss rose."""
+    halved: Tensor  # whether the step was halved at the last checkpoint
+    rose: Tensor  # steps since then at which the loss rose
 
     @classmethod
     def begin(cls, start: Images, x: Images, y: Labels, target: Tensor | None, eps: float) -> "_Path":
@@ -181,20 +147,14 @@ class _Path:
             rose=torch.zeros(len(x), dtype=torch.int64, device=x.device),
         )
 
-    def keep(self, which: Tensor) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                setattr(self, field.name, value[which])
-
     def loss(self, objective: Loss) -> Loss:
         target = self.target
         if target is None:
             return objective
         return lambda logits, y: (dlr_towards if logits.shape[1] > 3 else margin_towards)(target)(logits, y)
 
-    def judged(self, value: Tensor, grad: Tensor | None) -> None:
-        """Take in the loss (and its gradient) at x_adv."""
+    def update(self, value: Tensor, grad: Tensor | None) -> None:
+        """Record the loss (and its gradient) at x_adv."""
         self.rose += (value > self.value) & self.value.isfinite()  # (the start has nothing to rise from)
         self.value = value
         better = value > self.best_value
@@ -205,8 +165,8 @@ class _Path:
             self.best_grad = torch.where(pick, grad, self.best_grad)
 
     def check(self, since: int, grad: Tensor) -> Tensor:
-        """At a checkpoint, `since` steps after the last: halve the steps that no longer pay, and go back to the best
-        point there. Returns the gradient at the points from which the path goes on."""
+        """At a checkpoint, `since` steps after the last: where the loss rises too rarely, halve the step and return to
+        the best point. Returns the gradient at the points from which the path continues."""
         stuck = ~self.halved & (self.checked >= self.best_value)
         halve = (self.rose <= RHO * since) | stuck
         pick = halve[:, None, None, None]
@@ -217,7 +177,7 @@ class _Path:
         return torch.where(pick, self.best_grad, grad)
 
 
-def _climb(
+def _apgd_loop(
     model: nn.Module,
     path: _Path,
     objective: Loss,
@@ -229,30 +189,23 @@ def _climb(
     confirm: int | None,
     on_step: OnStep | None,
 ) -> Images:
-    """One restart. `confirm` None follows every path to its end."""
+    """One restart, for one target. `confirm` None follows every path to its end."""
     result = path.x_adv.clone()
-    settling = None if confirm is None else Confirmer(model, path.x, path.y, confirm)
+    confirmer = None if confirm is None else Confirmer(model, path.x, path.y, confirm)
     marks, last = checkpoints(steps), 0
     mark = next(marks, None)
     for number in range(steps + 1):
-        ends = number == steps
-        grad: Tensor | None = None
-        if ends:
-            value, wrong = expected(model, path.x_adv, path.y, path.loss(objective), eot)
-        else:
-            value, wrong, grad = expected_gradient(model, path.x_adv, path.y, path.loss(objective), eot)
-        if not bool(value.isfinite().all()):
-            raise NotFinite(
-                f"image {int(path.rows[(~value.isfinite()).nonzero()[0, 0]])} of the attacked batch: {NOT_FINITE}"
-            )
+        loss = path.loss(objective)
+        value, wrong, grad = averaged(model, path.x_adv, path.y, loss, eot, differentiate=number < steps)
+        require_finite(value.isfinite(), path.rows)
         if on_step is not None:
             on_step(Step(path.rows, number, path.x_adv, value, wrong))
-        path.judged(value, grad)
-        if settling is not None:
-            broken = settling(path.x_adv, value, wrong, path.rows)
+        path.update(value, grad)
+        if confirmer is not None:
+            broken = confirmer(path.x_adv, value, wrong, path.rows)
             if bool(broken.any()):
                 result[path.rows[broken]] = path.x_adv[broken]
-                path.keep(~broken)
+                path = select(path, ~broken)
                 grad = None if grad is None else grad[~broken]
         if grad is None or not len(path.rows):
             break

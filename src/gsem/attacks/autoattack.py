@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._active import Run, cascade, confirmation, draw_schedule
-from gsem.attacks._core import Images, ImagesLike, LabelsLike, Norm, OnStep, check_result
+from gsem.attacks._active import cascade, confirmation, draw_schedule
+from gsem.attacks._checks import check_result
+from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep
 from gsem.attacks.apgd import apgd
 from gsem.attacks.fab import fab
 from gsem.attacks.square import square
@@ -23,28 +24,22 @@ def parts(version: Version, classes: int, steps: int = 100, queries: int = 5000)
     """The attacks of a version, in their order, with the reference's budgets.
 
     standard: APGD-CE, APGD-T and FAB-T towards 9 classes, Square. plus: APGD-CE and APGD-DLR of 5 restarts, FAB of 5,
-    Square, APGD-T, FAB-T. rand: APGD-CE and APGD-DLR. Losses that need more classes than there are give way to the
-    margin (untargeted DLR needs 3 classes) or to fewer targets.
+    Square, APGD-T, FAB-T. rand: APGD-CE and APGD-DLR. With too few classes the margin replaces
+    the untargeted DLR loss (which needs 3), and there are fewer targets.
     """
     dlr = "dlr" if classes > 2 else "margin"
     targets = min(9, classes - 1)
-    ce = partial(apgd, steps=steps)
-    targeted = [
-        (f"apgd-t{steps}", partial(apgd, steps=steps, targets=targets)),
-        (f"fab-t{steps}", partial(fab, steps=steps, targets=targets)),
-    ]
-    boxed: Part = (f"square{queries}", partial(square, queries=queries))
+    restarts = 5 if version == "plus" else 1
+    ce: Part = (f"apgd-ce{steps}", partial(apgd, steps=steps, restarts=restarts))
+    untargeted: Part = (f"apgd-{dlr}{steps}", partial(apgd, steps=steps, restarts=restarts, loss=dlr))
+    apgd_t: Part = (f"apgd-t{steps}", partial(apgd, steps=steps, targets=targets))
+    fab_t: Part = (f"fab-t{steps}", partial(fab, steps=steps, targets=targets))
+    box: Part = (f"square{queries}", partial(square, queries=queries))
     if version == "standard":
-        return [(f"apgd-ce{steps}", ce), *targeted, boxed]
+        return [ce, apgd_t, fab_t, box]
     if version == "rand":
-        return [(f"apgd-ce{steps}", ce), (f"apgd-{dlr}{steps}", partial(ce, loss=dlr))]
-    return [
-        (f"apgd-ce{steps}", partial(ce, restarts=5)),
-        (f"apgd-{dlr}{steps}", partial(ce, loss=dlr, restarts=5)),
-        (f"fab{steps}", partial(fab, steps=steps, restarts=5)),
-        boxed,
-        *targeted,
-    ]
+        return [ce, untargeted]
+    return [ce, untargeted, (f"fab{steps}", partial(fab, steps=steps, restarts=5)), box, apgd_t, fab_t]
 
 
 def autoattack(
@@ -65,8 +60,8 @@ def autoattack(
 ) -> Images:
     """The standard ensemble of parameter-free attacks, also for stochastic models.
 
-    Each attack works on the images that stand after those before it. With more than five draws the whole ensemble
-    runs with five first, and again with more on what is left then.
+    Each attack works on the images that are not broken yet. With more than five draws the whole ensemble runs with
+    five first, and again with more on the images that remain then.
 
     Args:
         model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode.
@@ -76,13 +71,14 @@ def autoattack(
             (APGD-CE and APGD-DLR: the reference's for stochastic models, where it sets eot=20).
         steps: of APGD and FAB, per target and restart: 100 is the standard. queries: of Square: 5000 is.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
-        seed: of all chance. The caller's random state is not changed.
+        seed: of the random starts, of the squares and of the model's noise. The caller's random state is not changed.
         batch_size: images attacked at once, regrouped from those that remain; default: all.
         on_step: called with a `Step` at every iterate.
-        on_progress: called with each attack's name when it ends, and how many images stand.
+        on_progress: called with each attack's name when it ends, and how many images remain.
 
     Returns:
-        x_adv [b, c, h, w], within eps of x and within [0, 1]; an image that the model gets wrong already is itself.
+        x_adv [b, c, h, w], within eps of x and within [0, 1]; an image that the model misclassifies already is
+        returned as it is.
 
     Raises:
         ValueError: arguments out of range, a layer in train mode, NaN logits.
@@ -94,11 +90,8 @@ def autoattack(
     if not len(x):
         return x.clone()
 
-    def run(attack: Callable[..., Images], draws: int) -> Run:
-        def on(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
-            return attack(model, x[rows], y[rows], eps=eps, norm=norm, eot=draws, seed=seed, on_step=on_step)
-
-        return on
+    def run(attack: Callable[..., Images], draws: int, rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
+        return attack(model, x[rows], y[rows], eps=eps, norm=norm, eot=draws, seed=seed, on_step=on_step)
 
     with seeded(derive_seed(seed, "model"), x.device):
         with torch.no_grad():
@@ -112,12 +105,12 @@ def autoattack(
             model,
             x,
             y,
-            [run(attack, draws) for _, attack, draws in schedule],
+            [partial(run, attack, draws) for _, attack, draws in schedule],
             eot=eot,
             confirm=confirmation(model, x),
             seed=seed,
             batch_size=batch_size,
             on_step=on_step,
-            on_progress=None if on_progress is None else lambda number, stand: on_progress(schedule[number][0], stand),
+            on_progress=None if on_progress is None else lambda number, left: on_progress(schedule[number][0], left),
         )
     return check_result(x_adv, x, eps=eps, norm=norm)

@@ -1,27 +1,15 @@
 """Carlini & Wagner (2017): the L2 form, which minimises the perturbation itself, and the bounded margin form."""
 
 import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._active import confirm_broken, confirmation
-from gsem.attacks._core import (
-    NOT_FINITE,
-    Images,
-    ImagesLike,
-    Labels,
-    LabelsLike,
-    NotFinite,
-    OnStep,
-    Step,
-    WorstSoFar,
-    aimed,
-    check_result,
-    expected,
-    expected_gradient,
-    project,
-)
+from gsem.attacks._active import WorstSoFar, confirm_broken, confirmation
+from gsem.attacks._checks import aimed, check_result, require_finite
+from gsem.attacks._core import expected, expected_gradient, project
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
 from gsem.attacks.pgd import pgd
 from gsem.losses import margin
 from gsem.rng import derive_seed, seeded
@@ -58,33 +46,32 @@ def cw(
         x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
         eps: radius of the ball. None (L2 only): no bound; the smallest perturbation that breaks is returned.
         target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
-            then. The margin is that of the target over all others, and an image is broken where it is taken for it.
+            then. The margin is that of the target over all others, and an image is broken where it is classified as it.
         norm: "L2" or "Linf".
         steps: gradients per search.
         c: weight of the margin in the first search.
         searches: of c; 1 keeps the given one (the published form of the paper that this package implements).
-        lr: Adam's, in w. kappa: the margin, in logits, up to which a broken point is pushed on.
+        lr: learning rate of Adam, in w. kappa: the margin, in logits, up to which a broken point is pushed further.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
         seed: of the model's noise. The caller's random state is not changed.
         on_step: called with a `Step` at every iterate; its loss is the margin.
 
     Returns:
         x_adv [b, c, h, w] in [0, 1]. Bounded: within eps, a broken point of each image where one was found (points
-        that lie farther are brought into the ball and judged there), else that with the highest margin. Unbounded:
+        that lie farther are projected into the ball and judged there), else that with the highest margin. Unbounded:
         the nearest broken point, else the image itself.
 
     Raises:
         ValueError: arguments out of range, no eps for L∞, a layer in train mode, NaN logits.
     """
-    counts = {"steps": steps, "searches": searches, "eot": eot}
     bound = 1.0 if eps is None else eps
-    model, x, y, bound = aimed(model, x, y, target, eps=bound, norm=norm, **counts)
+    model, x, y, bound = aimed(model, x, y, target, eps=bound, norm=norm, steps=steps, searches=searches, eot=eot)
     radius = math.inf if eps is None else bound
     if norm == "Linf":
         if eps is None:
             raise ValueError("the L∞ form of C&W is bounded: give eps (8/255 is the field's standard)")
-        how = {"eps": radius, "step": radius / 4, "steps": steps, "loss": "margin", "keep": "best"}
-        return pgd(model, x, y, **how, eot=eot, seed=seed, on_step=on_step)  # type: ignore[arg-type]
+        budget = {"steps": steps, "eot": eot, "seed": seed, "on_step": on_step}
+        return cw_form(model, x, y, eps=radius, norm="Linf", form="margin", c=c, searches=searches, lr=lr, **budget)
     for name, value in (("c", c), ("lr", lr)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, not {value}")
@@ -108,6 +95,35 @@ def cw(
     return check_result(search.worst.x, x, eps=radius, norm="L2")
 
 
+def cw_form(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm,
+    form: Literal["margin", "l2", "unbounded"],
+    c: float,
+    searches: int,
+    lr: float,
+    **budget: Any,
+) -> Images:
+    """C&W in one of its forms, as a list of attacks names it.
+
+    Args:
+        form: "margin" is PGD on the margin within eps, in either norm; "l2" is the L2 form within eps; "unbounded" is
+            the L2 form without a bound. c, searches and lr belong to the L2 form.
+        budget: steps, eot, seed and on_step.
+
+    The other arguments, what is returned and raised: as in `cw`.
+    """
+    if form == "margin":
+        return pgd(model, x, y, eps=eps, step=eps / 4, norm=norm, loss="margin", **budget)
+    if form == "l2" and norm != "L2":
+        raise ValueError("cw:form=l2 bounds the L2 norm: evaluate with norm L2, or take form=margin or form=unbounded")
+    return cw(model, x, y, eps=eps if form == "l2" else None, c=c, searches=searches, lr=lr, **budget)
+
+
 class _Search:
     """The points found so far for each image, over all searches of c."""
 
@@ -120,6 +136,7 @@ class _Search:
         self.worst = WorstSoFar(x)
         self.nearest, self.distance = x.clone(), x.new_full((len(x),), math.inf)
         values, wrong = expected(model, x, y, margin, eot)
+        require_finite(values.isfinite())
         clean = confirm_broken(model, x, y, wrong, self.confirm)
         self.worst.update(x, values, clean)
         self.distance[clean] = 0.0
@@ -158,15 +175,13 @@ class _Search:
         return reached
 
     def _judge(self, x_adv: Images, rows: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep what the points are worth. Returns their margins and the margins' gradient."""
+        """Keep what is nearer or worse than the points so far. Returns the margins and their gradient."""
         margins, wrong, grad = expected_gradient(self.model, x_adv, self.y[rows], margin, self.eot)
-        if not bool(margins.isfinite().all()):
-            image = int(rows[(~margins.isfinite()).nonzero()[0, 0]])
-            raise NotFinite(f"image {image} of the attacked batch: {NOT_FINITE}")
+        require_finite(margins.isfinite(), rows)
         if self.on_step is not None:
             self.on_step(Step(rows, self.number, x_adv, margins, wrong))
             self.number += 1
-        # Only a point nearer than the nearest so far (or, bounded, any) is worth the draws that confirm it.
+        # Only a point that is nearer than the nearest so far is confirmed by more draws.
         length = (x_adv - self.x[rows]).flatten(1).norm(dim=1)
         closer = (length < self.distance[rows]) & (wrong == 1)
         broken = torch.zeros_like(closer)
@@ -181,7 +196,7 @@ class _Search:
         return margins, grad
 
     def _bound(self, x_adv: Images, margins: Tensor, broken: Tensor, length: Tensor, rows: Tensor) -> None:
-        """Judge within the ball. A point beyond it is brought to it, once it is broken where it is."""
+        """Compare points within the ball with the worst; a broken point outside is first projected into it."""
         inside = length <= self.radius
         self.worst.update(x_adv[inside], margins[inside], broken[inside], rows[inside])
         far = broken & ~inside

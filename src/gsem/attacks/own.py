@@ -1,4 +1,4 @@
-"""Attack functions of the caller's own, for `evaluate`."""
+"""Attack functions of the user, for `evaluate`."""
 
 import functools
 import inspect
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks._core import Norm, OnStep
-from gsem.attacks.suite import ATTACKS, EOT, AttackSpec
+from gsem.attacks._types import Norm
+from gsem.attacks.suite import ATTACKS, EOT, AttackSpec, parse_attacks
 from gsem.rng import derive_seed, seeded
 
 
 @dataclass(frozen=True)
 class OwnAttack:
-    """An attack function of the caller's, with the name that stands in the results.
+    """An attack function of the user, with its name in the results. It is used as an `AttackSpec` is.
 
     It is called `function(model, x, y, ...)`, with those of the keywords eps, norm, seed and eot that it takes, and
     returns x_adv [b, c, h, w] within eps of x and within [0, 1]. See `gsem.evaluate`.
@@ -30,7 +30,7 @@ class OwnAttack:
     name: str
     function: Callable[..., Tensor]
     bounded = True
-    follows_gradient = False  # (not known)
+    follows_gradient = False  # (unknown, so that models without a gradient are accepted)
 
     def __post_init__(self) -> None:
         pair = 'give it one in a pair: ("my-attack", function)'
@@ -41,7 +41,7 @@ class OwnAttack:
         self._keywords(eps=None, norm=None, seed=None, eot=None)
 
     def _keywords(self, **known: Any) -> dict[str, Any]:
-        """Those that the function takes."""
+        """Those of the keywords that the function takes."""
         try:
             signature = inspect.signature(self.function)
         except ValueError:  # of a function in C
@@ -58,7 +58,7 @@ class OwnAttack:
         return known
 
     def resolved(self, *, eps: float, stochastic: bool) -> dict[str, Any]:
-        """What is saved of it: a change inside the function does not show."""
+        """What results save: the function's qualified name, which does not change with its body."""
         return {"function": _qualified(self.function), "eot": EOT if stochastic else 1}
 
     def label(self, *, eps: float, stochastic: bool) -> str:
@@ -74,19 +74,17 @@ class OwnAttack:
         norm: Norm,
         stochastic: bool,
         seed: int,
-        source_models: dict[str, nn.Module],
-        on_step: OnStep | None = None,
-        on_step_always: bool = False,
+        **_: object,
     ) -> Tensor:
-        """x_adv; torch's random stream starts at `seed` for the function, and is the caller's again afterwards.
+        """x_adv. torch's random stream starts at `seed` for the function, and is restored afterwards.
 
         Raises:
             ValueError: the function returned no images of the shape of x.
         """
-        how = self._keywords(eps=eps, norm=norm, seed=seed, eot=EOT if stochastic else 1)
+        keywords = self._keywords(eps=eps, norm=norm, seed=seed, eot=EOT if stochastic else 1)
         with seeded(derive_seed(seed, "own"), x.device):
             # Copies: a function that works in place would move the images that its points are compared with.
-            found = self.function(model, x.clone(), y.clone(), **how)
+            found = self.function(model, x.clone(), y.clone(), **keywords)
         found = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
         if not isinstance(found, Tensor) or found.shape != x.shape:
             what = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
@@ -113,7 +111,7 @@ def listed(attacks: AttackLike | Sequence[AttackLike]) -> list[AnyAttack]:
         ValueError: something else, or an attack that is unknown or cannot be called.
     """
     if isinstance(attacks, str):
-        return [AttackSpec.parse(one) for one in attacks.split(",")]
+        return [*parse_attacks(attacks)]
     return [_listed(one) for one in (attacks if isinstance(attacks, Sequence) else [attacks])]
 
 

@@ -1,32 +1,18 @@
-"""Projected gradient descent (Madry et al. 2018), with expectation over the model's noise."""
+"""PGD (Madry et al. 2018), with expectation over the model's noise, and FGSM (Goodfellow et al. 2015)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from gsem.attacks._active import Confirmer, confirmation
-from gsem.attacks._core import (
-    Images,
-    ImagesLike,
-    Labels,
-    LabelsLike,
-    Norm,
-    OnStep,
-    Step,
-    Targeted,
-    WorstSoFar,
-    aimed,
-    ascend,
-    check_result,
-    expected,
-    expected_gradient,
-    project,
-    random_start,
-    resolve_loss,
-)
+from gsem.attacks._active import Confirmer, WorstSoFar, confirmation
+from gsem.attacks._checks import aimed, check_result, checked_init, require_finite, resolve_loss
+from gsem.attacks._core import Targeted, ascend, expected, expected_gradient, starting_points
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
 from gsem.losses import Loss
 from gsem.nn.contract import plain_logits, to_number
 from gsem.rng import derive_seed, generator, seeded
@@ -47,7 +33,7 @@ def pgd(
     norm: Norm = "Linf",
     keep: Literal["last", "best"] = "best",
     seed: int = 0,
-    settle: bool = True,
+    stop_broken: bool = True,
     init: ImagesLike | None = None,
     search: nn.Module | None = None,
     on_step: OnStep | None = None,
@@ -60,16 +46,16 @@ def pgd(
         eps: radius of the ball, in the unit of the images (8/255 is the field's standard for L∞).
         step: length of one step, same unit.
         target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
-            then. Their loss is lowered, and an image is broken where it is taken for its target.
-        restarts: independent random starts; the worst end counts.
+            then. Their loss is lowered, and an image is broken where it is classified as its target.
+        restarts: independent random starts, of which the worst point is returned.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
         loss: "ce", "margin", "dlr", or a function (logits [b, k], y [b]) → [b], to be raised.
         keep: "best" returns the worst iterate of the path for the model: a broken one before any other, then the
             one with the highest loss. Broken is a point that every draw misclassifies, and a hundred more if the
             model is stochastic. "last" returns the last iterate: Madry et al.'s attack, foolbox's to the bit, and
             the usual one in adversarial training, with one pass less. Default: "best", as in `gsem.evaluate`.
-        settle: whether an image is left alone once it is broken (with keep="best" or restarts); False follows
-            every path to its end.
+        stop_broken: whether the search stops for an image once it is broken (with keep="best" or restarts); False
+            follows every path to its end.
         seed: of the random starts and of the model's noise. The caller's random state is not changed.
         init: starting points [b, c, h, w] instead of random ones; projected into the ball first.
         search: a model whose gradient is followed instead of `model`'s (its low-precision folded model); losses and
@@ -91,21 +77,53 @@ def pgd(
         raise ValueError(f"step must be positive, in the unit of the images, not {step}")
     if keep not in ("last", "best"):
         raise ValueError(f"keep {keep!r} is unknown: it is 'last' or 'best'")
-    init = None if init is None else torch.as_tensor(init).to(x)
-    if init is not None and (init.shape != x.shape or restarts != 1):
-        raise ValueError(f"init must have x's shape {tuple(x.shape)} and goes with restarts=1")
+    init = checked_init(init, x, restarts)
     objective = resolve_loss(loss)
-    how: dict[str, Any] = {"eps": eps, "norm": norm, "step": step, "steps": steps, "eot": eot, "objective": objective}
-    finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
     with seeded(derive_seed(seed, "model"), x.device):
+        rngs = (generator(seed, "start", restart, device=x.device) for restart in range(restarts))
+        starts = (starting_points(x, init, eps, norm, rng) for rng in rngs)
         if keep == "last" and restarts == 1 and on_step is None:
-            start = _start(x, init, 0, eps=eps, norm=norm, seed=seed)
-            x_adv, finite = pgd_loop(search or model, x, y, start, **how)
+            x_adv, finite = pgd_loop(
+                search or model,
+                x,
+                y,
+                next(starts),
+                eps=eps,
+                norm=norm,
+                step=step,
+                steps=steps,
+                eot=eot,
+                objective=objective,
+            )
+            require_finite(finite)
         else:
-            judge = _Judge(model, search, x, y, keep == "best", restarts > 1, settle, finite, on_step)
-            for restart in range(restarts):
-                x_adv = judge.pgd_loop(_start(x, init, restart, eps=eps, norm=norm, seed=seed), **how)
-    return check_result(x_adv, x, eps=eps, norm=norm, finite=finite)
+            judge = _Judge(model, search, x, y, objective, eot, keep == "best", restarts > 1, stop_broken, on_step)
+            for start in starts:
+                x_adv = judge.follow(start, steps, partial(ascend, step=step, eps=eps, norm=norm))
+    return check_result(x_adv, x, eps=eps, norm=norm)
+
+
+def fgsm(
+    model: nn.Module,
+    x: ImagesLike,
+    y: LabelsLike,
+    *,
+    eps: float | str,
+    target: LabelsLike | int | None = None,
+    norm: Norm = "Linf",
+    loss: str | Loss = "ce",
+    eot: int = 1,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Images:
+    """The fast gradient (sign) method: x + eps · sign of the loss's gradient (L2: eps along it), clipped to [0, 1].
+
+    A weak attack: use it to compare with older figures, not to judge a model.
+
+    Args, returns and errors: as in `pgd`, with one step from the image itself.
+    """
+    one_step = partial(pgd, eps=eps, step=eps, steps=1, init=x, keep="last")
+    return one_step(model, x, y, target=target, norm=norm, loss=loss, eot=eot, seed=seed, on_step=on_step)
 
 
 def pgd_loop(
@@ -136,55 +154,51 @@ def pgd_loop(
 
 @dataclass
 class _Judge:
-    """Paths whose iterates are observed or compared: by the model, also where another is searched."""
+    """Paths whose iterates are observed or compared: by `model`, also where the gradient is that of `search`."""
 
     model: nn.Module
     search: nn.Module | None
     x: Images
     y: Labels
-    best: bool
-    """Whether every iterate competes, or (with several restarts) the last of each only."""
-    several: bool
-    settle: bool
-    finite: Bool[Tensor, " b"]
+    objective: Loss
+    eot: int
+    every: bool  # whether every iterate may be the one that is returned,
+    last: bool  # or (with several restarts) the last one of each path
+    stop_broken: bool
     on_step: OnStep | None
 
     def __post_init__(self) -> None:
         self.worst = WorstSoFar(self.x)
-        confirm = confirmation(self.model, self.x) if (self.best or self.several) and self.settle else 0
-        self.settling = Confirmer(self.model, self.x, self.y, confirm)
+        confirm = confirmation(self.model, self.x) if (self.every or self.last) and self.stop_broken else 0
+        self.confirmer = Confirmer(self.model, self.x, self.y, confirm)
 
-    def pgd_loop(
-        self, start: Images, *, eps: float, norm: Norm, step: float, steps: int, eot: int, objective: Loss
-    ) -> Images:
-        """One restart, on what still stands. Returns the worst point of each image so far, or the last iterates."""
-        rows = (~self.worst.broken if self.settle else torch.ones_like(self.worst.broken)).nonzero()[:, 0]
-        x, y, x_adv = self.x, self.y, start[rows]
+    def follow(self, start: Images, steps: int, ascend: Callable[[Images, Images, Images], Images]) -> Images:
+        """One path, for the remaining images: `ascend` makes (x_adv, x, gradient) the next x_adv.
+
+        Returns:
+            the worst point of each image so far, or the last iterates where none is kept.
+        """
+        rows = (~self.worst.broken if self.stop_broken else torch.ones_like(self.worst.broken)).nonzero()[:, 0]
+        x_adv = start[rows]
         for number in range(steps + 1):
-            ends = number == steps
-            competes = self.best or (ends and self.several)
+            ends, y = number == steps, self.y[rows]
+            competes = self.every or (ends and self.last)
             if not len(rows) or (ends and not competes and self.on_step is None):
                 break
             if not ends:
-                values, wrong, grad = expected_gradient(self.search or self.model, x_adv, y[rows], objective, eot)
-                self.finite[rows] &= values.isfinite()
+                values, wrong, grad = expected_gradient(self.search or self.model, x_adv, y, self.objective, self.eot)
+                require_finite(values.isfinite(), rows)
             if (competes or self.on_step is not None) and (ends or self.search is not None):
-                # The folded model gives directions only: what a point is worth, the model itself says.
-                values, wrong = expected(self.model, x_adv, y[rows], objective, eot)
-                self.finite[rows] &= values.isfinite()
+                # The search model gives directions only: points are judged by the model itself.
+                values, wrong = expected(self.model, x_adv, y, self.objective, self.eot)
+                require_finite(values.isfinite(), rows)
             if self.on_step is not None:
                 self.on_step(Step(rows, number, x_adv, values, wrong))
             if competes:
-                broken = self.settling(x_adv, values, wrong, rows)
+                broken = self.confirmer(x_adv, values, wrong, rows)
                 self.worst.update(x_adv, values, broken, rows)
-                if self.settle and not ends and bool(broken.any()):
+                if self.stop_broken and not ends and bool(broken.any()):
                     rows, x_adv, grad = rows[~broken], x_adv[~broken], grad[~broken]
             if not ends:
-                x_adv = ascend(x_adv, x[rows], grad, step, eps, norm)
-        return self.worst.x if self.best or self.several else x_adv
-
-
-def _start(x: Images, init: Images | None, restart: int, *, eps: float, norm: Norm, seed: int) -> Images:
-    if init is not None:
-        return project(init, x, eps, norm)
-    return random_start(x, eps, norm, generator(seed, "start", restart, device=x.device))
+                x_adv = ascend(x_adv, self.x[rows], grad)
+        return self.worst.x if self.every or self.last else x_adv

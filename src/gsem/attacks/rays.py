@@ -1,32 +1,24 @@
 """RayS (Chen & Gu, KDD 2020): a search over directions that uses the model's labels only."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gsem.attacks._active import confirm_broken, confirmation
-from gsem.attacks._core import (
-    NOT_FINITE,
-    Images,
-    ImagesLike,
-    LabelsLike,
-    Norm,
-    NotFinite,
-    OnStep,
-    Step,
-    check_result,
-    expected,
-)
+from gsem.attacks._active import confirm_broken, confirmation, select
+from gsem.attacks._checks import check_result, require_finite
+from gsem.attacks._core import expected
+from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep, Step
 from gsem.losses import margin
 from gsem.nn.contract import checked
 from gsem.rng import derive_seed, generator, seeded
 
-# Two radii are told apart if the perturbations differ by this L2 length, in the unit of the images (the paper's).
+# The binary search ends when the perturbations at its two ends differ by this L2 length (the paper's), in the unit of
+# the images.
 TOLERANCE = 1e-3
-# How often, in queries, the best ray of a stochastic model is asked again, and what its radius grows by if it fails.
+# Every so many queries the best ray of a stochastic model is queried again; if the label is right there, its radius
+# grows by this factor.
 RECHECK, GROWTH = 20, 1.1
 
 Flat = Float[Tensor, "b d"]  # an image as one row: d = c·h·w
@@ -48,12 +40,12 @@ def rays(
 
     Blocks of signs are flipped, ever smaller ones. A flip is kept if the label is wrong at the best radius so far;
     a binary search then finds the new radius. Points are clipped to [0, 1]. After single pixels the hierarchy of
-    blocks starts anew, over the pixels in a random order (the paper goes on with single pixels, which ends in the
-    first ray that no single flip improves).
+    blocks starts anew, over the pixels in a random order (the paper continues with single pixels, which ends in
+    the first ray that no single flip improves).
 
     With a stochastic model a label is the majority's: a point counts as wrong if more than half of `eot` draws
     are. A radius found by luck would stop the search, as no other ray is that short: every 20 queries the best ray
-    is asked again, and its radius grows by a tenth if it fails.
+    is queried again, and its radius grows by a tenth if the label is right there.
 
     Args:
         model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode; only its labels are used, and it need not be
@@ -61,9 +53,9 @@ def rays(
         x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
         eps: radius of the ball, in the unit of the images.
         norm: "Linf", or "L2": then the ray is the sign direction divided by √(c·h·w), of length 1.
-        queries: label decisions, of `eot` draws each, for each image. An image leaves with the query that brings
-            its radius to eps or less, if the point is broken for good. For a stochastic model that is the point at
-            radius eps, and a hundred draws of it must be wrong (they come on top).
+        queries: label decisions, of `eot` draws each, for each image. The search of an image ends with the
+            query that brings its radius to eps or less, if the point is broken. For a stochastic model that is the
+            point at radius eps, and a hundred more draws of it must be wrong (they are not counted as queries).
         seed: of the orders of pixels and of the model's noise. The caller's random state is not changed.
         on_step: called with a `Step` at every query; its loss is the share of wrong draws.
 
@@ -83,50 +75,48 @@ def rays(
     rng = generator(seed, "orders", device=x.device)
     rows = torch.arange(len(x), device=x.device)
 
-    def ask(points: Flat, rows: Int[Tensor, " r"], number: int) -> Float[Tensor, " r"]:
+    def query(points: Flat, rows: Int[Tensor, " r"], number: int) -> Float[Tensor, " r"]:
         images = points.view(-1, *x.shape[1:])
         values, wrong = expected(model, images, y[rows], margin, eot)
-        bad = ~values.isfinite()
-        if bool(bad.any()):
-            raise NotFinite(f"image {int(rows[bad][0])} of the attacked batch: {NOT_FINITE}")
+        require_finite(values.isfinite(), rows)
         if on_step is not None:
             on_step(Step(rows, number, images, wrong, wrong))
         return wrong
 
-    def stands(points: Flat, rows: Int[Tensor, " r"], wrong: Float[Tensor, " r"]) -> Bool[Tensor, " r"]:
+    def unbroken(points: Flat, rows: Int[Tensor, " r"], wrong: Float[Tensor, " r"]) -> Bool[Tensor, " r"]:
         return ~confirm_broken(model, points.view(-1, *x.shape[1:]), y[rows], wrong, confirm)
 
     flat = x.flatten(1)
     found = flat.clone()
     with seeded(derive_seed(seed, "model"), x.device):
-        left = stands(flat, rows, ask(flat, rows, 0))
+        left = unbroken(flat, rows, query(flat, rows, 0))
         search = _Search.begin(rows[left], flat[left], tolerance=min(TOLERANCE / size**0.5, limit / 16))
         for number in range(1, queries):
             if not len(search.rows):
                 break
             if confirm and number % RECHECK == 0:
-                wrong = ask(search.points(search.radius), search.rows, number)
+                wrong = query(search.points(search.radius), search.rows, number)
                 search.recheck(wrong > 0.5)
                 continue
-            wrong = ask(search.proposals(), search.rows, number)
-            # A deterministic model's point is broken at once; the others' radius is worth the whole search.
+            wrong = query(search.proposals(), search.rows, number)
+            # A deterministic model is broken at the queried point; for a stochastic one a shorter ray is searched on.
             shorter = search.learn(wrong > 0.5, rng, enough=0.0 if confirm else limit)
             reached = shorter & (search.radius <= limit)
             if bool(reached.any()):
                 points = search.points(search.radius.new_tensor(limit) if confirm else search.radius)
-                left = stands(points, search.rows, reached.to(x.dtype))
+                left = unbroken(points, search.rows, reached.to(x.dtype))
                 found[search.rows[~left]] = points[~left]
-                search = search.only(left)
+                search = select(search, left)
         found[search.rows] = search.points(search.radius.new_tensor(limit))
     return check_result(found.view_as(x), x, eps=eps, norm=norm)
 
 
 @dataclass
 class _Search:
-    """Where the search of each image stands; all of them advance by one query at a time.
+    """The state of the search, a row per image; every image advances by one query at a time.
 
-    An image either opens a block, that is asks whether the ray with this block flipped is shorter than the best by
-    more than the tolerance, or bisects: then `low` is right and `high` is wrong, on the flipped ray.
+    An image either opens a block: it queries the ray with this block flipped, at the best radius less the tolerance.
+    Or it bisects: on the flipped ray the label is right at radius `low` and wrong at `high`.
     """
 
     rows: Int[Tensor, " b"]  # numbers of the images
@@ -143,23 +133,18 @@ class _Search:
 
     @classmethod
     def begin(cls, rows: Int[Tensor, " b"], x: Flat, *, tolerance: float) -> "_Search":
-        """All signs positive, nothing known: a radius above 1, which no image needs, stands for infinity."""
+        """All signs positive. The radius 2, which no image needs, means that none was found yet."""
         count = torch.zeros_like(rows)
         rank = torch.arange(x.shape[1], device=x.device).expand(x.shape).clone()
         none = x.new_zeros(len(x))
         return cls(rows, x, torch.ones_like(x), none + 2, rank, count, count, count > 0, none, none, tolerance)
-
-    def only(self, left: Bool[Tensor, " b"]) -> "_Search":
-        """The images that go on."""
-        kept: dict[str, Any] = {name: v[left] for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **kept)
 
     def points(self, radius: Tensor) -> Flat:
         """On the best rays."""
         return torch.addcmul(self.x, radius.view(-1, 1), self.sign).clamp_(0, 1)
 
     def trial(self) -> Float[Tensor, " b"]:
-        """The radius that is asked for."""
+        """The radius of the next query."""
         return torch.where(self.bisecting, (self.low + self.high) / 2, (self.radius - self.tolerance).clamp(0, 1))
 
     def proposals(self) -> Flat:
@@ -178,11 +163,15 @@ class _Search:
         return (self.rank >= first) & (self.rank < first + width[:, None])
 
     def recheck(self, wrong: Bool[Tensor, " b"]) -> None:
-        """The best ray is longer than it seemed where it is not wrong."""
+        """Lengthen the best rays that were queried again and are not wrong."""
         self.radius = torch.where(wrong, self.radius, (self.radius * GROWTH).clamp_max(2))
 
     def learn(self, wrong: Bool[Tensor, " b"], rng: torch.Generator, *, enough: float) -> Bool[Tensor, " b"]:
-        """Take in the answers to `proposals`; a search ends early at `enough`. Returns which best rays are shorter."""
+        """Update from the labels at `proposals`. A binary search ends early at a radius of `enough`.
+
+        Returns:
+            which best rays are shorter now.
+        """
         trial, bisecting = self.trial(), self.bisecting
         self.low = torch.where(bisecting & ~wrong, trial, torch.where(bisecting, self.low, 0.0))
         self.high = torch.where(wrong, trial, self.high)

@@ -1,28 +1,16 @@
 """Square Attack (Andriushchenko et al., ECCV 2020): a random search that uses the model's margins only."""
 
 from bisect import bisect_left
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gsem.attacks._active import cascade, confirm_broken, confirmation
-from gsem.attacks._core import (
-    NOT_FINITE,
-    Images,
-    ImagesLike,
-    Labels,
-    LabelsLike,
-    Norm,
-    NotFinite,
-    OnStep,
-    Step,
-    aimed,
-    check_result,
-    expected,
-)
+from gsem.attacks._checks import aimed, check_result, require_finite
+from gsem.attacks._core import expected
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
 from gsem.losses import margin
 from gsem.rng import derive_seed, generator, reseed, seeded
 
@@ -53,21 +41,21 @@ def square(
     """Random search without gradients: squares are repainted at random, and kept where the margin rises.
 
     The margin of a stochastic model is averaged over `eot` draws. Proposal and incumbent are compared on the same
-    draws, and every 25 queries the incumbent is asked again on new ones, which costs it that query: so neither a
-    lucky draw nor a point that fits one set of draws holds the search for long.
+    draws, and every 25 queries the incumbent is queried again on new ones, which counts as a query: so neither a lucky
+    draw nor a point that fits one set of draws stops the search for long.
 
     Args:
         model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode; it need not be differentiable.
         x: images [b, c, h, w] in [0, 1]. y: their labels [b], int64.
         eps: radius of the ball, in the unit of the images.
         target: classes [b], or one for all images, that a targeted attack drives the images towards; y is not used
-            then. The margin is that of the target over all others, and an image is broken where it is taken for it.
+            then. The margin is that of the target over all others, and an image is broken where it is classified as it.
         norm: "Linf" (perturbations of ±eps) or "L2".
-        queries: evaluations of the draw-averaged margin, for each image and restart. An image leaves with the
-            query that breaks it for good: every draw of it is wrong, and a hundred more if the model is stochastic
-            (these come on top, and so do one evaluation of each image and one of each restart's result).
+        queries: evaluations of the draw-averaged margin, for each image and restart. The search of an
+            image ends with the query that breaks it: every draw of it is wrong, and a hundred more if the model is
+            stochastic (these are not counted, nor one evaluation of each image and one of each restart's result).
         p_init: share of the image that the first squares cover, in (0, 1].
-        restarts: independent runs, each on the images that the former left standing.
+        restarts: independent runs, each on the images that are not broken yet.
         eot: draws of the model's noise that every margin is averaged over.
         seed: of the squares and of the model's noise. The caller's random state is not changed.
         on_step: called with a `Step` at every query: the queried points, their margins, the share of wrong draws.
@@ -79,38 +67,23 @@ def square(
     Raises:
         ValueError: arguments out of range, a layer in train mode, NaN logits (the image is named).
 
-    Source: algorithms 1 to 3 of the paper. As in its authors' code a square that would change nothing is not asked
-    for; squares reach every row and column, where that code spares the last ones.
+    Source: algorithms 1 to 3 of the paper. As in its authors' code, a square that would change nothing is not
+    queried. Squares reach every row and column; in that code they do not reach the last ones.
     """
-    counts = {"queries": queries, "restarts": restarts, "eot": eot}
-    model, x, y, eps = aimed(model, x, y, target, eps=eps, norm=norm, **counts)
+    model, x, y, eps = aimed(model, x, y, target, eps=eps, norm=norm, queries=queries, restarts=restarts, eot=eot)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must be a share of the image in (0, 1], not {p_init}")
     x = x.detach()
     confirm = confirmation(model, x)
-    squares = (_Linf if norm == "Linf" else _L2)(eps, p_init)
-
-    how: dict[str, Any] = {"queries": queries, "eot": eot, "confirm": confirm}
+    squares = _Linf(eps, p_init) if norm == "Linf" else _L2(eps, p_init)
 
     def run(rows: Tensor, seed: int, on_step: OnStep | None) -> Images:
-        return _search(model, x[rows], y[rows], squares, **how, seed=seed, on_step=on_step)
+        return _search(
+            model, x[rows], y[rows], squares, queries=queries, eot=eot, confirm=confirm, seed=seed, on_step=on_step
+        )
 
-    runs = [run] * restarts
-    x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, on_step=_only_finite(on_step))
+    x_adv = cascade(model, x, y, [run] * restarts, eot=eot, confirm=confirm, seed=seed, on_step=on_step)
     return check_result(x_adv, x, eps=eps, norm=norm)
-
-
-def _only_finite(on_step: OnStep | None) -> OnStep:
-    """The search compares margins, and a NaN would pass for a low one; observers know the image's number."""
-
-    def see(step: Step) -> None:
-        bad = ~step.loss.isfinite()
-        if bool(bad.any()):
-            raise NotFinite(f"image {int(step.rows[bad][0])} of the attacked batch: {NOT_FINITE}")
-        if on_step is not None:
-            on_step(replace(step, x=step.x.clone()))  # the search works in place
-
-    return see
 
 
 def _share(p_init: float, proposal: int) -> float:
@@ -131,7 +104,7 @@ def _search(
     model: nn.Module,
     x: Images,
     y: Labels,
-    squares: "_Squares",
+    squares: "_Linf | _L2",
     *,
     queries: int,
     eot: int,
@@ -139,7 +112,7 @@ def _search(
     seed: int,
     on_step: OnStep | None,
 ) -> Images:
-    """One run on images that stand; `confirm` is 0 for a deterministic model.
+    """One run, on the remaining images; `confirm` is 0 for a deterministic model.
 
     A stochastic model gets the same noise, query after query, until it is redrawn. Two points that differ by a
     small square then differ by that square's effect, and not by the far larger one of their noise. With the noise
@@ -170,8 +143,9 @@ def _search(
                 reseed(derive_seed(seed, "noise", drawn), x.device)
             point = z.view(-1, *shape)
             values, wrong = expected(model, point, y, margin, eot)
+            require_finite(values.isfinite(), rows)  # (a NaN would pass for a low margin)
             if on_step is not None:
-                on_step(Step(rows, number, point, values, wrong))
+                on_step(Step(rows, number, point.clone(), values, wrong))  # the search works in place
             if confirm:
                 reseed(derive_seed(seed, "confirm", number), x.device)
             broken = confirm_broken(model, point, y, wrong, confirm)
@@ -184,7 +158,7 @@ def _search(
                 rows, x, y, z, best = (t[~broken] for t in (rows, x, y, z, best))
                 if not len(rows):
                     break
-                # Noise belongs to places in the batch: those who moved up meet other noise.
+                # Noise belongs to positions in the batch, and the remaining images have moved: the noise is redrawn.
                 drawn = number + 1 if confirm else drawn
     found[rows] = z
     return found.view(-1, *shape)
@@ -192,20 +166,12 @@ def _search(
 
 @dataclass
 class _Squares:
-    """What is proposed, for one norm. The places of a square's pixels are kept from query to query."""
+    """The start and the proposals for one norm. The offsets of a square's pixels are kept from query to query."""
 
     eps: float
     p_init: float
     side: int = 0
     offsets: Int[Tensor, " n"] = field(default_factory=lambda: torch.empty(0))
-
-    def start(self, x: Images, rng: torch.Generator) -> Images:
-        """The first points [b, c, h, w], on the ball's surface but for the clipping to [0, 1]."""
-        raise NotImplementedError
-
-    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, rng: torch.Generator) -> list[_Patch]:
-        """Patches of the points z around the images x, to be laid one over the other."""
-        raise NotImplementedError
 
     def fit(self, side: int, shape: torch.Size, device: torch.device) -> None:
         """Squares have this many pixels a side from now on."""
@@ -230,7 +196,7 @@ class _Linf(_Squares):
     """Squares of one colour: in every channel x + eps or x − eps."""
 
     def start(self, x: Images, rng: torch.Generator) -> Images:
-        """Vertical stripes, one pixel wide."""
+        """The first points, on the ball's surface but for the clipping: vertical stripes, one pixel wide."""
         b, c, _, w = x.shape
         return (x + self.eps * _signs(b, c, 1, w, like=x, rng=rng)).clamp(0, 1)
 
@@ -244,18 +210,18 @@ class _Linf(_Squares):
         old, under = z.gather(1, at), x.gather(1, at)
         offset = (self.eps * _signs(len(z), c, like=z, rng=rng)).repeat_interleave(side * side, 1)
         new = (under + offset).clamp(0, 1)
-        # Nothing is learnt from a square that is painted so already: it gets the opposite colour.
+        # A square that has this colour already would waste a query: it gets the opposite colour.
         idle = (new == old).all(1, keepdim=True)
         return [_Patch(at, old, torch.where(idle, (under - offset).clamp(0, 1), new))]
 
 
 class _L2(_Squares):
-    """Squares with a positive and a negative bump, paid for by the perturbation of another square (algorithm 3)."""
+    """Squares with a positive and a negative bump, whose norm is taken from another square (algorithm 3)."""
 
     tile: Float[Tensor, "2 n"]  # the bumps one above the other, and side by side
 
     def start(self, x: Images, rng: torch.Generator) -> Images:
-        """About five by five squares, each with a sign of its own."""
+        """The first points: about five by five squares, each with its own sign."""
         b, c, h, w = x.shape
         side = max(1, min(h, w) // 5)
         high, wide = h // side, w // side
@@ -281,7 +247,7 @@ class _L2(_Squares):
         old, old2, under, under2 = z.gather(1, at), z.gather(1, at2), x.gather(1, at), x.gather(1, at2)
         offset, offset2 = (old - under).view(b, c, -1), (old2 - under2).view(b, c, -1)
 
-        # The second square is wiped out; what both held, and what clipping had left of eps, goes to the first.
+        # The second square is cleared; the first gets the norm of both, and what clipping had left of eps.
         line = torch.arange(side, device=z.device)
         lines, columns = ((line + d >= 0) & (line + d < side) for d in (top2 - top, left2 - left))
         shared = (lines[:, :, None] & columns[:, None, :]).view(b, 1, -1)

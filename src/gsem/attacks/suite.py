@@ -1,4 +1,4 @@
-"""Attacks as text, with labels made from the arguments that run; and the named suites."""
+"""The registry of attacks: attacks as text, with labels made from the options that run; and the named suites."""
 
 import math
 from collections.abc import Callable
@@ -7,25 +7,61 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gsem.attacks import apgd, autoattack, cw, fab, fgsm, pgd, rays, square, transfer
-from gsem.attacks._core import Norm, OnStep
+from gsem.attacks._types import Norm, OnStep
+from gsem.attacks.apgd import apgd
+from gsem.attacks.autoattack import autoattack
+from gsem.attacks.cw import cw_form
+from gsem.attacks.fab import fab
+from gsem.attacks.pgd import fgsm, pgd
+from gsem.attacks.rays import rays
+from gsem.attacks.square import square
+from gsem.attacks.transfer import transfer
+from gsem.losses import LOSSES
+from gsem.nn.contract import to_number
 
 EOT = 20  # draws per gradient, loss and decision of an attack on a stochastic model, as published
 
-# The options of each attack that a caller may set, and what they are unless set. `None` depends on the model or
-# on eps: see `AttackSpec.resolved`.
-ATTACKS: dict[str, dict[str, Any]] = {
-    "clean": {},
-    "fgsm": {"eot": None, "loss": "ce"},
-    "pgd": {"steps": 100, "step": None, "restarts": 1, "eot": None, "loss": "ce", "keep": "best"},
-    "cw": {"steps": 100, "form": "margin", "c": 1.0, "searches": 1, "lr": 0.01, "eot": None},
-    "apgd": {"steps": 100, "restarts": 1, "targets": 0, "eot": None, "loss": "ce"},
-    "fab": {"steps": 100, "restarts": 1, "targets": 0, "eot": None},
-    "square": {"queries": 5000, "restarts": 1, "eot": None},
-    "rays": {"queries": 10000, "eot": None},
-    "transfer": {"steps": 100, "eot": None},
-    "autoattack": {"version": "standard", "steps": 100, "queries": 5000, "eot": None},
+
+def _clean(model: nn.Module, x: Tensor, y: Tensor, **_: object) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An attack in the registry."""
+
+    function: Callable[..., Tensor]
+    """Called function(model, x, y, eps=, norm=, seed=, on_step=, and every option)."""
+    options: dict[str, Any]
+    """The options that a text may set, in the order of the label, with their defaults. A default's type is that of the
+    values: int, float or str; None is a float that depends on eps (see `AttackSpec.resolved`)."""
+    follows_gradient: bool = True
+    """Whether it differentiates the model that it attacks."""
+    source_models: bool = False
+    """Whether the function also takes source_models=, a list of other models."""
+
+
+ATTACKS = {
+    "clean": Entry(_clean, {}, follows_gradient=False),
+    "fgsm": Entry(fgsm, {"eot": EOT, "loss": "ce"}),
+    "pgd": Entry(pgd, {"steps": 100, "eot": EOT, "loss": "ce", "restarts": 1, "keep": "best", "step": None}),
+    "cw": Entry(cw_form, {"steps": 100, "form": "margin", "eot": EOT, "c": 1.0, "lr": 0.01, "searches": 1}),
+    "apgd": Entry(apgd, {"steps": 100, "targets": 0, "eot": EOT, "loss": "ce", "restarts": 1}),
+    "fab": Entry(fab, {"steps": 100, "targets": 0, "eot": EOT, "restarts": 1}),
+    "square": Entry(square, {"queries": 5000, "eot": EOT, "restarts": 1}, follows_gradient=False),
+    "rays": Entry(rays, {"queries": 10000, "eot": EOT}, follows_gradient=False),
+    "transfer": Entry(transfer, {"steps": 100, "eot": EOT}, follows_gradient=False, source_models=True),
+    "autoattack": Entry(autoattack, {"version": "standard", "eot": EOT, "steps": 100, "queries": 5000}),
 }
+# The values of options that are texts, so that a wrong one is found before an attack runs.
+_CHOICES = {
+    "loss": tuple(LOSSES),
+    "keep": ("best", "last"),
+    "form": ("margin", "l2", "unbounded"),
+    "version": ("standard", "plus", "rand"),
+}
+# How a label shows an option; default: -NAME and the value, or the value alone if it is a text.
+_SHOWN = {"targets": "-t{}", "restarts": "-x{}", "step": "-step{:.4g}"}
 SUITES: dict[str, tuple[str, str]] = {
     "quick": (
         "clean,apgd:steps=20,apgd:steps=20:targets=3,square:queries=300",
@@ -41,44 +77,43 @@ SUITES: dict[str, tuple[str, str]] = {
         "the budgets that the paper's code ran, and no others",
     ),
 }
-# `form` of cw: the margin within eps; the L2 form within eps (L2 only); the L2 form without a bound.
-FORMS = ("margin", "l2", "unbounded")
-# They ask the model for answers, or follow the gradient of other models.
-_BLACK_BOX = ("clean", "square", "rays", "transfer")
-_INTEGERS = ("steps", "restarts", "eot", "targets", "queries", "searches")
-_NUMBERS = ("step", "c", "lr")
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "fgsm": fgsm,
-    "pgd": pgd,
-    "apgd": apgd,
-    "fab": fab,
-    "square": square,
-    "rays": rays,
-    "transfer": transfer,
-    "autoattack": autoattack,
-}
 
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """An attack with the options that were set for it.
+    """An attack with the options that were set for it; their values may be texts, like "100" or "2/255".
 
     Raises:
-        ValueError: an attack or option that is unknown.
+        ValueError: an attack, option or value that is unknown.
     """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = _options_of(self.name)
+        if self.name not in ATTACKS:
+            raise ValueError(f"attack {self.name!r} is unknown: it is one of {', '.join(ATTACKS)}")
         for option in self.options:
-            if option not in known:
-                names = ", ".join(known) or "it has none"
-                raise ValueError(f"attack {self.name!r} has no option {option!r}: {names}")
-        form = self.options.get("form", "margin")
-        if form not in FORMS:
-            raise ValueError(f"attack 'cw': form {form!r} is unknown: it is one of {', '.join(FORMS)}")
+            if option not in self.entry.options:
+                names = ", ".join(self.entry.options) or "none"
+                raise ValueError(f"attack {self.name!r} has no option {option!r}: it has {names}")
+        object.__setattr__(self, "options", {option: self._typed(option, v) for option, v in self.options.items()})
+
+    def _typed(self, option: str, value: Any) -> Any:
+        """A value that is a text, as one of the default's type."""
+        if not isinstance(value, str):
+            return value
+        default, choices = self.entry.options[option], _CHOICES.get(option, (value,))
+        if value not in choices:
+            raise ValueError(f"attack {self.name!r}: {option} {value!r} is unknown: it is one of {', '.join(choices)}")
+        if isinstance(default, str):
+            return value
+        number = to_number(f"attack {self.name!r}: {option}", value)
+        if not isinstance(default, int):
+            return number
+        if not number.is_integer():
+            raise ValueError(f"attack {self.name!r}: {option} must be an integer, not {value!r}")
+        return int(number)
 
     @classmethod
     def parse(cls, text: str) -> "AttackSpec":
@@ -88,15 +123,14 @@ class AttackSpec:
             ValueError: an unknown attack, option or value.
         """
         name, *settings = text.strip().split(":")
-        known = _options_of(name)
-        options: dict[str, Any] = {}
         for setting in settings:
-            key, equals, value = setting.partition("=")
-            if not equals or key not in known:
-                names = ", ".join(known) or "none"
-                raise ValueError(f"attack {text!r}: {setting!r} is no option=value; options of {name}: {names}")
-            options[key] = _value(key, value, text)
-        return cls(name, options)
+            if "=" not in setting:
+                raise ValueError(f"attack {text!r}: {setting!r} is not of the form option=value")
+        return cls(name, dict(setting.split("=", 1) for setting in settings))
+
+    @property
+    def entry(self) -> Entry:
+        return ATTACKS[self.name]
 
     @property
     def bounded(self) -> bool:
@@ -106,13 +140,11 @@ class AttackSpec:
     @property
     def follows_gradient(self) -> bool:
         """Whether it differentiates the model that it attacks."""
-        return self.name not in _BLACK_BOX
+        return self.entry.follows_gradient
 
     def resolved(self, *, eps: float, stochastic: bool) -> dict[str, Any]:
         """All options, with those that were not set."""
-        options = ATTACKS[self.name] | self.options
-        if options.get("eot", 0) is None:
-            options["eot"] = EOT
+        options = self.entry.options | self.options
         if "eot" in options and not stochastic:
             options["eot"] = 1  # every draw would be the same
         if options.get("step", 0) is None:
@@ -120,24 +152,19 @@ class AttackSpec:
         return options
 
     def label(self, *, eps: float, stochastic: bool) -> str:
-        """Made from the arguments that run, so that it cannot say anything else: `apgd100-t9-eot20`."""
-        if self.name == "clean":
-            return "clean"
-        o, usual = self.resolved(eps=eps, stochastic=stochastic), ATTACKS[self.name]
-        version = o.get("version", "standard")
-        label = self.name if version == "standard" else f"{self.name}-{version}"
-        budget = o.get("steps", o.get("queries", "")) if self.name != "autoattack" else ""
-        label += f"{budget}"
-        label += f"-t{o['targets']}" if o.get("targets") else ""
-        label += f"-{o['form']}" if o.get("form", "margin") != "margin" else ""
-        label += f"-eot{o['eot']}"
-        label += f"-{o['loss']}" if o.get("loss", "ce") != "ce" else ""
-        label += f"-x{o['restarts']}" if o.get("restarts", 1) > 1 else ""
-        label += "-last" if o.get("keep") == "last" else ""
-        if self.name == "pgd" and not math.isclose(o["step"], eps / 4):
-            label += f"-step{o['step']:.4g}"
-        for key in ("c", "lr", "searches", *(("steps", "queries") if self.name == "autoattack" else ())):
-            label += f"-{key}{o[key]:g}" if key in o and o[key] != usual[key] else ""
+        """The name that results have, made from the options that run: `apgd100-t9-eot20`.
+
+        It shows the budget where that comes first, the draws, and every option that is not at its default.
+        """
+        defaults = AttackSpec(self.name).resolved(eps=eps, stochastic=stochastic)
+        label = self.name
+        for number, (option, default) in enumerate(defaults.items()):
+            value = self.resolved(eps=eps, stochastic=stochastic)[option]
+            if number == 0 and option in ("steps", "queries"):
+                label += f"{value}"
+            elif option == "eot" or not (value == default or (option == "step" and math.isclose(value, default))):
+                shown = "-{}" if isinstance(value, str) else f"-{option}{{:g}}"
+                label += _SHOWN.get(option, shown).format(value)
         return label
 
     def run(
@@ -154,51 +181,13 @@ class AttackSpec:
         on_step: OnStep | None = None,
         on_step_always: bool = False,
     ) -> Tensor:
-        """x_adv. `on_step` is not passed to attacks that it would cost passes, unless it must see always."""
-        if self.name == "clean":
-            return x
-        o = self.resolved(eps=eps, stochastic=stochastic)
-        if (o.get("keep") == "last" or self.name == "fgsm") and not on_step_always:
+        """x_adv. `on_step` is not passed to attacks that it would cost passes, unless `on_step_always`."""
+        options = self.resolved(eps=eps, stochastic=stochastic)
+        if (options.get("keep") == "last" or self.name == "fgsm") and not on_step_always:
             on_step = None
-        rng: dict[str, Any] = {"seed": seed, "on_step": on_step}
-        if self.name == "cw":
-            return _cw(model, x, y, eps, norm, o, rng)
-        if "targets" in o:
-            o["targets"] = o["targets"] or None
-        if self.name == "transfer":
-            o["source_models"] = list(source_models.values())
-        return _FUNCTIONS[self.name](model, x, y, eps=eps, norm=norm, **o, **rng)
-
-
-def _cw(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: Norm, o: dict[str, Any], rng: dict[str, Any]
-) -> Tensor:
-    how = {key: o[key] for key in ("steps", "eot")} | rng
-    if o["form"] == "margin":
-        # The bounded form is PGD on the margin, in either norm.
-        return pgd(model, x, y, eps=eps, step=eps / 4, norm=norm, loss="margin", keep="best", **how)
-    if o["form"] == "l2" and norm != "L2":
-        raise ValueError("cw:form=l2 bounds the L2 norm: evaluate with norm L2, or take form=margin or form=unbounded")
-    how |= {key: o[key] for key in ("c", "searches", "lr")}
-    return cw(model, x, y, eps=eps if o["form"] == "l2" else None, norm="L2", **how)
-
-
-def _options_of(name: str) -> dict[str, Any]:
-    if name not in ATTACKS:
-        raise ValueError(f"attack {name!r} is unknown: it is one of {', '.join(ATTACKS)}")
-    return ATTACKS[name]
-
-
-def _value(key: str, value: str, text: str) -> int | float | str:
-    try:
-        if key in _INTEGERS:
-            return int(value)
-        if key in _NUMBERS:
-            top, _, bottom = value.partition("/")
-            return float(top) / float(bottom or 1)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"attack {text!r}: {key} = {value!r} is not a number") from None
-    return value
+        if self.entry.source_models:
+            options["source_models"] = list(source_models.values())
+        return self.entry.function(model, x, y, eps=eps, norm=norm, seed=seed, on_step=on_step, **options)
 
 
 def parse_attacks(text: str) -> list[AttackSpec]:

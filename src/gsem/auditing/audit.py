@@ -12,7 +12,7 @@ from torch import nn
 from gsem._env import require_float64
 from gsem._fingerprint import data_fingerprint, model_fingerprint
 from gsem._lock import locked
-from gsem.attacks._core import Norm
+from gsem.attacks._types import Norm
 from gsem.attacks.suite import SUITES, AttackSpec, parse_attacks, suite
 from gsem.auditing.binarization import binarization
 from gsem.auditing.check import Audit, Check

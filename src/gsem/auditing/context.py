@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gsem.attacks import Step
-from gsem.attacks._core import Norm, OnStep, check_result
+from gsem.attacks._checks import check_result
+from gsem.attacks._types import Norm, OnStep
 from gsem.attacks.suite import AttackSpec
 from gsem.auditing.partial import Partial
 from gsem.auditing.trace import Trace, trace

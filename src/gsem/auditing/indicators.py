@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gsem.attacks._core import expected, expected_gradient, random_start, resolve_loss
+from gsem.attacks._checks import resolve_loss
+from gsem.attacks._core import expected, expected_gradient, random_start
 from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Check
 from gsem.auditing.context import GREATLY, AuditContext, Points, percent, several

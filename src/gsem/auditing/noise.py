@@ -162,9 +162,7 @@ def _frozen_stranger(s: AuditContext) -> tuple[Points, Points]:
     found = []
     for first in range(0, len(s.x), s.batch_size):
         x, y = s.x[first : first + s.batch_size], s.y[first : first + s.batch_size]
-        x_adv = pgd(
-            known, x, y, eps=s.eps, step=s.eps / 4, steps=steps, norm=s.norm, keep="best", settle=False, seed=s.seed
-        )
+        x_adv = pgd(known, x, y, eps=s.eps, step=s.eps / 4, steps=steps, norm=s.norm, stop_broken=False, seed=s.seed)
         with torch.no_grad():
             found.append([(known(at).argmax(1) != y).double().cpu().numpy() for at in (x, x_adv)])
     clean, wrong = (np.concatenate(each) for each in zip(*found, strict=True))

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gsem.attacks import Step
-from gsem.attacks._core import OnStep
+from gsem.attacks._types import OnStep
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from gsem._io import write_atomically
-from gsem.attacks.suite import ATTACKS, AttackSpec, suite
+from gsem.attacks.suite import AttackSpec, suite
 from gsem.cli.display import show_as_published, show_result
 from gsem.cli.paper_options import EvaluateOptions, TrainOptions
 from gsem.cli.progress import AttackBar
@@ -136,7 +136,7 @@ def run_evaluation(options: EvaluateOptions) -> EvaluationResult:
     test = source.test()
     x, y = to_float(test.x).to(device), test.y.to(device)
     attacks = [
-        replace(a, options=a.options | ({"eot": o.att_eot_num} if "eot" in ATTACKS[a.name] else {}))
+        replace(a, options=a.options | ({"eot": o.att_eot_num} if "eot" in a.entry.options else {}))
         for a in (*suite(o.suite), *([AttackSpec("transfer")] if o.suite in ("paper", "standard") else []))
     ]
     console = Console(highlight=False, markup=False)

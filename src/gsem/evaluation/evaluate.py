@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from gsem._fingerprint import data_fingerprint, model_fingerprint
 from gsem._text import with_rows
 from gsem.attacks import Counting, Step, counting
-from gsem.attacks._core import Norm, check_result, distances
+from gsem.attacks._checks import check_result
+from gsem.attacks._core import distances
+from gsem.attacks._types import Norm
 from gsem.attacks.own import AnyAttack, AttackLike, listed
 from gsem.attacks.suite import SUITES, AttackSpec, suite
 from gsem.evaluation.partial import Ledger, computed, question, saved_result

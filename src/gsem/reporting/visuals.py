@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gsem._env import require_float64
 from gsem.attacks import apgd
-from gsem.attacks._core import Norm
+from gsem.attacks._types import Norm
 from gsem.nn.contract import ImagesLike, LabelsLike, checked
 from gsem.nn.folded import fold
 from gsem.nn.gsem import noise
