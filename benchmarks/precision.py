@@ -12,19 +12,16 @@ ATEN_CPU_CAPABILITY=avx2 before the start.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from timing import described, in_turns
 
 import gsem
-from gsem._env import choose_precision, cpu_multiplies_bf16
+from gsem._env import choose_precision
 from gsem.attacks._core import expected_gradient
 from gsem.losses import cross_entropy
 from gsem.training.step import Stepper
@@ -52,29 +49,6 @@ def sides(name: str, shape: tuple[int, int, int], batch: int, precision: str, de
     return {"attack": lambda: expected_gradient(stepper.folded, x, y, cross_entropy, 1), "training": train}
 
 
-def measured(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(repeats + 1):  # the first turn warms up
-        for name, run in work.items():
-            started = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(1000 * (time.perf_counter() - started))
-    return times
-
-
-def processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, compute capability {torch.cuda.get_device_capability(device)}"
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}" + (
-        f", limited to {limit}" if limit else ""
-    )
-    return f"{kind}, bf16 in hardware: {'yes' if cpu_multiplies_bf16() else 'no'}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
@@ -85,21 +59,22 @@ def main() -> None:
     precisions = ["float32", "bf16"] + (["fp16"] if device.type == "cuda" else [])
     auto = choose_precision("auto", device)
     warnings.simplefilter("ignore")  # bf16 is measured where it is emulated, too
-    print(f"{processor(device)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{described(device)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"auto chooses {auto}; milliseconds, median (least – most) of {o.repeats}\n")
     rows = []
     for name, shape, batch in CASES:
         print(f"{name}, images {'×'.join(map(str, shape))}, batch {batch}")
         each = {p: sides(name, shape, batch, p, device) for p in precisions}
         for kind in ("attack", "training"):
-            times = measured({p: each[p][kind] for p in precisions}, o.repeats, device)
+            seconds = in_turns(device, {p: each[p][kind] for p in precisions}, o.repeats)
+            times = {p: [1000 * t for t in each_time] for p, each_time in seconds.items()}
             medians = {p: statistics.median(t) for p, t in times.items()}
             ratio = medians[auto] / min(medians.values())
             cells = [f"{p} {medians[p]:.1f} ({min(t):.1f} – {max(t):.1f})" for p, t in times.items()]
             print(f"  {kind:<9}" + "".join(f"{cell:<30}" for cell in cells) + f"auto / best {ratio:.2f}", flush=True)
             rows.append({"network": name, "shape": shape, "batch": batch, "pass": kind, "ms": times, "ratio": ratio})
     print(f"\nauto is at most {max(row['ratio'] for row in rows):.2f} times the best")
-    metadata = {"on": processor(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "auto": auto}
+    metadata = {"on": described(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "auto": auto}
     o.json.write_text(json.dumps({"metadata": metadata, "rows": rows}, indent=2))
 
 

@@ -13,7 +13,6 @@ tables, writes JSON.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import reference
 import torch
+from timing import Clock, described, in_turns, product_rate, spread
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,33 +35,7 @@ from gsem.losses import cross_entropy
 from gsem.training.step import Stepper
 
 EPS = 8 / 255
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-class Clock:
-    """Wall time; or processor time, which other work on the machine does not lengthen as it does wall time."""
-
-    now: Callable[[], float] = staticmethod(time.perf_counter)
-
-
-def taken(device: torch.device, work: Callable[[], object]) -> float:
-    synchronize(device)
-    started = Clock.now()
-    work()
-    synchronize(device)
-    return Clock.now() - started
-
-
-def in_turns(device: torch.device, sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, work in sides.items():
-            times[name].append(taken(device, work))
-    return times
+NAMES = ("reference", "stock", "ours")
 
 
 def random_source(images: int, side: int) -> Dataset:
@@ -147,7 +121,7 @@ class Sides:
         self.stepper(self.pixels, self.y, step=self.number, epoch=0.0, averaged=None)
 
     def attack_pass(self, side: str) -> None:
-        """A gradient of the whole batch (the twin with the step's draws folded in, per draw)."""
+        """A gradient of the whole batch (ours: on the folded model, all draws of the step at once)."""
         if side == "ours":
             expected_gradient(self.stepper.folded, self.images(side), self.y, cross_entropy, self.o.eot)
         else:
@@ -168,7 +142,7 @@ class Sides:
         s, o = self.stepper, self.o
         return {
             "data and augmentation": (lambda: s._augmented(self.pixels, 1), 1),
-            "twin's refresh": (s.folded.refresh, 1),
+            "folded model's refresh": (s.folded.refresh, 1),
             "attack gradients": (
                 lambda: expected_gradient(s.folded, half, self.y[1::2], cross_entropy, o.eot),
                 o.steps,
@@ -194,19 +168,7 @@ class Sides:
         }
 
 
-def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product in this precision."""
-    n = 4096 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    taken(device, lambda: a @ a)
-    return 2 * n**3 / min(taken(device, lambda: a @ a) for _ in range(10))
-
-
-def told(times: list[float]) -> str:
-    return f"{statistics.median(times):9.4f} s  ({min(times):.4f} – {max(times):.4f})"
-
-
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gsem-resnet18")
     parser.add_argument("--batch", type=int, default=64)
@@ -216,57 +178,67 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--passes", type=int, default=5, help="repeats of the single passes")
-    parser.add_argument("--fp16", action="store_true", help="search on an fp16 twin (a GPU's)")
+    parser.add_argument("--warm-ups", type=int, default=1, help="calls of each side before it is timed")
+    parser.add_argument("--fp16", action="store_true", help="search on an fp16 folded model (a GPU's)")
     parser.add_argument("--compile", action="store_true", help="ours runs by torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processor-time", action="store_true", help="of all threads, instead of wall time")
     parser.add_argument("--json", type=Path, default=Path("training_step.json"))
-    return parser.parse_args()
+    return parser.parse_args(words)
+
+
+def measured(sides: Sides) -> dict[str, dict[str, list[float]]]:
+    """Seconds of the single passes and of the step, by side."""
+    o, device = sides.o, sides.device
+    found: dict[str, dict[str, list[float]]] = {}
+    for title, work in (
+        ("attack pass of the batch", sides.attack_pass),
+        ("training pass of the batch", sides.training_pass),
+    ):
+        each = {name: partial(work, name) for name in NAMES}
+        found[title] = in_turns(device, each, o.passes, warm_ups=o.warm_ups)
+    passes = found["attack pass of the batch"]
+    passes["ours"] = [seconds / o.eot for seconds in passes["ours"]]
+    sides.stepper.optimizer.zero_grad()
+    steps = {"reference": lambda: sides.theirs("reference"), "stock": lambda: sides.theirs("stock"), "ours": sides.ours}
+    found["the step"] = in_turns(device, steps, o.repeats, warm_ups=o.warm_ups)
+    return found
+
+
+def measured_parts(sides: Sides, whole: float, rate: float) -> dict[str, dict[str, float]]:
+    """The parts of our step: seconds, share of the `whole` step, and seconds of the arithmetic alone at `rate`."""
+    parts, flops = {}, sides.flops()
+    for name, (work, count) in sides.parts().items():
+        times = in_turns(sides.device, {name: work}, sides.o.passes, warm_ups=max(1, sides.o.warm_ups))
+        seconds = statistics.median(times[name]) * count
+        parts[name] = {"seconds": seconds, "share": seconds / whole, "floor": flops.get(name, 0.0) / rate}
+    return parts
 
 
 def main() -> None:
     o = arguments()
     Clock.now = staticmethod(time.process_time if o.processor_time else time.perf_counter)
     sides = Sides(o)
-    device, names = sides.device, ("reference", "stock", "ours")
-    on = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    on = described(sides.device)
     print(f"{o.model}, batch {o.batch}, {o.steps} steps × {o.eot} draws on every second image, {o.draws} draws")
     print(
         f"torch {torch.__version__}, {on}, {torch.get_num_threads()} threads"
         f"{', processor time' if o.processor_time else ''}"
     )
-    found: dict[str, dict[str, list[float]]] = {}
-    for title, work, repeats in (
-        ("attack pass of the batch", sides.attack_pass, o.passes),
-        ("training pass of the batch", sides.training_pass, o.passes),
-    ):
-        for name in names:
-            work(name)  # the first is slower
-        times = in_turns(device, {name: partial(work, name) for name in names}, repeats)
-        if work == sides.attack_pass:
-            times["ours"] = [t / o.eot for t in times["ours"]]
-        found[title] = times
-    sides.stepper.optimizer.zero_grad()
-    steps = {"reference": lambda: sides.theirs("reference"), "stock": lambda: sides.theirs("stock"), "ours": sides.ours}
-    found["the step"] = in_turns(device, steps, o.repeats)
+    found = measured(sides)
     for title, times in found.items():
         print(f"\n{title}")
-        for name in names:
+        for name in NAMES:
             ratio = statistics.median(times[name]) / statistics.median(times["ours"])
-            print(f"  {name:<10} {told(times[name])}  {ratio:5.2f}×")
-    top = ceiling(device, sides.stepper.search_dtype)
-    whole, flops = statistics.median(found["the step"]["ours"]), sides.flops()
-    print(
-        f"\nthe parts of ours ({sides.stepper.used['search']}; a product runs at {top / 1e12:.2f} TFLOP/s in it here)"
-    )
-    parts = {}
-    for name, (work, count) in sides.parts().items():
-        work()
-        seconds = statistics.median(taken(device, work) for _ in range(o.passes)) * count
-        floor = flops.get(name, 0.0) / top
-        parts[name] = {"seconds": seconds, "share": seconds / whole, "floor": floor}
-        print(f"  {name:<22} {seconds:9.4f} s  {seconds / whole:6.1%} of the step", end="")
-        print(f"  arithmetic alone {floor:8.4f} s ({floor / seconds:.0%})" if floor else "")
+            print(f"  {name:<10} {spread(times[name])}  {ratio:5.2f}×")
+    top = product_rate(sides.device, sides.stepper.search_dtype)
+    used = sides.stepper.used["attack_precision"]
+    print(f"\nthe parts of ours ({used}; a product runs at {top / 1e12:.2f} TFLOP/s in it here)")
+    parts = measured_parts(sides, statistics.median(found["the step"]["ours"]), top)
+    for name, part in parts.items():
+        print(f"  {name:<22} {part['seconds']:9.4f} s  {part['share']:6.1%} of the step", end="")
+        floor = part["floor"]
+        print(f"  arithmetic alone {floor:8.4f} s ({floor / part['seconds']:.0%})" if floor else "")
     metadata = {key: value for key, value in vars(o).items() if key != "json"} | {"torch": torch.__version__, "on": on}
     metadata |= {"threads": torch.get_num_threads(), "ceiling": top}
     o.json.write_text(json.dumps({"metadata": metadata, "times": found, "parts": parts}, indent=2))
