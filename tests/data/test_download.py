@@ -89,7 +89,10 @@ def test_a_server_that_is_not_there_is_told_in_one_line(tmp_path):
         assert part in message
 
 
-@pytest.mark.parametrize("error", [OSError("no network"), PermissionError("read\nonly"), OSError()])
+NO_POOCH = ModuleNotFoundError("No module named 'pooch'")
+
+
+@pytest.mark.parametrize("error", [OSError("no network"), PermissionError("read\nonly"), OSError(), NO_POOCH])
 def test_any_failure_is_one_clear_error(tmp_path, monkeypatch, error):
     def fail(*_):
         raise error

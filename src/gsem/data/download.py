@@ -53,8 +53,8 @@ def obtain(remote: Remote, name: str, *, root: Path | None = None, folder: str |
     new = not root.exists()
     try:
         return _download(remote, root)
-    # requests raises OSErrors, pooch a ValueError for another checksum.
-    except (OSError, ValueError) as error:
+    # requests raises OSErrors, pooch a ValueError for another checksum; pooch itself may not be installed.
+    except (OSError, ValueError, ImportError) as error:
         if new:
             with suppress(OSError):  # not there, or something is in it
                 root.rmdir()
