@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from timing import OverTime, described
 
+WIDEST = 100  # characters of a value in the table; what was printed at once, and the JSON file, have all
+
 
 @dataclass
 class Row:
@@ -50,10 +52,10 @@ class Report:
         try:
             work()
         except (Exception, OverTime) as error:
-            if not isinstance(error, OverTime):
+            if not isinstance(error, OverTime | FileNotFoundError):
                 traceback.print_exc()
             text = " ".join(str(error).split())
-            self.row(what, f"{type(error).__name__}: {text[:160]}", "", "FAIL", error=text)
+            self.row(what, f"{type(error).__name__}: {text}", "", "FAIL", error=text)
             if isinstance(error, OverTime):
                 raise
             return False
@@ -65,7 +67,9 @@ class Report:
 
     def finish(self, out: Path) -> None:
         seconds = time.monotonic() - self.started
-        cells = [("", "measured", "mark", ""), *((r.what, r.value, r.mark, r.verdict) for r in self.rows)]
+        shown = [row.value if len(row.value) <= WIDEST else row.value[: WIDEST - 2] + " …" for row in self.rows]
+        cells = [("", "measured", "mark", "")]
+        cells += [(row.what, value, row.mark, row.verdict) for row, value in zip(self.rows, shown, strict=True)]
         widths = [max(len(line[column]) for line in cells) for column in range(4)]
         print(f"\n{self.heading}; {seconds:.0f} s in all\n")
         for line in cells:

@@ -138,10 +138,14 @@ def evaluate(report: Report, device: torch.device, o: argparse.Namespace) -> Non
     for name in (name for name in result.names if name.split("@")[0] == "worst"):
         mean, low, high = result.expected(name)
         report.row(name, f"{mean:6.1%} ({low:.1%} – {high:.1%})", accuracy=mean)
-    report.row("evaluation", f"{wall:.1f} s for {len(x)} images (this call)", seconds=wall)
+    total = sum(s.seconds for s in result.scores)
+    shown = f"{wall:.1f} s in this call, the attacks {total:.1f} s; {len(x)} images, eps {eps:.4f}"
+    # (Of an evaluation that was resumed, or was there already, this call is a part only.)
+    seconds = max(wall, total)
+    report.row("evaluation", shown, seconds=seconds, call=wall)
     trained = read_seconds(o.out / "train.json", "training with validation")
     if trained is not None:
-        minutes = (trained + wall) / 60
+        minutes = (trained + seconds) / 60
         shown = f"{minutes:.1f} min, {trained:.0f} s of them training"
         report.at_least("training and evaluation", -minutes, -MINUTES_MARK, shown, f"at most {MINUTES_MARK:g} min")
 
@@ -169,6 +173,8 @@ def autoattack(report: Report, device: torch.device, o: argparse.Namespace) -> N
         count = fitting_images(report, sides, model, x, y, eps, how, o)
         x, y = x[:count], y[:count]
         how.steps, how.queries = o.steps, o.queries
+        setting = f"eps {eps:.4f}, {o.steps} steps, {o.queries} queries; noise off, TF32 off"
+        report.row("setting", setting, eps=eps, steps=o.steps, queries=o.queries)
         found: dict[str, tuple[Tensor, float]] = {}
         for side in sides:
             print(f"  … {side}, {count} images", flush=True)
@@ -205,7 +211,7 @@ def fitting_images(
     for side in sides:
         suites.attacked(side, model, x[: min(8, sample)], y[: min(8, sample)], "apgd-ce", eps, how)
         _, cost = suites.attacked(side, model, x[:sample], y[:sample], "standard", eps, how)
-        seconds += 10 * cost["seconds"]
+        seconds += cost["seconds"] * max(o.steps / how.steps, o.queries / how.queries)
     # A small sample does not fill a GPU: the estimate is too high rather than too low.
     count = max(1, min(len(x), int(sample * o.budget / seconds)))
     shown = f"{seconds / sample:.2f} s an image by a sample of {sample}: {count} of {len(x)} rightly classified images"
