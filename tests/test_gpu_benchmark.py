@@ -134,10 +134,14 @@ def test_time_limits_nest():
         with pytest.raises(OverTime) as stopped, time_limit(0.02, "inner"):
             time.sleep(5)
         assert stopped.value.what == "inner"
-    with pytest.raises(OverTime) as stopped, time_limit(0.04, "outer"):
+
+    def outlives_the_inner_limit() -> None:
         with time_limit(0.01, "inner"):
             pass
         time.sleep(5)
+
+    with pytest.raises(OverTime) as stopped, time_limit(0.04, "outer"):
+        outlives_the_inner_limit()
     assert stopped.value.what == "outer"
     time.sleep(0.05)  # no timer is left
 
