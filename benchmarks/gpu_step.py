@@ -47,7 +47,10 @@ def options(o: argparse.Namespace, *words: str) -> argparse.Namespace:
 
 def published_step(report: Report, o: argparse.Namespace) -> None:
     sides = Sides(o)
-    print(f"  {o.model}, batch {o.batch}, {o.steps} steps × {o.eot} draws on every second image, {o.draws} draws")
+    size = f"batch {o.batch}, {o.steps} steps × {o.eot} draws on every second image, {o.draws} draws"
+    used = ", ".join(f"{field} {value}" for field, value in sides.stepper.used.items())
+    report.row(o.model, size, steps=o.steps, eot=o.eot, draws=o.draws)
+    report.row("precision", f"{used}; reference {'fp16' if sides.device.type == 'cuda' else 'float32'}")
     found = training_step.measured(sides)
     for title, times in found.items():
         ours = statistics.median(times["ours"])
