@@ -89,8 +89,8 @@ def test_the_data_of_a_figure_can_be_copied(browser, pages):
 def test_a_request_would_be_refused(browser, pages):
     # (That none was sent might be luck: the page forbids them.)
     browser.open(pages["one"], width=390)
-    told = browser.run('fetch("https://example.org").then(() => "sent", () => "refused")')
-    assert told == "refused"
+    answer = browser.run('fetch("https://example.org").then(() => "sent", () => "refused")')
+    assert answer == "refused"
     assert "Content Security Policy" in json.dumps(
         browser.told("Log.entryAdded") + browser.told("Runtime.consoleAPICalled")
     )

@@ -1,4 +1,4 @@
-"""A verdict stands over the accuracies of its own network only, and what is left out is said."""
+"""A verdict is shown over the accuracies of its own network only, and files that are left out are named."""
 
 import json
 from dataclasses import replace
@@ -63,7 +63,7 @@ def test_the_audit_of_another_network_is_not_the_verdict_on_this_one(here):
     left_out = "audit.json: it is of other weights (nets:other)"
     for text in (page, Path("page.md").read_text()):
         assert f"Not shown: {left_out}." in text
-    assert "NOT AUDITED" in page and "No audit here is of these accuracies" in page
+    assert "NOT AUDITED" in page and "No audit here belongs to these accuracies" in page
     assert "<h1>nets:one</h1>" in page and card["name"] == card["architecture"] == "nets:one"
     assert card["unreliable"] is None and card["gsem"]["not_used"] == [left_out] and left_out in card["footnote"]
     assert card["dataset"] == "images.npz"
@@ -74,20 +74,20 @@ def test_the_audit_of_another_network_is_not_the_verdict_on_this_one(here):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reason"),
     [
         (("--eps", "0.3"), "it was made at eps = 0.3 (Linf), the evaluation at eps = 8/255 (Linf)"),
         (("--norm", "L2", "--eps", "8/255"), "it was made at eps = 8/255 (L2), the evaluation at eps = 8/255 (Linf)"),
         (("--data", "others.npz"), "it was made on other data (others.npz)"),
     ],
 )
-def test_the_audit_of_another_question_is_not_the_verdict_on_this_one(here, words, told):
+def test_the_audit_of_another_question_is_not_the_verdict_on_this_one(here, words, reason):
     with np.load("images.npz") as file:
         np.savez("others.npz", x_test=file["x_test"] + 1, y_test=file["y_test"])
     run("evaluate", "nets:one", "--data", "images.npz", "--attacks", "clean")
     audited("nets:one", *words)
     page, _ = reported("evaluation.npz")
-    assert "NOT AUDITED" in page and f"Not shown: audit.json: {told}." in page
+    assert "NOT AUDITED" in page and f"Not shown: audit.json: {reason}." in page
     audited("nets:one", "--images", "8")  # other images of the same data set
     assert "NOT AUDITED" not in reported("evaluation.npz")[0]
 
@@ -96,14 +96,14 @@ def test_an_audit_is_not_overwritten_by_another(here, capsys):
     audited("nets:one", "--out", "a.json")
     before = Path("a.json").read_bytes()
     audited("nets:one", "--out", "a.json")  # the same once more
-    for words, told in (
+    for words, different in (
         (("nets:other",), "the model's weights."),
         (("nets:one", "--eps", "0.3"), "eps (8/255 then, 0.3 now)"),
         (("nets:one", "--images", "8"), "the images"),
     ):
         with pytest.raises(AssertionError):
             audited(*words, "--out", "a.json")
-        assert f"a.json is there already, and is an audit of something else. Different are: {told}" in (
+        assert f"a.json is there already, and is an audit of something else. Different are: {different}" in (
             capsys.readouterr().err
         )
     Path("notes.json").write_text("{}")
@@ -123,13 +123,13 @@ def test_a_run_its_evaluation_and_its_audit_are_of_one_network(here, few_digits)
     run("audit", "r", *common, "--only", "randomness", "--attacks", "pgd:steps=1")
     entry = read_runs(["r"])[0]
     assert entry.audit is not None and entry.result is not None and entry.unmatched == ()
-    # Of the gradient that the evaluation did not follow, an audit says nothing about it.
+    # An audit of another gradient does not apply to the evaluation.
     run("audit", "r", *common, "--only", "randomness", "--attacks", "pgd:steps=1", "--gradient", "semi-masked")
     entry = read_runs(["r"])[0]
     assert "semi-masked" not in entry.audit.metadata["command"]
     [left_out] = entry.unmatched
     assert left_out == "audit-2.json: it is of the same weights in another network, or with another setting (r)"
-    # The run was trained further, or its checkpoint replaced: what was measured is not of it any more.
+    # The checkpoint was replaced: the measurements are of another network now.
     gsem.train(replace(recipe, seed=1), out="s", data=few_digits, device="cpu")
     Path("s/checkpoints/best.safetensors").replace("r/checkpoints/best.safetensors")
     entry = read_runs(["r"])[0]
@@ -149,7 +149,7 @@ def test_an_evaluation_of_another_network_in_a_run_directory(tmp_path):
     assert entry.file == "evaluation.npz" and entry.others == ()
     assert entry.unmatched == ("evaluation-2.npz: it is of another network (mine:net)",)
     assert entry.audit.verdict == "INVALID"
-    # Asked for by its file, it stands alone.
+    # Named by its file, it is shown alone.
     entry = read_runs([path / "evaluation-2.npz"])[0]
     assert (entry.name, entry.metadata, entry.metrics, entry.audit) == ("mine:net", {}, (), None)
     run_left_out, audit_left_out = entry.unmatched
@@ -172,15 +172,15 @@ def test_commands_of_a_page_quote_paths_with_spaces(tmp_path, monkeypatch):
     assert "`gsem evaluate 'my run' --suite standard`" in markdown(read_runs([path]))
 
 
-def test_what_does_not_say_what_it_is_of_is_not_joined(tmp_path):
+def test_files_that_do_not_record_their_network_are_not_joined(tmp_path):
     path = planted_run(tmp_path / "run", weights=True)
     metadata = {k: v for k, v in planted_audit().metadata.items() if k != "fingerprint"}
     planted_audit(metadata=metadata).save(path / "audit.json")
-    assert read_runs([path])[0].unmatched[0].startswith("audit.json: it does not say which network it is of")
+    assert read_runs([path])[0].unmatched[0].startswith("audit.json: it does not record its network")
     metadata = {k: v for k, v in planted_result().metadata.items() if k != "fingerprint"}
     replace(planted_result(), metadata=metadata).save(path / "evaluation")
     entry = read_runs([path])[0]
-    assert entry.result is None and entry.unmatched[0].startswith("evaluation.npz: it does not say")
+    assert entry.result is None and entry.unmatched[0].startswith("evaluation.npz: it does not record")
     planted_audit().save(path / "audit.json")
     entry = read_runs([path / "evaluation.npz"])[0]
     assert entry.audit is None and "earlier version" in entry.unmatched[-1]

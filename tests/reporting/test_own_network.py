@@ -1,4 +1,4 @@
-"""Pictures of networks that gsem did not train: with the network, or of what its evaluation kept."""
+"""Pictures of networks that gsem did not train: with the network, or of what its evaluation saved."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def one():
 def other():
     return Net(2.0).eval()
 """
-GALLERY, CONFUSION, SURFACE = "<img", "is answered as", "Around row"
+GALLERY, CONFUSION, SURFACE = "<img", "Most frequent errors", "Around row"
 
 
 @pytest.fixture
@@ -63,38 +63,38 @@ def test_with_the_network_there_are_all_pictures(here):
     evaluated("--save-adv")
     found = page("--model", "ownnets:one")
     assert all(part in found for part in (GALLERY, CONFUSION, SURFACE))
-    assert "the points of the evaluation" in found and "taken for" in found
-    (here / "images.npz").unlink()  # the kept images are enough
+    assert "worst point of the evaluation" in found and "taken for" in found
+    (here / "images.npz").unlink()  # the saved images are enough
     assert all(part in page("--model", "ownnets:one") for part in (GALLERY, CONFUSION, SURFACE))
 
 
-def test_without_kept_images_those_that_were_evaluated_are_attacked_anew(here):
+def test_without_saved_images_the_evaluated_ones_are_attacked_anew(here):
     evaluated("--subset", "first")
     found = page("--model", "ownnets:one")
-    assert "points found for this report only" in found and "Around row 0: left" in found
+    assert "points found for this report" in found and "Around row 0: left" in found
     assert "Row 7: <b>right</b>" in found and "Row 8" not in found
     (here / "images.npz").rename(here / "moved.npz")
-    assert "The test images are not there" in page("--model", "ownnets:one")
+    assert "The test images were not found" in page("--model", "ownnets:one")
     assert "Row 7: <b>right</b>" in page("--model", "ownnets:one", "--data", "moved.npz")
 
 
-def test_without_the_network_the_gallery_shows_what_was_kept_and_says_what_is_missing(here):
+def test_without_the_network_the_gallery_shows_what_was_saved_and_what_is_missing(here):
     evaluated("--save-adv", "--subset", "first")
     found = page()
     assert GALLERY in found and CONFUSION not in found and SURFACE not in found
     assert "clean: right" in found and "attacked: wrong" in found
-    assert "The network is needed for it: gsem report evaluation.npz --model ownnets:one shows it." in found
+    assert "gsem report evaluation.npz --model ownnets:one shows it" in found
     assert "Row 0: <b>left</b>" in page("--data", "images.npz")
     (here / "evaluation.npz").unlink()
     evaluated("--again")
-    assert GALLERY not in page() and "An evaluation with --save-adv keeps" in page()
+    assert GALLERY not in page() and "--save-adv" in page()
 
 
 def test_another_network_than_the_evaluated_one_is_refused(here, capsys):
     evaluated("--save-adv")
     assert main(["report", "evaluation.npz", "--model", "ownnets:other"]) == 2
     err = capsys.readouterr().err
-    assert "is not an evaluation of the network that is given" in err and "other weights" in err
+    assert "is not an evaluation of the given network" in err and "other weights" in err
     assert not Path("report.html").exists()
     assert main(["report", "evaluation.npz", "--model", "ownnets:one", "--normalize", "0.5/0.5"]) == 2
     assert "another setting" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +14,9 @@ from PIL import Image
 import gsem
 from gsem._env import commit
 from gsem.reporting import html, read_runs
-from gsem.reporting.classes import class_figure, confusion_figure, per_class, wilson
-from gsem.reporting.gallery import choice, exhibits, png, surface_figures
+from gsem.reporting.charts import class_figure, confusion_figure, per_class, surface_figures, wilson
 from gsem.reporting.report import report
-from gsem.reporting.visuals import GRID, REACH, confusion, first_of_each, pictures
+from gsem.reporting.visuals import GRID, REACH, confusion, first_of_each, gallery, gallery_choice, pictures, png
 from planted import Flipper, Halves, halves
 from planted_run import ATTACKED, CLASSES, planted_result, planted_run
 
@@ -42,9 +42,9 @@ def test_the_interval_is_wilsons(right, n):
 
 def test_the_figure_of_classes_holds_them(tmp_path):
     figure = class_figure(read_runs([planted_run(tmp_path / "run")])[0], 0)
-    assert figure.header == ("class", "images", "worst", "low", "high", "clean")
-    assert [row[:3] for row in figure.rows] == [(name, 4, k / 10) for k, name in enumerate(CLASSES)]
-    assert {row[5] for row in figure.rows} == {0.95}
+    assert figure.data.header == ("class", "images", "worst", "low", "high", "clean")
+    assert [row[:3] for row in figure.data.rows] == [(name, 4, k / 10) for k, name in enumerate(CLASSES)]
+    assert {row[5] for row in figure.data.rows} == {0.95}
     assert "lowest zero with 0.0%, highest nine with 90.0%" in str(figure.chart)
 
 
@@ -71,8 +71,8 @@ def test_of_many_classes_the_most_frequent_errors_are_shown(tmp_path, of_halves)
     entry = read_runs([planted_run(tmp_path / "run", classes=tuple(f"c{k}" for k in range(30)))])[0]
     figure = confusion_figure(replace(entry, pictures=replace(of_halves, confusion=matrix)), 0)
     assert "c3 → c7" in str(figure.chart)
-    assert ("c3", "c7", 2.0, 0.6667) in figure.rows
-    assert "c3 is answered as c7 in 66.7%" in str(figure.chart)
+    assert ("c3", "c7", 2.0, 0.6667) in figure.data.rows
+    assert "c3 is taken for c7 in 66.7%" in str(figure.chart)
 
 
 def test_the_attack_of_the_pictures_breaks_what_can_be_broken(of_halves):
@@ -124,21 +124,21 @@ def test_the_caption_says_how_many_images_are_right_without_an_attack(tmp_path):
     (entry,) = read_runs([run])
     x, y = halves(12, contrast=0.15)
     all_right = pictures(Halves().eval(), x, y, eps=EPS)
-    assert choice(replace(entry, pictures=all_right)) == "Images that are right without an attack, class by class."
+    assert gallery_choice(all_right) == "Images that are right without an attack, class by class."
     wrong = y.clone()
     wrong[:8] = 1 - y[:8]
     found = replace(entry, pictures=pictures(Halves().eval(), x, wrong, eps=EPS, rows=np.arange(12) + 400))
     assert sum(shown.clean_right == 1 for shown in found.pictures.gallery) == 4
     assert [shown.clean_right for shown in found.pictures.gallery[:4]] == [1] * 4
-    told = "only 4 of these 10 are right without an attack, which is all there are among 12"
-    assert told in choice(found) and told in " ".join(html([found]).split())
+    assert "only 4 of these 10" in gallery_choice(found.pictures) and "among 12" in gallery_choice(found.pictures)
+    assert gallery_choice(found.pictures) in " ".join(html([found]).split())
 
 
 def test_images_are_numbered_by_their_rows_in_the_data_set(tmp_path):
     (entry,) = read_runs([planted_run(tmp_path / "run")])
     x, y = halves(12, contrast=0.15)
     found = replace(entry, pictures=pictures(Halves().eval(), x, y, eps=EPS, rows=np.arange(12) * 3 + 400))
-    assert [e.number for e in exhibits(found)[:4]] == ["Row 400", "Row 403", "Row 406", "Row 409"]
+    assert [image.number for image in gallery(found.pictures, str)[:4]] == ["Row 400", "Row 403", "Row 406", "Row 409"]
     assert surface_figures(found, 0)[1].title == "Around row 403: one"
     page = html([found])
     assert "Row 403: <b>one</b>" in page and "Image 2" not in page
@@ -146,33 +146,49 @@ def test_images_are_numbered_by_their_rows_in_the_data_set(tmp_path):
     assert "Image 2: <b>one</b>" in html([unknown])
 
 
+def test_a_surface_is_drawn_as_images_of_its_margin(tmp_path, of_halves):
+    entry = replace(read_runs([planted_run(tmp_path / "run")])[0], pictures=of_halves)
+    margin = of_halves.surfaces[0].margin
+    figure = surface_figures(entry, 0)[0]
+    chart = str(figure.chart)
+    assert chart.count("<rect") == 2 and chart.count("<image") == 2
+    right, wrong = (pixels_of(uri) / 255 for uri in re.findall(r'href="(data:[^"]+)"', chart))
+    strength = (0.1 + 0.9 * np.abs(margin) / np.abs(margin).max())[::-1]  # the first row of an image is its top
+    assert np.abs(wrong - np.where(margin[::-1] > 0, strength, 0)).max() < 0.003
+    assert np.abs(right - np.where(margin[::-1] > 0, 0, strength)).max() < 0.003
+    assert f"{margin[GRID // 2, GRID // 2]:.2f} at the image" in chart  # the text alternative
+    assert len(figure.data.rows) == GRID**2
+
+
+def pixels_of(uri: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_png_of_the_same_pixels(channels):
     pixels = np.random.default_rng(0).integers(0, 256, (channels, 5, 4))
-    uri = png(pixels / 255)
-    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+    image = pixels_of(png(pixels / 255))
     assert np.array_equal(image if channels == 1 else image.transpose(2, 0, 1), pixels[0] if channels == 1 else pixels)
 
 
-def test_the_gallery_shows_kept_points(tmp_path, of_halves):
+def test_the_gallery_shows_saved_points(tmp_path, of_halves):
     entry = replace(read_runs([planted_run(tmp_path / "run")])[0], pictures=of_halves)
-    shown = exhibits(entry)
+    shown = gallery(of_halves, entry.class_name)
     assert [e.label for e in shown[:2]] == ["zero", "one"]
     assert (shown[0].before, shown[0].after, shown[0].broken) == ("right", "taken for one", True)
-    assert all(f.rows and "Around image" in f.title for f in surface_figures(entry, 0))
+    assert all(f.data.rows and "Around image" in f.title for f in surface_figures(entry, 0))
     assert html([entry]).count("<img") == 3 * len(shown)
 
 
-def test_a_point_that_is_the_image_itself_is_told(tmp_path, of_halves):
+def test_a_point_that_is_the_image_itself_is_named(of_halves):
     first = of_halves.gallery[0]
     stands = replace(first, x_adv=first.x, attacked=first.label, attacked_right=1.0)
     wrong = replace(first, x_adv=first.x, clean=1, clean_right=0.0, attacked=1, attacked_right=0.0)
-    gallery = (stands, wrong, first)
-    entry = replace(read_runs([planted_run(tmp_path / "run")])[0], pictures=replace(of_halves, gallery=gallery))
-    assert [shown.after for shown in exhibits(entry)] == [
-        "right; no point that was found comes nearer to an error than the image itself",
-        "taken for one; wrong already, and not attacked",
-        "taken for one",
+    found = gallery(replace(of_halves, gallery=(stands, wrong, first)), str)
+    assert [shown.after for shown in found] == [
+        "right; the attack found no point closer to an error than the image",
+        "taken for 1; wrong already",
+        "taken for 1",
     ]
 
 
@@ -180,32 +196,32 @@ def test_a_report_computes_its_pictures_from_the_run(tmp_path):
     run = planted_run(tmp_path / "run", weights=True)
     assert report(run, tmp_path / "page.html", images=20) == [tmp_path / "page.html"]
     page = (tmp_path / "page.html").read_text()
-    assert "points found for this report only, by apgd20-eot5" in page
+    assert "points found for this report by apgd20-eot5" in page
     assert page.count("Around row") >= 3
     report(run, tmp_path / "none.html", images=0)
-    assert "come with --images above 0" in (tmp_path / "none.html").read_text()
+    assert "switched off by --images 0" in (tmp_path / "none.html").read_text()
 
 
-def test_a_report_takes_the_points_that_were_kept(tmp_path):
+def test_a_report_takes_the_points_that_were_saved(tmp_path):
     run = planted_run(tmp_path / "run", weights=True)
     test = gsem.data.load("digits").test()
     x = gsem.data.to_float(test.x[:40]).numpy()
     x_adv = np.clip(x + 0.1, 0, 1).astype(np.float32)
     planted_result(x, x_adv).save(run / "evaluation")
-    with np.load(run / "evaluation.npz") as file:  # the unbounded attack's points are not asked for
+    with np.load(run / "evaluation.npz") as file:  # (points of the unbounded attack are not needed)
         assert file[f"{ATTACKED}.x_adv"].shape == (40, 1, 8, 8)
     report(run, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert f"the points of the evaluation's attacks ({ATTACKED}), of each image the worst" in page.replace("&#39;", "'")
+    assert f"each image's worst point of the evaluation's attacks ({ATTACKED})" in page.replace("&#39;", "'")
     assert png(x_adv[0]) in page or png(x_adv[10]) in page
 
 
-def test_without_the_images_it_says_so(tmp_path):
+def test_without_the_images_they_are_named_as_missing(tmp_path):
     run = planted_run(tmp_path / "run", weights=True, data="gone.npz")
     (run / "evaluation.npz").unlink()
     report(run, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "The test images are not there" in page
+    assert "The test images were not found" in page
     assert "--save-adv" in page
 
 

@@ -1,4 +1,4 @@
-"""What cannot be read is one clear error; nothing is written then."""
+"""A file that cannot be read is one clear error, and nothing is written."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "message"),
     [
         ("recipe.json", b"{", "recipe.json is damaged"),
         ("recipe.json", b"[]", "recipe.json is damaged"),
@@ -31,9 +31,9 @@ def run(tmp_path):
         ("audit.json", b'{"checks": [{"name": "x"}]}', "audit.json is damaged, or of another version"),
     ],
 )
-def test_a_damaged_file_is_named(run, file, content, told):
+def test_a_damaged_file_is_named(run, file, content, message):
     (run / file).write_bytes(content)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_runs([run])
 
 
@@ -65,7 +65,7 @@ def test_a_run_killed_while_it_wrote_its_metrics(run):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["nowhere"], "there is no run nowhere"),
         ([], "RUN"),
@@ -75,12 +75,12 @@ def test_a_run_killed_while_it_wrote_its_metrics(run):
         (["run", "--images", "-1"], "images must be at least 0"),
     ],
 )
-def test_the_command_refuses_in_one_line(run, capsys, monkeypatch, words, told):
+def test_the_command_refuses_in_one_line(run, capsys, monkeypatch, words, message):
     monkeypatch.chdir(run.parent)
     (run.parent / "folder.html").mkdir()
     assert main(["report", *words]) == 2
     err = capsys.readouterr().err
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
     assert not list(run.parent.rglob("report.html"))
 
@@ -103,7 +103,7 @@ def test_in_python(run, tmp_path):
 
 
 def test_an_audit_of_any_name_is_found(run, tmp_path):
-    """As `gsem audit --out RUN/strict` saves it; the latest of them, whatever it is called."""
+    """As `gsem audit --out RUN/strict` saves it; the latest counts, whatever its name."""
     first = read_runs([run])[0].audit
     assert first is not None
     later = planted_audit(verdict="SUSPECT", reason="strict")

@@ -1,23 +1,91 @@
-"""Reads a run directory for a report: recipe, metrics, the latest evaluation, the latest whole audit."""
+"""Reads a run directory for a report: recipe, metrics, the latest evaluation, and the audit that belongs to it.
+
+An evaluation and an audit belong together if they are of one network, at one radius and norm, on one data set.
+"""
 
 import json
 import re
 import zipfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gsem._fingerprint import same_model
+from gsem._text import pixels
 from gsem.auditing import Audit
 from gsem.evaluation.result import EvaluationResult, with_ending
-from gsem.reporting.match import other_network, other_question
-from gsem.reporting.tables import bare
-from gsem.reporting.views import RunReport
+from gsem.reporting.visuals import Pictures
 from gsem.training.run import read_metrics, run_fingerprint
 
 
+@dataclass(frozen=True, eq=False)
+class RunReport:
+    """The files of a run. What is missing is None or empty."""
+
+    path: Path
+    name: str
+    spec: str
+    """The run as commands name it."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """recipe.json: recipe, model, data, versions, machine."""
+    metrics: tuple[dict[str, Any], ...] = ()
+    """One per epoch (see `gsem.Run`)."""
+    result: EvaluationResult | None = None
+    summary: dict[str, Any] | None = None
+    """`result.to_dict()`: each attack's accuracies with intervals, and the worst cases."""
+    file: str = ""
+    """The name of the result's file."""
+    others: tuple[str, ...] = ()
+    """Other evaluations of this run, which are not shown."""
+    audit: Audit | None = None
+    unmatched: tuple[str, ...] = ()
+    """Files that are not shown, each with its reason: `audit.json: it is of another network`."""
+    pictures: Pictures | None = None
+    missing: str = ""
+    """Why some or all pictures are missing, as a sentence."""
+    named: tuple[str, ...] = ()
+    """Names of the classes of a network that gsem did not train, where its data hold them."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The fields of the recipe; {} where the network was not trained by gsem."""
+        return self.metadata.get("recipe", {})
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their labels; numbers where they are not known."""
+        named = self.metadata.get("data", {}).get("classes") or self.named
+        if named:
+            return tuple(named)
+        known = [] if self.result is None else [int(self.result.y.max()) + 1]
+        known += [] if self.pictures is None or self.pictures.confusion is None else [len(self.pictures.confusion)]
+        return tuple(str(number) for number in range(max(known, default=0)))
+
+    def class_name(self, label: int) -> str:
+        """The name of a label, else its number."""
+        return self.classes[label] if label < len(self.classes) else str(label)
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What the evaluation recorded of its model and data; {} where there is none."""
+        return {} if self.result is None else self.result.metadata.get("about", {})
+
+    @property
+    def eps(self) -> float | None:
+        """The radius of the evaluation, else of the audit, else of the data."""
+        for metadata in (
+            None if self.result is None else self.result.metadata,
+            None if self.audit is None else self.audit.metadata,
+            self.metadata.get("data"),
+        ):
+            if metadata and "eps" in metadata:
+                return float(metadata["eps"])
+        return None
+
+
 def read_runs(paths: Sequence[str | Path]) -> list[RunReport]:
-    """Each run, with a name that no other of them has.
+    """Read each run, and give it a name that no other has.
 
     Args:
         paths: run directories, or files of single evaluations (`.npz` or `.json` of `gsem evaluate`).
@@ -32,11 +100,11 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunReport]:
     for number, path in enumerate(resolved):
         if path in resolved[:number]:
             raise ValueError(f"{paths[number]} is given twice")
-    return _told_apart(entries)
+    return _with_distinct_names(entries)
 
 
-def _told_apart(entries: list[RunReport]) -> list[RunReport]:
-    """Runs of the same name are called by their folder's too, and at last by their number."""
+def _with_distinct_names(entries: list[RunReport]) -> list[RunReport]:
+    """Runs of the same name get the name of their folder in front, and if that is not enough, a number behind."""
     longer = [replace(e, name=f"{e.path.resolve().parent.name}/{e.name}") for e in entries]
     names = [e.name for e in entries]
     entries = [long if names.count(e.name) > 1 else e for e, long in zip(entries, longer, strict=True)]
@@ -79,17 +147,17 @@ def _read_run(path: Path, chosen: Path | None) -> RunReport:
 
 
 def _subject(path: Path) -> tuple[dict[str, str] | None, list[str]]:
-    """The fingerprint of the run's model, if its checkpoint is there; and if it cannot be read, a sentence."""
+    """The fingerprint of the run's model, where it has a checkpoint; and a sentence where that cannot be read."""
     try:
         return run_fingerprint(path), []
     except (ValueError, OSError, RuntimeError):
-        return None, ["checkpoints: they cannot be read, so that it is not known whether the figures are of this run"]
+        return None, ["checkpoints: they cannot be read, so the results may be of another network"]
 
 
 def _of_evaluation(
     path: Path, file: Path, metadata: dict[str, Any], subject: dict[str, str] | None, unmatched: list[str]
 ) -> RunReport:
-    """An evaluation that was asked for by its file. What was trained beside it belongs to it if it is its network."""
+    """An evaluation named by its file. The recipe and metrics beside it are added if they are of the same network."""
     result, summary = _result(file)
     other = other_network(result.metadata, subject)
     entry = RunReport(
@@ -108,7 +176,7 @@ def _of_evaluation(
 
 
 def _spec(path: Path) -> str:
-    """The run as a command names it; nothing of where it lies on the machine that made the report."""
+    """The run as a command names it, without the absolute path."""
     here = Path.cwd()
     if path.is_absolute():
         return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
@@ -123,9 +191,9 @@ def _numbered(path: Path, stem: str, ending: str) -> list[Path]:
 
 
 def _audits(path: Path) -> list[Path]:
-    """The files of audits, the latest last: as gsem audit names them, and what --out called otherwise.
+    """The files of audits, the latest last.
 
-    Those that gsem audit named are in the order of their numbers; among others only the time of the file tells.
+    Files that gsem audit named are ordered by their numbers, files named by --out by their time.
     """
     numbered = _numbered(path, "audit", ".json")
     others = [(f.stat().st_mtime, f) for f in path.glob("*.json") if f not in numbered and _is_audit(f)]
@@ -162,7 +230,7 @@ def _metrics(path: Path) -> tuple[dict[str, Any], ...]:
 def _result(file: Path) -> tuple[EvaluationResult, dict[str, Any]]:
     try:
         result = EvaluationResult.load(file)
-        return result, result.to_dict()  # (its intervals are those that were saved: nothing is computed twice)
+        return result, result.to_dict()  # (with the intervals that were saved)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no evaluation {file}") from None
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -172,11 +240,11 @@ def _result(file: Path) -> tuple[EvaluationResult, dict[str, Any]]:
 
 
 def _with_audit(entry: RunReport, subject: dict[str, str] | None, unmatched: list[str]) -> RunReport:
-    """The latest audit of this network that made all checks; where there is none, the latest.
+    """With the latest audit of this network that made all checks; where there is none, the latest.
 
     Args:
-        subject: the fingerprint of the network, where there is no evaluation of it.
-        unmatched: what is not shown, and why; completed here.
+        subject: the fingerprint of the network, used where there is no evaluation.
+        unmatched: the files not shown so far, with their reasons.
     """
     audits = []
     if entry.result is not None:
@@ -195,3 +263,47 @@ def _with_audit(entry: RunReport, subject: dict[str, str] | None, unmatched: lis
             unmatched = [*unmatched, f"{file.name}: {other}"]
     chosen = [a for a in audits if not a.metadata.get("only")] or audits
     return replace(entry, audit=chosen[-1] if chosen else None, unmatched=tuple(unmatched))
+
+
+def other_network(metadata: Mapping[str, Any], subject: Mapping[str, str] | None) -> str | None:
+    """Why an evaluation or audit is not of the network `subject`; None where it is.
+
+    Args:
+        metadata: the metadata of the evaluation or audit.
+        subject: the network's fingerprint. None where there is nothing to compare with; {} where it is not recorded.
+    """
+    found = metadata.get("fingerprint")
+    if subject is None or same_model(found, subject):
+        return None
+    if not subject:
+        return "the evaluation does not record its network (it was made by an earlier version of gsem)"
+    if not found:
+        return "it does not record its network (it was made by an earlier version of gsem)"
+    named = metadata.get("about", metadata).get("model")
+    name = f" ({bare(named)})" if named else ""
+    if found.get("structure") == subject.get("structure"):
+        return f"it is of other weights{name}"
+    if found.get("weights") == subject.get("weights"):
+        return f"it is of the same weights in another network, or with another setting{name}"
+    return f"it is of another network{name}"
+
+
+def other_question(audit: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str | None:
+    """Why an audit of the same network does not apply to the evaluation's accuracies; None where it does.
+
+    Radius, norm and data set must be equal. Images and attacks may differ.
+    """
+    then, now = ((f.get("eps", 0.0), f.get("norm", "Linf")) for f in (audit, evaluation))
+    if "eps" in audit and then != now:
+        radii = [f"eps = {pixels(eps)} ({norm})" for eps, norm in (then, now)]
+        return f"it was made at {radii[0]}, the evaluation at {radii[1]}"
+    one, other = audit.get("test_set"), evaluation.get("about", {}).get("test_set")
+    if one and other and one != other:
+        return f"it was made on other data ({bare(audit.get('data', ''))})"
+    return None
+
+
+def bare(word: Any) -> str:
+    """An absolute path without its folders, which are of one machine only; other words as they are."""
+    text = str(word)
+    return Path(text).name if text.startswith(("/", "~")) else text

@@ -1,4 +1,4 @@
-"""Charts as SVG without any library: lines and whiskers on axes. Colours are the page's (CSS variables)."""
+"""SVG charts without a library: lines and bars with their intervals. Colours are the page's CSS variables."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,9 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 40
-# Of the runs, in turn; told apart by shape too, for those who see no colours and for print.
+LETTER, LETTERS = 6.9, 21  # width of a letter of 12 px; letters of a bar's name that are shown
+BAND, GAP = 12, 8  # height of a bar, and space between two groups of bars
+# Of the runs, in turn: their shapes differ too, for readers who see no colours and for print.
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "ring")
 
 
@@ -26,11 +28,34 @@ class Point:
 class Line:
     """What one line of a chart shows."""
 
-    name: str
     points: tuple[Point, ...]
     run: int = 0
     """Number of the run: its colour and marker."""
     dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar."""
+
+    value: float
+    """Its length as a share of the axis, 0 to 1."""
+    low: float | None = None
+    high: float | None = None
+    run: int | None = None
+    """Number of the run: its colour and marker. None where the chart shows a single run."""
+    reference: float | None = None
+    """Where a second value is marked across the bar."""
+    text: str = ""
+    """Written to the right of the axis."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A line of a legend."""
+
+    name: str
+    sign: Markup
 
 
 @dataclass(frozen=True)
@@ -46,12 +71,12 @@ class Axis:
 
 def tag(name: str, *content: str, **attributes: object) -> Markup:
     """An element; `class_` and `stroke_width` become `class` and `stroke-width`. Everything is escaped."""
-    told = Markup("").join(
+    pairs = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _short(value))
         for key, value in attributes.items()
         if value is not None
     )
-    return Markup("<{}{}>{}</{}>").format(Markup(name), told, Markup("").join(map(escape, content)), Markup(name))
+    return Markup("<{}{}>{}</{}>").format(Markup(name), pairs, Markup("").join(map(escape, content)), Markup(name))
 
 
 def _short(value: object) -> object:
@@ -75,12 +100,12 @@ def drawing(
     )
 
 
-def linear(name: str, low: float, high: float, told: Callable[[float], str] | None = None, count: int = 5) -> Axis:
+def linear(name: str, low: float, high: float, label: Callable[[float], str] | None = None, count: int = 5) -> Axis:
     """An axis from `low` to `high` with round ticks."""
     high = high if high > low else low + 1
     step = nice(high - low, count)
     values = [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    return Axis(name, tuple((v, told(v) if told else f"{v:g}") for v in values), lambda v: (v - low) / (high - low))
+    return Axis(name, tuple((v, label(v) if label else f"{v:g}") for v in values), lambda v: (v - low) / (high - low))
 
 
 def nice(width: float, count: int) -> float:
@@ -89,8 +114,8 @@ def nice(width: float, count: int) -> float:
     return next(power * m for m in (1, 2, 5, 10) if power * m * count >= width * 0.999)
 
 
-def doubling(name: str, values: Sequence[float], told: Callable[[float], str]) -> Axis:
-    """A logarithmic axis with the values as ticks; 0 stands one step before the smallest other one."""
+def doubling(name: str, values: Sequence[float], label: Callable[[float], str]) -> Axis:
+    """A logarithmic axis with the values as ticks; 0 is placed one step before the smallest other one."""
     above = sorted({v for v in values if v > 0})
     low, high = math.log2(above[0]), math.log2(above[-1])
     zero = low - max(1.0, (high - low) / 6) if min(values) <= 0 else low
@@ -100,7 +125,7 @@ def doubling(name: str, values: Sequence[float], told: Callable[[float], str]) -
         return ((math.log2(value) if value > 0 else zero) - zero) / width
 
     def clear(one: float, other: float) -> bool:
-        return abs(place(one) - place(other)) > 0.02 + 0.0115 * len(told(one) + told(other))
+        return abs(place(one) - place(other)) > 0.02 + 0.0115 * len(label(one) + label(other))
 
     # Labels that would touch are left out, but not the first and the last; the data table has every value.
     first, *between, last = sorted({min(values), max(values), *values}) if len(set(values)) > 1 else [values[0]] * 2
@@ -108,7 +133,7 @@ def doubling(name: str, values: Sequence[float], told: Callable[[float], str]) -
     for value in between:
         if clear(value, kept[-1]) and clear(value, last):
             kept.append(value)
-    return Axis(name, tuple((value, told(value)) for value in dict.fromkeys([*kept, last])), place)
+    return Axis(name, tuple((value, label(value)) for value in dict.fromkeys([*kept, last])), place)
 
 
 def share() -> Axis:
@@ -184,6 +209,56 @@ def _line(line: Line, across: Axis, up: Axis) -> Markup:
     return tag("g", *parts, class_=f"run s{line.run % len(MARKERS)}")
 
 
+def bars(
+    key: str, title: str, description: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, axis: bool = True
+) -> Markup:
+    """A bar chart.
+
+    Args:
+        groups: a name and its bars, one below the other.
+        axis: whether the lengths are shares, so that an axis from 0 to 100% is drawn.
+    """
+    names = [shortened(name, LETTERS) for name, _ in groups]
+    left = 12 + LETTER * max(map(len, names), default=0)
+    width = WIDTH - left - (60 if any(bar.text for _, group in groups for bar in group) else 26)
+    grid, parts, y = [], [], 4.0
+    for name, (_, group) in zip(names, groups, strict=True):
+        height = BAND * len(group) + GAP
+        parts.append(tag("text", name, x=left - 8, y=y + height / 2 + 4, text_anchor="end"))
+        parts += [_bar(bar, left, width, y + GAP / 2 + BAND * (turn + 0.5)) for turn, bar in enumerate(group)]
+        y += height
+    for percentage in (0, 25, 50, 75, 100) if axis else ():
+        x = left + width * percentage / 100
+        grid.append(tag("line", x1=x, x2=x, y1=2, y2=y, class_="grid"))
+        if percentage in (0, 50, 100):
+            parts.append(tag("text", f"{percentage}%", x=x, y=y + 15, text_anchor="middle"))
+    return drawing(key, title, description, *grid, *parts, height=y + (20 if axis else 4))
+
+
+def _bar(bar: Bar, left: float, width: float, middle: float) -> Markup:
+    def x(value: float) -> float:
+        return left + width * value
+
+    parts = [
+        tag("rect", x=left, y=middle - BAND / 2 + 1, width=width * bar.value, height=float(BAND - 2), class_="bar")
+    ]
+    if bar.low is not None and bar.high is not None:
+        parts.append(tag("path", d=f"M{x(bar.low):.1f} {middle:g}H{x(bar.high):.1f}", class_="whisker on-bar"))
+    if bar.reference is not None:
+        top = middle - BAND / 2 - 2
+        parts.append(tag("path", d=f"M{x(bar.reference):.1f} {top:g}v{BAND + 4}", class_="clean"))
+    if bar.run is not None:
+        parts.append(marker(bar.run, x(bar.value), middle, 4))
+    if bar.text:
+        parts.append(tag("text", bar.text, x=left + width + 10, y=middle + 4))
+    return tag("g", *parts, class_=None if bar.run is None else f"run s{bar.run % len(MARKERS)}")
+
+
+def shortened(name: str, letters: int) -> str:
+    """At most so many letters."""
+    return name if len(name) <= letters else name[: letters - 1] + "…"
+
+
 def whisker(x: float, low: float, high: float) -> Markup:
     """A vertical interval."""
     ends = [f"M{x - 3:.1f} {end:.1f}h6" for end in (low, high)]
@@ -203,3 +278,23 @@ def marker(run: int, x: float, y: float, size: float = 3.5) -> Markup:
         "cross": f"M{x - s:.1f} {y - s:.1f}l{2 * s:g} {2 * s:g}m0 {-2 * s:g}l{-2 * s:g} {2 * s:g}",
     }
     return tag("path", d=shapes[kind], class_="mark hollow" if kind == "cross" else "mark")
+
+
+def run_key(name: str, run: int, *, dashed: bool = False) -> Key:
+    """The line and marker of a run, for a legend."""
+    line = tag("path", d="M1 7H27", class_="line dashed" if dashed else "line")
+    return Key(name, _sign(tag("g", line, marker(run, 14, 7), class_=f"run s{run % len(MARKERS)}")))
+
+
+def swatch(name: str, kind: str) -> Key:
+    """A patch with the colour of a CSS class, for a legend."""
+    return Key(name, _sign(tag("rect", x=6, y=1, width=16, height=12, class_=kind)))
+
+
+def reference_key(name: str) -> Key:
+    """The mark across a bar, for a legend."""
+    return Key(name, _sign(tag("path", d="M14 1V13", class_="clean")))
+
+
+def _sign(content: Markup) -> Markup:
+    return tag("svg", content, viewBox="0 0 28 14", width=28, height=14, aria_hidden="true", class_="sign")

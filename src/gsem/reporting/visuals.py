@@ -1,11 +1,15 @@
-"""Pictures that need the model: adversarial images, the confusion matrix, the loss surface around images."""
+"""What needs the model: adversarial images, the confusion matrix, the margin around images; and the gallery's PNGs."""
 
+import base64
+import io
 import time
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor, nn
 
 from gsem._env import require_float64
@@ -15,15 +19,84 @@ from gsem.nn.contract import ImagesLike, LabelsLike, checked
 from gsem.nn.folded import fold
 from gsem.nn.gsem import noise
 from gsem.nn.predict import BATCH, is_stochastic, predict_draws
-from gsem.reporting import Pictures, Shown, Surface
 from gsem.rng import derive_seed, generator, seeded
 
-STEPS, EOT = 20, 5  # of the attack where no points were kept: a look, not a measurement
+STEPS, EOT = 20, 5  # of the short attack that is run where no points were saved
 DRAWS = 20
 SHOWN = 10
 SURFACES = 3
-GRID, REACH = 21, 1.5  # points along each side of a surface, and how far it goes, in units of eps
+GRID, REACH = 21, 1.5  # points along each side of a surface, and its half width in units of eps
 SURFACE_DRAWS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """An image of the gallery, before and after the attack."""
+
+    x: Float[np.ndarray, "c h w"]
+    """In [0, 1]."""
+    x_adv: Float[np.ndarray, "c h w"]
+    label: int
+    clean: int | None
+    """The most frequent prediction for `x`; None where only the share of right predictions is known."""
+    clean_right: float
+    """Share of draws, 0 to 1, that predict the label for `x`."""
+    attacked: int | None
+    """The most frequent prediction for `x_adv`."""
+    attacked_right: float
+    row: int | None = None
+    """Row of the image in the data set, from 0, where it is known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """The margin around an image, on a plane through it."""
+
+    number: int
+    """Place of the image in the gallery, from 0."""
+    along: Float[np.ndarray, " k"]
+    """Coordinates of the grid, the same in both directions, in units of eps."""
+    margin: Float[np.ndarray, "k k"]
+    """Highest other logit minus the label's, averaged over draws, [across, towards x_adv]. Above 0: misclassified."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """What is computed with the model itself."""
+
+    origin: str
+    """Where the adversarial points come from, in words: `points of the evaluation's attacks (apgd100)`."""
+    images: int
+    draws: int
+    eps: float
+    confusion: Float[np.ndarray, "classes classes"] | None
+    """Row: label, column: prediction. Each image counts with the share of its draws that give the prediction. None
+    where the predictions are not known."""
+    gallery: tuple[Shown, ...]
+    surfaces: tuple[Surface, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GalleryImage:
+    """An image of the gallery, ready for a page."""
+
+    number: str
+    """`Row 412` of the data set; `Image 3` of the gallery where the row is not known."""
+    x: str
+    """The image as a data: URI, like `change` and `x_adv`."""
+    change: str
+    x_adv: str
+    label: str
+    before: str
+    """The predictions for the image, in words."""
+    after: str
+    """The predictions for the adversarial image, in words."""
+    description: str
+    """Text alternative."""
+    broken: bool
+    small: bool
+    """Few pixels, which are drawn as squares."""
 
 
 def pictures(
@@ -34,21 +107,23 @@ def pictures(
     eps: float | str,
     norm: Norm = "Linf",
     points: Float[Tensor, "n c h w"] | None = None,
-    how: str = "",
+    origin: str = "",
     rows: Int[np.ndarray, " n"] | None = None,
     seed: int = 0,
     batch_size: int = BATCH,
 ) -> Pictures:
-    """What a report shows of a model: seconds for a small one and a hundred images.
+    """The confusion matrix under attack, the gallery and the loss surfaces of a model.
+
+    For a small model and a hundred images this takes seconds.
 
     Args:
         model: images [b, c, h, w] in [0, 1] → logits, in eval mode.
         x, y: images in [0, 1], and their labels.
         eps: radius of the attack, in the unit of the images.
-        points: adversarial points of `x` that are known already; found anew by a short APGD unless given.
-        how: where the points come from, in words; for those found anew it is said here.
-        rows: row of each image in its data set, by which the report numbers them.
-        seed: of the attack and of all draws; the caller's random state is not changed.
+        points: adversarial points of `x` that are known already. Default: a short APGD finds new ones.
+        origin: where the points come from, in words. Not needed for new points.
+        rows: row of each image in its data set; the report numbers the images by it.
+        seed: seed of the attack and of all draws; the caller's random state is not changed.
 
     Raises:
         ValueError: no images, arguments out of range, or logits that are not finite.
@@ -65,7 +140,7 @@ def pictures(
         points = attacked(
             model, x, y, eps=eps, norm=norm, eot=eot, seed=derive_seed(seed, "pictures"), batch_size=batch_size
         )
-        how = f"points found for this report only, by apgd{STEPS}-eot{eot}: an easier attack than an evaluation's"
+        origin = f"points found for this report by apgd{STEPS}-eot{eot}, a weaker attack than an evaluation's"
     before = predict_draws(model, x, draws=draws, seed=derive_seed(seed, "pictures", "clean"), batch_size=batch_size)
     after = predict_draws(
         model, points, draws=draws, seed=derive_seed(seed, "pictures", "attacked"), batch_size=batch_size
@@ -79,7 +154,7 @@ def pictures(
         for number, at in enumerate(chosen[:SURFACES])
     )
     return Pictures(
-        how=how,
+        origin=origin,
         images=len(x),
         draws=draws,
         eps=eps,
@@ -99,23 +174,31 @@ def saved_pictures(
     *,
     draws: int,
     eps: float,
-    how: str,
+    origin: str,
     rows: Int[np.ndarray, " n"] | None,
 ) -> Pictures:
-    """A gallery of what an evaluation kept, where the model is not there.
+    """A gallery from the images and points that an evaluation saved, without the model.
 
     Args:
         clean, attacked: share of draws, 0 to 1, in which the images and the points were right.
     """
 
     def shown(at: int) -> Shown:
-        one, other = x[at].numpy(), points[at].numpy()
         row = None if rows is None else int(rows[at])
-        return Shown(one, other, int(y[at]), None, float(clean[at]), None, float(attacked[at]), row)
+        right = float(clean[at]), float(attacked[at])
+        return Shown(x[at].numpy(), points[at].numpy(), int(y[at]), None, right[0], None, right[1], row)
 
-    gallery = tuple(shown(at) for at in first_of_each(y, SHOWN, right=clean > 0.5))
-    metadata: dict[str, Any] = {"how": how, "images": len(x), "draws": draws, "eps": eps}
-    return Pictures(**metadata, confusion=None, gallery=gallery, surfaces=(), seconds=0.0)
+    images = tuple(shown(at) for at in first_of_each(y, SHOWN, right=clean > 0.5))
+    return Pictures(
+        origin=origin,
+        images=len(x),
+        draws=draws,
+        eps=eps,
+        confusion=None,
+        gallery=images,
+        surfaces=(),
+        seconds=0.0,
+    )
 
 
 def attacked(
@@ -133,17 +216,17 @@ def attacked(
 def confusion(
     found: Int[Tensor, "draws n"], y: Int[Tensor, " n"], classes: int
 ) -> Float[np.ndarray, "classes classes"]:
-    """Images by label (row) and answer (column), each image counted with the share of draws that gave the answer."""
+    """Images by label (row) and prediction (column); each counts with the share of its draws that predict it."""
     pairs = (y * classes + found).flatten()
     counts = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
     return (counts.to(torch.float64) / len(found)).cpu().numpy()
 
 
 def first_of_each(y: Int[Tensor, " n"], count: int, right: Bool[Tensor, " n"]) -> list[int]:
-    """Numbers of at most `count` images: of those that are right without an attack the first of each class, then the
-    second of each, …; where there are too few of them, the others in the same order.
+    """Indices of at most `count` images: the first of each class, then the second of each, and so on.
 
-    Of an image that is wrong already there is nothing to see. What the attack does has no part in the choice.
+    Images that are right without an attack come before all others, since an attack on a misclassified image shows
+    nothing. The outcome of the attack does not matter for the choice.
     """
     labels, seen = y.tolist(), right.tolist()
     turns: dict[tuple[bool, int], int] = {}
@@ -165,10 +248,10 @@ def _shown(
 ) -> Shown:
     label = int(y[at])
 
-    def told(found: Tensor) -> tuple[int, float]:
+    def most_frequent(found: Tensor) -> tuple[int, float]:
         return int(found[:, at].mode().values), float((found[:, at] == label).double().mean())
 
-    (clean, clean_right), (answer, right) = told(before), told(after)
+    (clean, clean_right), (answer, right) = most_frequent(before), most_frequent(after)
     return Shown(
         x=x[at].cpu().numpy(),
         x_adv=points[at].cpu().numpy(),
@@ -196,12 +279,12 @@ def _surface(
 ) -> Surface:
     """The margin at x + a · (x_adv − x) + b · r, r random signs of length eps.
 
-    All points of the plane see the same draws of a GSeM's noise, so that their differences are the image's.
+    All points of the plane use the same draws of a GSeM's noise, so that they differ by the image alone.
     """
     rng = generator(seed, "surface", number, device=x.device)
     signs = torch.randint(2, x.shape, generator=rng, device=x.device).to(x.dtype) * 2 - 1
     towards, across = x_adv - x, eps * signs
-    if float(towards.abs().max()) == 0:  # the attack left it where it was
+    if float(towards.abs().max()) == 0:  # the attack returned the image itself
         towards = eps * across.roll(1, -1).sign()
     along = torch.linspace(-REACH, REACH, GRID, device=x.device)
     b, a = (grid.flatten()[:, None, None, None] for grid in torch.meshgrid(along, along, indexing="ij"))
@@ -216,3 +299,67 @@ def _surface(
         others[:, y] = -torch.inf
         margin += (others.amax(1) - logits[:, y]) / count
     return Surface(number, along.cpu().numpy(), margin.view(GRID, GRID).cpu().numpy())
+
+
+def png(x: Float[np.ndarray, "c h w"]) -> str:
+    """A PNG as a data: URI. Values outside [0, 1] are clipped; of two or four channels the first is taken."""
+    values = np.clip(np.rint(np.asarray(x, dtype=np.float64) * 255), 0, 255).astype(np.uint8)
+    pixels_ = values.transpose(1, 2, 0) if len(values) == 3 else values[0]
+    boxed = io.BytesIO()
+    Image.fromarray(pixels_).save(boxed, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(boxed.getvalue()).decode()
+
+
+def gallery(p: Pictures, class_name: Callable[[int], str]) -> list[GalleryImage]:
+    """The images of the gallery, ready for a page.
+
+    Args:
+        class_name: the name of a label.
+    """
+    return [_gallery_image(shown, image_number(shown, i), p.draws, class_name) for i, shown in enumerate(p.gallery)]
+
+
+def image_number(shown: Shown, place: int) -> str:
+    """`Row 412` of the data set; `Image 3` of the gallery where the row is not known."""
+    return f"Image {place + 1}" if shown.row is None else f"Row {shown.row}"
+
+
+def gallery_choice(p: Pictures) -> str:
+    """Which images the gallery shows, as a sentence."""
+    right = sum(shown.clean_right > 0.5 for shown in p.gallery)
+    mostly = " in most draws" if p.draws > 1 else ""
+    rows = ", numbered by their rows in the data set" if all(shown.row is not None for shown in p.gallery) else ""
+    if right == len(p.gallery):
+        return f"Images that are right without an attack{mostly}, class by class{rows}."
+    others = f"Images class by class{rows}: only {right} of these {len(p.gallery)} are right without an attack{mostly}"
+    return f"{others}; there are no more such images among {p.images}."
+
+
+def _gallery_image(s: Shown, number: str, draws: int, class_name: Callable[[int], str]) -> GalleryImage:
+    def predictions(most: int | None, right: float) -> str:
+        wrong = "" if most in (None, s.label) else f"taken for {class_name(most)}"
+        if draws == 1:
+            return "right" if right == 1 else wrong or "wrong"
+        count = f"right in {round(right * draws)} of {draws} draws"
+        return f"{count}, mostly {wrong}" if wrong else count
+
+    # The change is scaled to the range from black to white; grey is no change.
+    largest = float(np.abs(s.x_adv - s.x).max())
+    before, after = predictions(s.clean, s.clean_right), predictions(s.attacked, s.attacked_right)
+    if not largest:
+        # An attack that breaks nothing returns the point of the highest margin, which may be the image itself.
+        right = s.clean == s.label if s.clean is not None else s.clean_right > 0.5
+        after += "; the attack found no point closer to an error than the image" if right else "; wrong already"
+    label = class_name(s.label)
+    return GalleryImage(
+        number=number,
+        x=png(s.x),
+        change=png(0.5 + (s.x_adv - s.x) / (2 * (largest or 1.0))),
+        x_adv=png(s.x_adv),
+        label=label,
+        before=before,
+        after=after,
+        description=f"{label}; clean: {before}; attacked: {after}",
+        broken=s.attacked_right < 0.5,
+        small=s.x.shape[-1] < 128,
+    )

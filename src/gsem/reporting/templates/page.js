@@ -1,26 +1,26 @@
 "use strict";
 for (const button of document.querySelectorAll("button.copy")) {
-  const said = button.textContent;
-  const tell = (text) => {
+  const label = button.textContent;
+  const show = (text) => {
     button.textContent = text;
-    setTimeout(() => { button.textContent = said; }, 2000);
+    setTimeout(() => { button.textContent = label; }, 2000);
   };
-  // Where there is no clipboard (an old browser, a page without rights), a selected text area does it.
-  const byHand = (text) => {
+  // Without a clipboard (an old browser, a page without permission) the text is copied from a text area.
+  const copyFromArea = (text) => {
     const area = document.createElement("textarea");
     area.value = text;
     area.setAttribute("readonly", "");
     button.after(area);
     area.select();
-    const done = document.execCommand("copy");
-    if (done) area.remove();
-    tell(done ? "Copied" : "Press Ctrl+C");
+    const copied = document.execCommand("copy");
+    if (copied) area.remove();
+    show(copied ? "Copied" : "Press Ctrl+C");
   };
   button.addEventListener("click", () => {
     const rows = [...button.parentElement.querySelectorAll("tr")].map((row) => [...row.cells].map((cell) => cell.textContent));
     const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
     const text = rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n";
-    if (!navigator.clipboard) return byHand(text);
-    navigator.clipboard.writeText(text).then(() => tell("Copied"), () => byHand(text));
+    if (!navigator.clipboard) return copyFromArea(text);
+    navigator.clipboard.writeText(text).then(() => show("Copied"), () => copyFromArea(text));
   });
 }
