@@ -16,7 +16,7 @@ CHARTS = """[...document.querySelectorAll("svg[role=img]")].map((chart) => {
   return [chart.querySelector("title").textContent, box.width, box.height, drawn.width, drawn.height];
 })"""
 WIDER = """[...document.querySelectorAll("body *")].filter((e) =>
-  !e.closest(".scroll, .unseen, thead") && e.getBoundingClientRect().right > innerWidth + 0.5
+  !e.closest(".scroll, thead") && e.getBoundingClientRect().right > innerWidth + 0.5
 ).map((e) => e.tagName + "." + e.className)"""
 OVERLAPS = """[...document.querySelectorAll("svg[role=img]")].flatMap((chart) => {
   const level = [...chart.querySelectorAll("text:not([transform])")];

@@ -24,8 +24,8 @@ def run(tmp_path):
         ("recipe.json", b"{", "recipe.json is damaged"),
         ("recipe.json", b"[]", "recipe.json is damaged"),
         ("metrics.jsonl", b"{}\n{\n{}\n", "metrics.jsonl is damaged"),
-        ("evaluation.npz", b"PK", "evaluation.npz is damaged, or of an earlier version"),
-        ("evaluation.npz", b"", "evaluation.npz is damaged, or of an earlier version"),
+        ("evaluation.npz", b"PK", "evaluation.npz is damaged, or of another version"),
+        ("evaluation.npz", b"", "evaluation.npz is damaged, or of another version"),
         ("audit.json", b"{}", "audit.json is damaged, or of another version"),
         ("audit.json", b"\xff\xfe", "audit.json is damaged, or of another version"),
         ("audit.json", b'{"checks": [{"name": "x"}]}', "audit.json is damaged, or of another version"),
@@ -41,7 +41,7 @@ def test_an_evaluation_of_an_earlier_version(run):
     with np.load(run / "evaluation.npz") as file:
         arrays = {key: value for key, value in file.items() if not key.endswith(".votes")}
     np.savez(run / "evaluation.npz", **arrays)
-    with pytest.raises(ValueError, match=r"earlier version of gsem.*evaluate again"):
+    with pytest.raises(ValueError, match=r"another version of gsem.*evaluate again"):
         read_runs([run])
 
 

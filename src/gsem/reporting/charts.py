@@ -16,28 +16,12 @@ from gsem.reporting.views import Table, percent
 from gsem.reporting.visuals import Pictures, Surface, image_number, png
 
 MANY = 20  # classes; of more, only the extremes are drawn
-# Of each sweep: title, name of the axis, caption.
+# Of each sweep: title, name of the axis.
 SWEEPS = {
-    "eps": (
-        "Accuracy against eps",
-        "radius eps, doubling",
-        "It must fall to chance: otherwise the attack fails even where every change is allowed.",
-    ),
-    "steps": (
-        "Accuracy against attack steps",
-        "steps of the attack",
-        "If it still falls, the attack had too few steps.",
-    ),
-    "eot": (
-        "Accuracy against draws",
-        "draws per gradient (EOT)",
-        "If it still falls, the attack averaged over too few draws.",
-    ),
-    "restarts": (
-        "Accuracy against restarts",
-        "random starts",
-        "If it still falls, the attack had too few random starts.",
-    ),
+    "eps": ("Accuracy against eps", "radius eps, doubling"),
+    "steps": ("Accuracy against attack steps", "attack steps"),
+    "eot": ("Accuracy against draws", "draws per gradient (EOT)"),
+    "restarts": ("Accuracy against restarts", "random starts"),
 }
 
 
@@ -190,7 +174,7 @@ def _sweep(entries: Sequence[RunReport], key: str) -> Figure | None:
     found = [(run, e, rows) for run, e in enumerate(entries) if (rows := swept(e, key))]
     if not found:
         return None
-    title, name, caption = SWEEPS[key]
+    title, name = SWEEPS[key]
     text = _radius if key == "eps" else "{:g}".format
     series = [
         svg.Line(tuple(svg.Point(r[key], r["accuracy"], r.get("low"), r.get("high")) for r in rows), run)
@@ -202,7 +186,10 @@ def _sweep(entries: Sequence[RunReport], key: str) -> Figure | None:
     )
     chance = _chance_level([e for _, e, _ in found]) if key == "eps" else None
     level = None if chance is None else (chance, f"chance {percent(chance)}")
-    if key != "eps":
+    if key == "eps":
+        caption = "It must fall to chance: otherwise the attack fails even where every change is allowed."
+    else:
+        caption = f"If it still falls, the attack had too few {name}."
         caption += " The last point adds the primary attack with twice as many."
     columns = (key, "accuracy", "low", "high")
     data = tuple((e.name, *(rounded(r.get(k), 6) for k in columns)) for _, e, rows in found for r in rows)
@@ -356,10 +343,8 @@ def _surface(entry: RunReport, p: Pictures, s: Surface, key: str) -> Figure:
         f"from {s.margin.min():.1f} to {s.margin.max():.1f}. A stronger colour is farther from 0. "
         f"Axes are in units of eps = {pixels(p.eps)}; the dashed frame is the threat model."
     )
-    rows = tuple(
-        (rounded(s.along[j]), rounded(s.along[i]), rounded(float(margin)))
-        for (i, j), margin in np.ndenumerate(s.margin)
-    )
+    along = [rounded(value) for value in s.along]
+    rows = tuple((along[j], along[i], rounded(float(margin))) for (i, j), margin in np.ndenumerate(s.margin))
     return Figure(
         key,
         title,

@@ -6,7 +6,8 @@ An evaluation and an audit belong together if they are of one network, at one ra
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -211,32 +212,35 @@ def _is_audit(file: Path) -> bool:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
+    with _damage_named(file):
         found = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged: it holds no object")
-    return found
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+        return found
 
 
 def _metrics(path: Path) -> tuple[dict[str, Any], ...]:
-    try:
+    with _damage_named(path / "metrics.jsonl"):
         return tuple(read_metrics(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / 'metrics.jsonl'} is damaged: {error}") from None
 
 
 def _result(file: Path) -> tuple[EvaluationResult, dict[str, Any]]:
-    try:
+    if not file.exists():
+        raise FileNotFoundError(f"there is no evaluation {file}")
+    with _damage_named(file, "evaluate again"):
         result = EvaluationResult.load(file)
         return result, result.to_dict()  # (with the intervals that were saved)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no evaluation {file}") from None
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{file} is damaged, or of an earlier version of gsem ({' '.join(str(error).split())}): evaluate again"
-        ) from None
+
+
+@contextmanager
+def _damage_named(file: Path, advice: str = "") -> Iterator[None]:
+    """Whatever a damaged file raises becomes a ValueError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        what = "damaged, or of another version of gsem" if advice else "damaged"
+        text = " ".join(str(error).split())
+        raise ValueError(f"{file} is {what} ({text})" + (f": {advice}" if advice else "")) from None
 
 
 def _with_audit(entry: RunReport, subject: dict[str, str] | None, unmatched: list[str]) -> RunReport:
@@ -250,10 +254,8 @@ def _with_audit(entry: RunReport, subject: dict[str, str] | None, unmatched: lis
     if entry.result is not None:
         subject = entry.result.metadata.get("fingerprint", {})
     for file in _audits(entry.path):
-        try:
+        with _damage_named(file, "audit again"):
             audit = Audit.load(file)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} is damaged, or of another version of gsem ({error}): audit again") from None
         other = other_network(audit.metadata, subject)
         if other is None and entry.result is not None:
             other = other_question(audit.metadata, entry.result.metadata)

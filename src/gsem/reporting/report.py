@@ -24,7 +24,7 @@ from gsem.reporting import charts, views
 from gsem.reporting.card import card
 from gsem.reporting.read import RunReport, bare, other_network, read_runs
 from gsem.reporting.svg import run_key
-from gsem.reporting.visuals import gallery, gallery_choice, pictures, saved_pictures
+from gsem.reporting.visuals import SHOWN, Pictures, first_of_each, gallery, gallery_choice, pictures, shown_images
 from gsem.training.recorded import find, find_named
 
 ENDINGS = (".html", ".md", ".json")
@@ -152,6 +152,7 @@ def _check_row(view: views.CheckView) -> tuple[str, ...]:
 def _context(entries: Sequence[RunReport]) -> dict[str, Any]:
     """What the templates show."""
     return {
+        "signs": views.SIGNS,
         "title": "Report: " + ", ".join(e.name for e in entries),
         "version": release(),
         "runs": [_run_context(entry, number) for number, entry in enumerate(entries)],
@@ -220,25 +221,20 @@ def _with_pictures(
             f"{shlex.join(['gsem', 'evaluate', entry.spec, '--save-adv'])} saves them.",
         )
     model, x, y = model.to(device), shown.x.to(device), shown.y.to(device)
-    if own is not None:
-        _check_same(entry, plain_logits(model, x, y))
+    evaluated = None if entry.result is None else entry.result.metadata
+    if own is not None and evaluated is not None and evaluated.get("fingerprint"):
+        other = other_network(evaluated, model_fingerprint(plain_logits(model, x, y)))
+        if other is not None:
+            raise ValueError(
+                f"{entry.file} is not an evaluation of the given network: {other}. A network that was evaluated with "
+                "--normalize needs it here too"
+            )
     eps = entry.eps
     assert eps is not None
-    norm: Any = "Linf" if entry.result is None else entry.result.metadata.get("norm", "Linf")
+    norm: Any = (evaluated or {}).get("norm", "Linf")
     points = None if shown.points is None else shown.points.to(device)
     found = pictures(model, x, y, eps=eps, norm=norm, points=points, origin=shown.origin, rows=shown.rows)
     return replace(entry, pictures=found, named=shown.classes if data is None else data.classes)
-
-
-def _check_same(entry: RunReport, model: nn.Module) -> None:
-    """Raise a ValueError if the evaluation is of another network."""
-    assert entry.result is not None
-    metadata = entry.result.metadata
-    if metadata.get("fingerprint") and (other := other_network(metadata, model_fingerprint(model))):
-        raise ValueError(
-            f"{entry.file} is not an evaluation of the given network: {other}. A network that was evaluated with "
-            "--normalize needs it here too"
-        )
 
 
 def _without_network(entry: RunReport, saved: "_Images | None", data: Dataset | None) -> RunReport:
@@ -253,9 +249,9 @@ def _without_network(entry: RunReport, saved: "_Images | None", data: Dataset | 
     clean, attacked = entry.result["clean"], _worst_of_each(entry.result)[0]
     draws = entry.result.draws_of(clean)
     right = [torch.from_numpy(correct / draws) for correct in (clean.correct, attacked)]
-    found = saved_pictures(
-        saved.x, saved.y, saved.points, *right, draws=draws, eps=entry.eps, origin=saved.origin, rows=saved.rows
-    )
+    chosen = first_of_each(saved.y, SHOWN, right=right[0] > 0.5)
+    shown = shown_images(saved.x, saved.points, saved.y, chosen, saved.rows, right, None)
+    found = Pictures(saved.origin, len(saved.x), draws, entry.eps, shown)
     return replace(entry, pictures=found, missing=missing, named=() if data is None else data.classes)
 
 

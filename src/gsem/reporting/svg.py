@@ -200,7 +200,9 @@ def _line(line: Line, across: Axis, up: Axis) -> Markup:
     parts = [tag("path", d=path, class_="line dashed" if line.dashed else "line")]
     for x, _, p in placed:
         if p.low is not None and p.high is not None:
-            parts.append(whisker(x, _y(up, p.low), _y(up, p.high)))
+            low, high = _y(up, p.low), _y(up, p.high)
+            ends = "".join(f"M{x - 3:.1f} {end:.1f}h6" for end in (low, high))
+            parts.append(tag("path", d=f"M{x:.1f} {low:.1f}V{high:.1f}{ends}", class_="whisker"))
     # (Of a long line, every so many points are marked, the last always.)
     every = max(1, len(placed) // 12)
     for number, (x, y, _) in enumerate(placed):
@@ -257,12 +259,6 @@ def _bar(bar: Bar, left: float, width: float, middle: float) -> Markup:
 def shortened(name: str, letters: int) -> str:
     """At most so many letters."""
     return name if len(name) <= letters else name[: letters - 1] + "…"
-
-
-def whisker(x: float, low: float, high: float) -> Markup:
-    """A vertical interval."""
-    ends = [f"M{x - 3:.1f} {end:.1f}h6" for end in (low, high)]
-    return tag("path", d=f"M{x:.1f} {low:.1f}V{high:.1f}{''.join(ends)}", class_="whisker")
 
 
 def marker(run: int, x: float, y: float, size: float = 3.5) -> Markup:

@@ -14,7 +14,7 @@ from gsem.training.recipe import Recipe
 
 # The fields of a recipe that a reader looks for first; all others are listed below them.
 FIRST = ("name", "data", "model", "levels", "noise", "gradient", "objective", "steps", "eot", "draws", "epochs", "seed")
-SIGNS = {"TRUSTED": "✓", "SUSPECT": "!", "INVALID": "✗", "": "?", "pass": "✓", "flag": "✗"}
+SIGNS = {"TRUSTED": "✓", "SUSPECT": "!", "INVALID": "✗", "": "?", "pass": "✓", "flag": "✗", "inconclusive": "?"}
 ORDER = {"flag": 0, "inconclusive": 1, "pass": 2}
 QUERIES = "persistent10"  # the accuracy against ten queries, as files name it
 KNOWN_NOISE = {"frozen": "noise known", "off": "noise off"}
@@ -65,10 +65,6 @@ class CheckView:
     command: str
     """The command that repeats this check."""
 
-    @property
-    def sign(self) -> str:
-        return SIGNS.get(self.check.outcome, "?")
-
 
 @dataclass(frozen=True)
 class VerdictView:
@@ -82,10 +78,6 @@ class VerdictView:
     command: str
     """The command that repeats the audit, or makes one."""
     checks: tuple[CheckView, ...] = ()
-
-    @property
-    def sign(self) -> str:
-        return SIGNS.get(self.word, "?")
 
 
 def verdict(entry: RunReport) -> VerdictView:
@@ -262,12 +254,11 @@ def trained(entries: Sequence[RunReport]) -> Table:
     rows += [
         ("eps", [_training_eps(e) for e in entries]),
         ("classes", [str(len(e.classes) or "–") for e in entries]),
-        ("training images", [_text(e.metadata.get("training_images")) for e in entries]),
         ("machine", [_machine(e) for e in entries]),
-        ("torch", [_text(e.metadata.get("gsem_torch")) for e in entries]),
-        ("gsem", [_text(e.metadata.get("gsem")) for e in entries]),
         ("commit", [_text(e.metadata.get("commit"), "not recorded") for e in entries]),
     ]
+    for name, key in (("training images", "training_images"), ("torch", "gsem_torch"), ("gsem", "gsem")):
+        rows.append((name, [_text(e.metadata.get(key)) for e in entries]))
     return compared(entries, rows)
 
 

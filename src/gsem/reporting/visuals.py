@@ -3,7 +3,7 @@
 import base64
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,12 +69,12 @@ class Pictures:
     images: int
     draws: int
     eps: float
-    confusion: Float[np.ndarray, "classes classes"] | None
+    gallery: tuple[Shown, ...]
+    surfaces: tuple[Surface, ...] = ()
+    confusion: Float[np.ndarray, "classes classes"] | None = None
     """Row: label, column: prediction. Each image counts with the share of its draws that give the prediction. None
     where the predictions are not known."""
-    gallery: tuple[Shown, ...]
-    surfaces: tuple[Surface, ...]
-    seconds: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,6 @@ class GalleryImage:
     """The predictions for the image, in words."""
     after: str
     """The predictions for the adversarial image, in words."""
-    description: str
-    """Text alternative."""
     broken: bool
     small: bool
     """Few pixels, which are drawn as squares."""
@@ -141,14 +139,15 @@ def pictures(
             model, x, y, eps=eps, norm=norm, eot=eot, seed=derive_seed(seed, "pictures"), batch_size=batch_size
         )
         origin = f"points found for this report by apgd{STEPS}-eot{eot}, a weaker attack than an evaluation's"
-    before = predict_draws(model, x, draws=draws, seed=derive_seed(seed, "pictures", "clean"), batch_size=batch_size)
-    after = predict_draws(
-        model, points, draws=draws, seed=derive_seed(seed, "pictures", "attacked"), batch_size=batch_size
-    )
+    predictions = [
+        predict_draws(model, images, draws=draws, seed=derive_seed(seed, "pictures", stream), batch_size=batch_size)
+        for images, stream in ((x, "clean"), (points, "attacked"))
+    ]
     with torch.no_grad(), seeded(0, x.device):
         classes = model(x[:1]).shape[1]
-    chosen = first_of_each(y, SHOWN, right=(before == y).double().mean(0) > 0.5)
-    shown = tuple(_shown(x, points, y, before, after, at, rows) for at in chosen)
+    right = [(found == y).double().mean(0) for found in predictions]
+    most = [found.mode(0).values for found in predictions]
+    chosen = first_of_each(y, SHOWN, right=right[0] > 0.5)
     surfaces = tuple(
         _surface(model, x[at], points[at], int(y[at]), number, eps=eps, draws=draws, seed=seed, batch_size=batch_size)
         for number, at in enumerate(chosen[:SURFACES])
@@ -158,46 +157,10 @@ def pictures(
         images=len(x),
         draws=draws,
         eps=eps,
-        confusion=confusion(after, y, classes),
-        gallery=shown,
+        gallery=shown_images(x, points, y, chosen, rows, right, most),
         surfaces=surfaces,
+        confusion=confusion(predictions[1], y, classes),
         seconds=time.monotonic() - started,
-    )
-
-
-def saved_pictures(
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
-    points: Float[Tensor, "n c h w"],
-    clean: Float[Tensor, " n"],
-    attacked: Float[Tensor, " n"],
-    *,
-    draws: int,
-    eps: float,
-    origin: str,
-    rows: Int[np.ndarray, " n"] | None,
-) -> Pictures:
-    """A gallery from the images and points that an evaluation saved, without the model.
-
-    Args:
-        clean, attacked: share of draws, 0 to 1, in which the images and the points were right.
-    """
-
-    def shown(at: int) -> Shown:
-        row = None if rows is None else int(rows[at])
-        right = float(clean[at]), float(attacked[at])
-        return Shown(x[at].numpy(), points[at].numpy(), int(y[at]), None, right[0], None, right[1], row)
-
-    images = tuple(shown(at) for at in first_of_each(y, SHOWN, right=clean > 0.5))
-    return Pictures(
-        origin=origin,
-        images=len(x),
-        draws=draws,
-        eps=eps,
-        confusion=None,
-        gallery=images,
-        surfaces=(),
-        seconds=0.0,
     )
 
 
@@ -237,30 +200,34 @@ def first_of_each(y: Int[Tensor, " n"], count: int, right: Bool[Tensor, " n"]) -
     return [at for *_, at in sorted(order)[:count]]
 
 
-def _shown(
+def shown_images(
     x: Tensor,
     points: Tensor,
     y: Tensor,
-    before: Tensor,
-    after: Tensor,
-    at: int,
+    chosen: Sequence[int],
     rows: Int[np.ndarray, " n"] | None,
-) -> Shown:
-    label = int(y[at])
+    right: Sequence[Tensor],
+    most: Sequence[Tensor] | None,
+) -> tuple[Shown, ...]:
+    """The chosen images of a gallery.
 
-    def most_frequent(found: Tensor) -> tuple[int, float]:
-        return int(found[:, at].mode().values), float((found[:, at] == label).double().mean())
-
-    (clean, clean_right), (answer, right) = most_frequent(before), most_frequent(after)
-    return Shown(
-        x=x[at].cpu().numpy(),
-        x_adv=points[at].cpu().numpy(),
-        label=label,
-        clean=clean,
-        clean_right=clean_right,
-        attacked=answer,
-        attacked_right=right,
-        row=None if rows is None else int(rows[at]),
+    Args:
+        chosen: their indices (see `first_of_each`).
+        right: per image the share of draws that are right, without and with the attack.
+        most: per image the most frequent prediction, without and with the attack; None where it is not known.
+    """
+    return tuple(
+        Shown(
+            x=x[at].cpu().numpy(),
+            x_adv=points[at].cpu().numpy(),
+            label=int(y[at]),
+            clean=None if most is None else int(most[0][at]),
+            clean_right=float(right[0][at]),
+            attacked=None if most is None else int(most[1][at]),
+            attacked_right=float(right[1][at]),
+            row=None if rows is None else int(rows[at]),
+        )
+        for at in chosen
     )
 
 
@@ -350,16 +317,14 @@ def _gallery_image(s: Shown, number: str, draws: int, class_name: Callable[[int]
         # An attack that breaks nothing returns the point of the highest margin, which may be the image itself.
         right = s.clean == s.label if s.clean is not None else s.clean_right > 0.5
         after += "; the attack found no point closer to an error than the image" if right else "; wrong already"
-    label = class_name(s.label)
     return GalleryImage(
         number=number,
         x=png(s.x),
         change=png(0.5 + (s.x_adv - s.x) / (2 * (largest or 1.0))),
         x_adv=png(s.x_adv),
-        label=label,
+        label=class_name(s.label),
         before=before,
         after=after,
-        description=f"{label}; clean: {before}; attacked: {after}",
         broken=s.attacked_right < 0.5,
         small=s.x.shape[-1] < 128,
     )
