@@ -68,13 +68,13 @@ def test_root_is_dataset_by_default(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_what_is_missing_is_told_at_once(tmp_path, name):
-    with pytest.raises(FileNotFoundError) as told:
+def test_what_is_missing_is_named_at_once(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as raised:
         load(name, tmp_path / "none")
     file, folder = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     for part in (file, folder, f"https://www.cs.toronto.edu/~kriz/{file}", str(tmp_path / "none"), "no network"):
-        assert part in str(told.value)
-    assert "\n" not in str(told.value)
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "none").exists()
 
 
@@ -113,13 +113,13 @@ def test_one_part_is_read_without_the_other(tmp_path, archive, damaged, own):
         (b"", "cannot be read, it is damaged"),
     ],
 )
-def test_wrong_files_are_told_with_file_and_key(tmp_path, batch, message, archive):
+def test_wrong_files_are_named_with_file_and_key(tmp_path, batch, message, archive):
     path = write10(tmp_path, archive=archive, data_batch_2=batch)
     source = load("cifar10", tmp_path)
     assert len(source.test()) == 10
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=message) as raised:
         source.training()
-    assert str(path) in str(told.value) and "data_batch_2" in str(told.value)
+    assert str(path) in str(raised.value) and "data_batch_2" in str(raised.value)
 
 
 @pytest.mark.parametrize("names", [None, ["a"] * 100, ["a"], "a", list(range(100)), [["a"]] * 100])
@@ -129,7 +129,7 @@ def test_names_of_cifar100_are_checked(tmp_path, names):
         load("cifar100", tmp_path)
 
 
-def test_a_truncated_archive_is_told_wherever_it_ends(tmp_path):
+def test_a_truncated_archive_is_named_wherever_it_ends(tmp_path):
     path = write10(tmp_path)
     whole = path.read_bytes()
     for end in (0, 5, 100, len(whole) // 2, len(whole) - 200, len(whole) - 4, len(whole) - 1):
@@ -160,7 +160,7 @@ def test_damage_within_a_tar_or_pickle_is_a_value_error(tmp_path):
     path = write10(tmp_path, **{file: small for file in BATCHES})
     whole = gzip.decompress(path.read_bytes())
     random = np.random.default_rng(0)
-    told = []
+    messages = []
     # Only bytes that are not zero: the others are pixels.
     for place in random.choice(np.flatnonzero(np.frombuffer(whole, np.uint8)), 200, replace=False):
         changed = bytearray(whole)
@@ -169,9 +169,9 @@ def test_damage_within_a_tar_or_pickle_is_a_value_error(tmp_path):
         try:
             load("cifar10", tmp_path).read_train()
         except ValueError as error:
-            told.append(str(error))
-    assert len(told) > 50
-    assert all(str(path) in message for message in told)
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all(str(path) in message for message in messages)
 
 
 def test_links_and_strange_members_are_not_followed(tmp_path):
@@ -211,9 +211,9 @@ def test_a_pickle_that_would_run_a_command_is_refused(tmp_path, protocol, archiv
     assert touched.exists(), "the pickle is indeed hostile"
     touched.unlink()
     path = write10(tmp_path, archive=archive, data_batch_1=hostile)
-    with pytest.raises(ValueError, match=r"data_batch_1 is refused, nothing executed: .*\.system") as told:
+    with pytest.raises(ValueError, match=r"data_batch_1 is refused, nothing executed: .*\.system") as raised:
         load("cifar10", tmp_path).training()
-    assert str(path) in str(told.value)
+    assert str(path) in str(raised.value)
     assert not touched.exists()
 
 

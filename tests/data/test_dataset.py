@@ -75,7 +75,7 @@ def test_held_out_is_uniform_within_a_class():
     assert torch.allclose(rate, expected, atol=5 * (0.25 / 2000) ** 0.5)
 
 
-def test_absent_parts_are_told():
+def test_absent_parts_are_named():
     source = source_of([0, 0], 1)
     with pytest.raises(ValueError, match="made has no test part"):
         source.test()

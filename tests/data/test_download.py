@@ -78,12 +78,12 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, server, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_server_that_is_not_there_is_told_in_one_line(tmp_path):
+def test_a_server_that_is_not_there_is_named_in_one_line(tmp_path):
     root = tmp_path / "new"
-    with pytest.raises(FileNotFoundError) as told:
+    with pytest.raises(FileNotFoundError) as raised:
         obtain(Remote("http://127.0.0.1:9/x.tar.gz", "0" * 32), "made", root=root, folder="x-py")
     assert not root.exists()
-    message = str(told.value)
+    message = str(raised.value)
     assert "\n" not in message
     for part in (str(tmp_path), "x.tar.gz", "x-py", "http://127.0.0.1:9/x.tar.gz"):
         assert part in message
@@ -98,9 +98,9 @@ def test_any_failure_is_one_clear_error(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(download, "_download", fail)
-    with pytest.raises(FileNotFoundError, match=r"get http://there/x\.mat and put it into .*\(.+\)$") as told:
+    with pytest.raises(FileNotFoundError, match=r"get http://there/x\.mat and put it into .*\(.+\)$") as raised:
         obtain(Remote("http://there/x.mat", ""), "made", root=tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_files_are_found_in_order_and_never_downloaded(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_files_are_found_in_order_and_never_downloaded(tmp_path, monkeypatch):
     assert obtain(x, "made", root=tmp_path) == tmp_path / "x.tar.gz"
 
 
-def test_a_root_that_is_a_file_is_told(tmp_path):
+def test_a_root_that_is_a_file_is_named(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"")
     with pytest.raises(NotADirectoryError, match=r"x\.tar\.gz is a file, but root is the folder"):
         obtain(Remote("http://there/x.tar.gz", ""), "made", root=tmp_path / "x.tar.gz")

@@ -199,7 +199,7 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path):
         load(str(tmp_path)).training()
 
 
-def test_what_is_wrong_with_the_folders_is_told(tmp_path):
+def test_what_is_wrong_with_the_folders_is_named(tmp_path):
     with pytest.raises(ValueError, match="neither a train nor a test folder"):
         load("folder", root=tmp_path)
     (tmp_path / "train").mkdir()

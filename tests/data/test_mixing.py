@@ -48,14 +48,14 @@ def test_both_layouts_are_read(tmp_path, keys):
         ({"image": np.array([None] * 6), "label": LABELS}, "image holds Python objects"),
     ],
 )
-def test_wrong_files_are_told_with_file_and_key(tmp_path, arrays, message):
+def test_wrong_files_are_named_with_file_and_key(tmp_path, arrays, message):
     path = write(tmp_path, **arrays)
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=message) as raised:
         read_extra(path, (3, 5, 4), CLASSES)
-    assert str(path) in str(told.value)
+    assert str(path) in str(raised.value)
 
 
-def test_a_missing_or_truncated_file_is_told(tmp_path):
+def test_a_missing_or_truncated_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.npz"):
         read_extra(tmp_path / "none.npz", (3, 5, 4), CLASSES)
     path = write(tmp_path, image=IMAGES, label=LABELS)
@@ -120,6 +120,6 @@ def test_the_order_is_fixed_by_the_generator_and_the_random_state_is_left_alone(
         (10, 10, 0, 0.0, "a batch of 0"),
     ],
 )
-def test_impossible_mixtures_are_told(n_real, n_extra, batch, share, message):
+def test_impossible_mixtures_are_named(n_real, n_extra, batch, share, message):
     with pytest.raises(ValueError, match=message):
         mixed_order(n_real, n_extra, batch, share)

@@ -61,7 +61,9 @@ def test_keys_that_are_not_used_are_named(tmp_path, recwarn):
     load(str(write(tmp_path, classes=np.array(["cat", "dog"]))))
     assert not recwarn
     path = write(tmp_path, class_names=np.array(["cat", "dog"]), x_val=np.zeros(3))
-    with pytest.warns(UserWarning, match=r"set\.npz: class_names, x_val are not used; what is used is called x_train"):
+    with pytest.warns(
+        UserWarning, match=r"set\.npz: class_names, x_val are not used; the arrays that are used are x_train"
+    ):
         assert load(str(path)).classes == ("0", "1")
     with pytest.warns(UserWarning, match="X_test is not used"):
         load(str(write(tmp_path, X_test=np.zeros(3))))
@@ -159,14 +161,14 @@ def test_classes_are_named(tmp_path):
         (dict(classes=np.array(["a", "b"], dtype=object)), "classes holds Python objects"),
     ],
 )
-def test_wrong_arrays_are_told_with_file_and_key(tmp_path, changed, message):
+def test_wrong_arrays_are_named_with_file_and_key(tmp_path, changed, message):
     path = write(tmp_path, **changed)
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=message) as raised:
         read_all(path)
-    assert str(path) in str(told.value)
+    assert str(path) in str(raised.value)
 
 
-def test_damaged_files_are_told(tmp_path):
+def test_damaged_files_are_named(tmp_path):
     path = write(tmp_path)
     whole = path.read_bytes()
     bare = io.BytesIO()
@@ -190,7 +192,7 @@ def test_a_flipped_bit_is_noticed(tmp_path, save):
         read_all(path)
 
 
-def test_an_absurd_header_is_told(tmp_path):
+def test_an_absurd_header_is_named(tmp_path):
     path = write(tmp_path)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(

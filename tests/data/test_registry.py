@@ -9,7 +9,7 @@ def test_every_source_has_one_line():
     assert all(line and "\n" not in line for line in DATASETS.values())
 
 
-def test_an_unknown_name_is_told_with_near_ones():
+def test_an_unknown_name_is_named_with_near_ones():
     with pytest.raises(ValueError, match=r"'Digit' is unknown. Did you mean digits\? Possible are: digits, folder"):
         load("Digit")
     with pytest.raises(ValueError, match=r"'qqq' is unknown\. Possible are"):
@@ -35,7 +35,7 @@ def test_root_is_needed_by_some_names_and_belongs_to_names(tmp_path):
     assert load("digits", root=tmp_path).name == "digits"
 
 
-def test_a_file_of_another_kind_is_told(tmp_path):
+def test_a_file_of_another_kind_is_named(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"x\.npy is neither an \.npz file nor a directory"):
         load(str(tmp_path / "x.npy"))

@@ -48,16 +48,16 @@ def test_root_is_dataset_by_default(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_a_missing_file_is_told_and_the_other_not_opened(tmp_path, part):
+def test_a_missing_file_is_named_and_the_other_not_opened(tmp_path, part):
     write_svhn(tmp_path)
     (tmp_path / f"{part}_32x32.mat").unlink()
     source = load("svhn", tmp_path)
     (source.test if part == "train" else source.training)()
-    with pytest.raises(FileNotFoundError) as told:
+    with pytest.raises(FileNotFoundError) as raised:
         (source.training if part == "train" else source.test)()
     file = f"{part}_32x32.mat"
     for words in (file, f"http://ufldl.stanford.edu/housenumbers/{file}", f"put it into {tmp_path}", "no network"):
-        assert words in str(told.value)
+        assert words in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -75,16 +75,16 @@ def test_a_missing_file_is_told_and_the_other_not_opened(tmp_path, part):
         ({"X": X, "y": -Y.astype(int)}, "y has labels from -10 to -1"),
     ],
 )
-def test_wrong_arrays_are_told_with_file_and_key(tmp_path, arrays, message):
+def test_wrong_arrays_are_named_with_file_and_key(tmp_path, arrays, message):
     path = tmp_path / "test_32x32.mat"
     savemat(path, arrays)
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=message) as raised:
         load("svhn", tmp_path).test()
-    assert str(path) in str(told.value)
+    assert str(path) in str(raised.value)
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_a_truncated_file_is_told_wherever_it_ends(tmp_path, compressed):
+def test_a_truncated_file_is_named_wherever_it_ends(tmp_path, compressed):
     path = tmp_path / "train_32x32.mat"
     savemat(
         path,
@@ -98,8 +98,8 @@ def test_a_truncated_file_is_told_wherever_it_ends(tmp_path, compressed):
             load("svhn", tmp_path).training()
 
 
-def test_a_file_of_another_kind_is_told(tmp_path):
+def test_a_file_of_another_kind_is_named(tmp_path):
     for content in (b"<html>not here</html>" * 100, b"\x89HDF\r\n\x1a\n" + bytes(600)):
         (tmp_path / "test_32x32.mat").write_bytes(content)
-        with pytest.raises(ValueError, match=r"test_32x32\.mat cannot be read, it is no MATLAB file or is damaged"):
+        with pytest.raises(ValueError, match=r"test_32x32\.mat cannot be read, it is not a MATLAB file or is damaged"):
             load("svhn", tmp_path).test()

@@ -1,4 +1,4 @@
-"""Data: sources of images as uint8 tensors, their splits, and batched augmentation."""
+"""Data sets as uint8 tensors, their splits, and batched augmentation."""
 
 from gsem.data.augment import crop_flip as crop_flip
 from gsem.data.augment import to_float as to_float

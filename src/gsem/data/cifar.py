@@ -28,7 +28,7 @@ _CLASSES_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "
 
 @dataclass(frozen=True)
 class _Layout:
-    """How one of the two is published: its archive, the folder in it, and the files in that."""
+    """How a data set is published: its archive, the folder in it, and the files in that folder."""
 
     archive: Remote
     folder: str
@@ -119,7 +119,7 @@ def _read(path: Path, layout: _Layout, files: Sequence[str], classes: int) -> Sp
 
 
 def _contents(path: Path, folder: str, files: Sequence[str]) -> list[tuple[str, bytes]]:
-    """What messages call each file, and its bytes."""
+    """For each file: its name for messages, and its bytes."""
     if path.is_dir():
         for file in files:
             if not (path / file).is_file():
@@ -148,23 +148,23 @@ def _members(path: Path, wanted: set[str]) -> dict[str, bytes]:
     return found
 
 
-# --- pickles of Python 2, written by strangers -----------------------------------------------------------------
+# --- pickles of Python 2, from untrusted files -----------------------------------------------------------------
 
 
 def _dtype(code: Any, align: Any = False, copy: Any = False) -> np.dtype:
-    # Python 2's numpy wrote 0 and 1, at which today's warns.
+    # Python 2's numpy wrote 0 and 1, for which today's numpy warns.
     return np.dtype(code, bool(align), bool(copy))
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """The bytes that Python 3 writes into a protocol of Python 2 as text."""
+    """Bytes that Python 3 has written as text, for a protocol of Python 2."""
     if encoding not in ("latin1", "latin-1"):
         raise ValueError(f"bytes are written as latin1, not {encoding}")
     return text.encode("latin1")
 
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy's own, whose module depends on numpy's version
-# All that a pickle of arrays, strings, numbers and lists asks for. None of it runs code of the file.
+# Everything that a pickle of arrays, strings, numbers and lists needs. None of it runs code from the file.
 _ADMITTED = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -175,7 +175,7 @@ _ADMITTED = {
 
 
 class _Refused(ValueError):
-    """A pickle asks for something that is not admitted."""
+    """A pickle needs something outside `_ADMITTED`."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -190,8 +190,8 @@ def _table(where: str, content: bytes) -> dict[Any, Any]:
     try:
         table = _Unpickler(io.BytesIO(content), encoding="latin1").load()
     except _Refused as error:
-        raise ValueError(f"{where} is refused, nothing executed: {error}, but is to hold arrays only") from error
-    # A damaged pickle raises whatever its opcodes come upon.
+        raise ValueError(f"{where} is refused, nothing executed: {error}, but must hold arrays only") from error
+    # A damaged pickle may raise any exception.
     except Exception as error:
         raise ValueError(f"{where} cannot be read, it is damaged ({error})") from error
     if not isinstance(table, dict):

@@ -25,10 +25,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set with what training and attacks need to know of it; `dataclasses.replace` makes a variant.
+    """A data set, with the settings that training and attacks take from it. `dataclasses.replace` makes a variant.
 
     Attributes:
-        name: what messages and reports call it.
+        name: its name in messages and reports.
         classes: the names of the classes, in the order of their labels.
         shape: (c, h, w) of every image.
         eps: the usual L∞ radius for such images, in [0, 1] units.
@@ -36,7 +36,7 @@ class Dataset:
         fill: the value of those pixels, 0 … 255.
         flip: whether a horizontal flip preserves the label.
         description: one line.
-        read_train, read_test: read one part, all of it, and nothing of the other; None where the part is absent.
+        read_train, read_test: read the whole training or test part, and nothing else; None where it is absent.
     """
 
     name: str
@@ -53,8 +53,8 @@ class Dataset:
     def training(self, seed: int = 0) -> tuple[Split, Split]:
         """The training images without the validation images, and the validation images.
 
-        Validation is class-balanced, held out of the training part and fixed by `seed`: a tenth of the part, at
-        most 1,000 images (see `validation_per_class`). Nothing of the test part is opened.
+        The validation images are class-balanced, held out of the training part and fixed by `seed`: a tenth of the
+        part, at most 1,000 images (see `validation_per_class`). The test part is not opened.
 
         Raises:
             ValueError: there is no training part, a class has too few images, or the part is damaged.
@@ -66,7 +66,7 @@ class Dataset:
         return Split(part.x[~held], part.y[~held]), Split(part.x[held], part.y[held])
 
     def test(self) -> Split:
-        """The test images; nothing of the training images is opened.
+        """The test images. The training part is not opened.
 
         Raises:
             ValueError: there is no test part, or it is damaged.
@@ -77,7 +77,7 @@ class Dataset:
 
 
 def crop_padding(height: int) -> int:
-    """Padding of the random crop, in proportion to the 4 pixels that are usual for 32."""
+    """Padding of the random crop: an eighth of the height, which is the usual 4 pixels for 32."""
     return max(1, height // 8)
 
 
@@ -102,11 +102,11 @@ def validation_per_class(y: Int64[Tensor, "n"], classes: Sequence[str]) -> int:
 def held_out(y: Int64[Tensor, "n"], per_class: int, seed: int) -> Bool[Tensor, "n"]:
     """True at `per_class` random places of each class, fixed by `seed`.
 
-    The generator is its own: the process's random state is neither read nor changed. Every class up to the
-    largest label has at least `per_class` places.
+    The process's random state is neither read nor changed. Every class up to the largest label must have at least
+    `per_class` images.
     """
     shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    # A stable sort by label leaves each class's places in a row, in shuffled order: the first few are taken.
+    # A stable sort by label puts each class's places together, in shuffled order. The first few are taken.
     by_class = shuffled[torch.argsort(y[shuffled], stable=True)]
     counts = torch.bincount(y)
     first = counts.cumsum(0) - counts

@@ -1,4 +1,4 @@
-"""Handwritten digits, 8 × 8: embedded in scikit-learn, so that everything can be tried without a download."""
+"""Handwritten digits, 8 × 8, from scikit-learn: nothing is downloaded."""
 
 from functools import partial
 from typing import Literal
@@ -9,7 +9,7 @@ from gsem.data.dataset import Dataset, Split, crop_padding, held_out
 
 DESCRIPTION = "1,797 handwritten digits, 8 × 8 grey, 10 classes; embedded, nothing to download"
 
-# The division into parts belongs to the data set: it is no choice of a user, and has a seed of its own.
+# The split into training and test images is part of the data set, so its seed is fixed.
 _TEST_PER_CLASS = 50
 _TEST_SEED = 0
 
@@ -35,7 +35,7 @@ def digits() -> Dataset:
 
 
 def _read(part: Literal["train", "test"]) -> Split:
-    # Imported here: it takes a second, which nobody who brings images of their own should wait for.
+    # Imported here because it takes a second and other data sets do not need it.
     from sklearn.datasets import load_digits
 
     found = load_digits()

@@ -1,4 +1,4 @@
-"""Published files: found where they lie, else downloaded."""
+"""Published files: found in the data folder, else downloaded."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _CHUNK = 1 << 16  # bytes
 
 @dataclass(frozen=True)
 class Remote:
-    """A file that somebody publishes."""
+    """A published file and its checksum."""
 
     url: str
     md5: str
@@ -29,14 +29,14 @@ class Remote:
 def obtain(remote: Remote, name: str, *, root: Path | None = None, folder: str | None = None) -> Path:
     """The path of the file, or of the `folder` that it unpacks to, in `root` or `root`/`name`.
 
-    If it is in neither place, it is downloaded into `root`, under its name only when whole and of the published
-    checksum. What is found is taken as it is: people have repacked copies.
+    If it is in neither place, it is downloaded into `root`. The file gets its name only when it is complete and has the
+    published checksum. The checksum of a file that is already there is not compared, since repacked copies exist.
 
     Args:
         remote: the file.
         name: the data set's name.
-        root: a folder; None is "dataset". It is made if there is something to put into it.
-        folder: the name of the unpacked folder, preferred to the file; None if the file is no archive.
+        root: a folder, created for a download. Default: "dataset".
+        folder: the name of the unpacked folder, which is preferred to the file; None if the file is not an archive.
 
     Raises:
         NotADirectoryError: `root` is a file.
@@ -56,7 +56,7 @@ def obtain(remote: Remote, name: str, *, root: Path | None = None, folder: str |
     # requests raises OSErrors, pooch a ValueError for another checksum; pooch itself may not be installed.
     except (OSError, ValueError, ImportError) as error:
         if new:
-            with suppress(OSError):  # not there, or something is in it
+            with suppress(OSError):  # (it was not created, or is not empty)
                 root.rmdir()
         either = f"{remote.file} nor its unpacked folder {folder}" if folder else remote.file
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -71,10 +71,12 @@ def _download(remote: Remote, root: Path) -> Path:
 
     with _Bar(remote.file) as bar:
         downloader = pooch.HTTPDownloader(progressbar=bar, chunk_size=_CHUNK, timeout=_TIMEOUT)
-        # To a temporary name beside it; renamed once the checksum is right, removed otherwise.
+        # pooch writes to a temporary name beside it, renamed once the checksum is right.
         pooch.retrieve(remote.url, f"md5:{remote.md5}", fname=remote.file, path=root, downloader=downloader)
     path = root / remote.file
-    path.chmod(root.stat().st_mode & 0o666)  # temporary files are private: let who may see the folder read it
+    path.chmod(
+        root.stat().st_mode & 0o666
+    )  # temporary files are private: whoever can read the folder can read the file
     return path
 
 
@@ -108,7 +110,7 @@ class _Bar:
 
     @total.setter
     def total(self, size: int) -> None:
-        if size > 0:  # otherwise the server did not tell
+        if size > 0:  # (0 where the server did not send the size)
             self._bar.update(self._task, total=size)
 
     def update(self, size: int) -> None:

@@ -21,7 +21,7 @@ def _at(root: Path | None, name: str) -> Path:
     return root
 
 
-# A data set is one entry: a line for the user, and what makes its Source from the root the user gave (or None).
+# A data set is one entry: its description, and the function from the given root (or None) to the `Dataset`.
 _ENTRIES = {
     "digits": _Entry(digits.DESCRIPTION, lambda root: digits.digits()),
     "folder": _Entry(folder.DESCRIPTION, lambda root: folder.image_folder(_at(root, "folder"))),
@@ -38,15 +38,15 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     """The data set of that name, or at that path.
 
     Args:
-        name: a name in `DATASETS`, the path of an .npz file, or the path of an image folder. A name wins over a
-            path: a folder that happens to be called digits is "./digits".
-        root: where the data of a name lie; "folder" and "npz" need it, "digits" makes no use of it, for the
-            others None is "dataset". What is not there of cifar10, cifar100 and svhn is downloaded into it.
+        name: a name in `DATASETS`, the path of an .npz file, or the path of an image folder. Names go before paths: a
+            folder called digits is "./digits".
+        root: the folder of a named data set. "folder" and "npz" need it, "digits" ignores it. Default of the
+            others: "dataset". Missing files of cifar10, cifar100 and svhn are downloaded into it.
 
     Raises:
         FileNotFoundError: nothing is at that path, or what is missing cannot be downloaded.
-        NotADirectoryError: root is a file, but ought to be a folder.
-        ValueError: an unknown name, a root missing or beside a path, or data that are not as they should be.
+        NotADirectoryError: root is a file.
+        ValueError: an unknown name, a missing root, a root beside a path, or damaged data.
     """
     name = os.fspath(name)
     if name in _ENTRIES:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def balanced(y: Int[Tensor, " n"], count: int) -> Int[Tensor, " count"]:
-    """Numbers, rising, of `count` images with as many of each class as there are (one more or less).
+    """Indices, rising, of `count` images, as many of each class as of any other (one more or less).
 
     Raises:
         ValueError: count below 1.
@@ -14,7 +14,7 @@ def balanced(y: Int[Tensor, " n"], count: int) -> Int[Tensor, " count"]:
     if count < 1:
         raise ValueError(f"at least 1 image must be taken, not {count}")
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    # The turn of an image among those of its class, in an order that has nothing to do with how they are stored.
+    # The turn of an image among those of its class, in an order independent of the storage.
     turn = torch.zeros(len(y), dtype=torch.int64)
     for label in y.unique():
         mine = order[y[order] == label]

@@ -35,8 +35,8 @@ def svhn(root: Path | None = None) -> Dataset:
         eps=8 / 255,
         padding=crop_padding(32),
         fill=128,
-        # As published: the release augments all three data sets alike, though a mirrored digit is none.
-        # Whoever would rather not says --no-flip.
+        # As in the released code, which flips all three data sets although a mirrored digit is not a digit.
+        # --no-flip switches it off.
         flip=True,
         description=DESCRIPTION,
         read_train=partial(_read, _TRAIN, root),
@@ -64,13 +64,13 @@ def _read(remote: Remote, root: Path | None) -> Split:
 
 
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.io import loadmat  # here, since it takes a while
+    from scipy.io import loadmat  # here because the import is slow
 
     try:
         found = loadmat(path, variable_names=["X", "y"])
-    # scipy raises whatever it comes upon in a damaged file: TypeError, struct.error, zlib.error, MemoryError …
+    # On a damaged file scipy raises TypeError, struct.error, zlib.error, MemoryError and others.
     except Exception as error:
-        raise ValueError(f"{path} cannot be read, it is no MATLAB file or is damaged ({error})") from error
+        raise ValueError(f"{path} cannot be read, it is not a MATLAB file or is damaged ({error})") from error
     for key in ("X", "y"):
         if not isinstance(found.get(key), np.ndarray):
             raise ValueError(f"{path} has no array {key}: it is not SVHN's file, or is damaged")
