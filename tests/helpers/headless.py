@@ -31,7 +31,7 @@ SECONDS = 60.0
 
 
 class Browser:
-    """One tab of a headless chromium, as a `with` block. `events` keeps all that it told."""
+    """One tab of a headless chromium, as a `with` block. `events` holds all events of the browser."""
 
     def __init__(self, home: Path):
         assert CHROMIUM is not None
@@ -105,8 +105,8 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def told(self, method: str) -> list[dict[str, Any]]:
-        """What the browser told by this event since the page was opened."""
+    def events_of(self, method: str) -> list[dict[str, Any]]:
+        """The parameters of each such event since the page was opened."""
         return [e["params"] for e in self.events if e["method"] == method]
 
     def picture(self, file: Path) -> None:

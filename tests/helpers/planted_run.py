@@ -136,14 +136,14 @@ def planted_run(
     path.mkdir(parents=True)
     recipe = replace(RECIPES["gcat"], epochs=4, warmup=0.0, seed=7, data=data)
     meta = model_meta(recipe, classes=classes, shape=(1, 8, 8), eps=EPS)
-    told = {
+    recorded = {
         "gsem_torch": "2.13.0",
         "machine": "x86_64",
         "device": "cpu",
         "training_images": 1177,
         "commit": "0123456789ab",
     }
-    (path / "recipe.json").write_text(json.dumps(meta | told))
+    (path / "recipe.json").write_text(json.dumps(meta | recorded))
     lines = [
         {"epoch": e, "step": 9 * e, "loss": 2.5 / e, "seconds": 10.0 * e, "clean": 0.2 * e, "robust": 0.15 * e}
         for e in range(1, 5)

@@ -68,10 +68,10 @@ def test_the_page_in_a_browser(browser, pages, name, width, dark):
     assert len(images) == 30 * (1 if name == "one" else 2)
     assert all(complete and natural == 8 and shown > 40 for complete, natural, shown in images)
     assert browser.run(PAPER) == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
-    complaints = browser.told("Runtime.exceptionThrown") + browser.told("Log.entryAdded")
-    assert complaints + browser.told("Runtime.consoleAPICalled") == []
-    asked = {r["request"]["url"] for r in browser.told("Network.requestWillBeSent")}
-    assert {url for url in asked if not url.startswith("data:")} == {pages[name].as_uri()}
+    complaints = browser.events_of("Runtime.exceptionThrown") + browser.events_of("Log.entryAdded")
+    assert complaints + browser.events_of("Runtime.consoleAPICalled") == []
+    requested = {r["request"]["url"] for r in browser.events_of("Network.requestWillBeSent")}
+    assert {url for url in requested if not url.startswith("data:")} == {pages[name].as_uri()}
 
 
 def test_the_data_of_a_figure_can_be_copied(browser, pages):
@@ -92,7 +92,7 @@ def test_a_request_would_be_refused(browser, pages):
     answer = browser.run('fetch("https://example.org").then(() => "sent", () => "refused")')
     assert answer == "refused"
     assert "Content Security Policy" in json.dumps(
-        browser.told("Log.entryAdded") + browser.told("Runtime.consoleAPICalled")
+        browser.events_of("Log.entryAdded") + browser.events_of("Runtime.consoleAPICalled")
     )
 
 

@@ -119,7 +119,7 @@ def test_one_of_each_class_is_shown_those_that_are_right_first():
     assert first_of_each(y, 9, right) == [2, 1, 5, 0, 3, 4]  # (the wrong ones in the same order)
 
 
-def test_the_caption_says_how_many_images_are_right_without_an_attack(tmp_path):
+def test_the_caption_holds_how_many_images_are_right_without_an_attack(tmp_path):
     run = planted_run(tmp_path / "run")
     (entry,) = read_runs([run])
     x, y = halves(12, contrast=0.15)
