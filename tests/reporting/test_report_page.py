@@ -308,13 +308,13 @@ def test_signs_of_svg_and_ticks():
 
 
 def test_bars_are_as_long_as_their_values():
-    chart = str(bars("k", "t", "d", [("a", [Bar(0.25, 0.2, 0.5, reference=1.0, text="x")]), ("bb", [Bar(1.0)])]))
+    chart = "".join(bars([("a", [Bar(0.25, 0.2, 0.5, reference=1.0, text="x")]), ("bb", [Bar(1.0)])]).parts)
     bars_drawn = re.findall(r'<rect x="([\d.]+)".*? width="([\d.]+)"', chart)
     start, widths = float(bars_drawn[0][0]), [float(width) for _, width in bars_drawn]
     assert widths[0] == pytest.approx(widths[1] / 4, abs=0.02)
     [(low, high)] = re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)"', chart)
     assert [(float(x) - start) / widths[1] for x in (low, high)] == pytest.approx([0.2, 0.5], abs=0.001)
-    assert "100%" in chart and "%" not in str(bars("k", "t", "d", [("a", [Bar(0.5)])], axis=False))
+    assert "100%" in chart and "%" not in "".join(bars([("a", [Bar(0.5)])], axis=False).parts)
 
 
 def test_headings_of_the_accuracies(entry):

@@ -32,10 +32,16 @@ class Figure:
     key: str
     """Unique on the page."""
     title: str
+    description: str
+    """Text alternative."""
     caption: str
-    chart: Markup
+    drawing: svg.Drawing
     data: Table
     legend: tuple[svg.Key, ...] = ()
+
+    @property
+    def chart(self) -> Markup:
+        return svg.image(self.drawing, self.key, self.title, self.description)
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
@@ -58,7 +64,6 @@ def accuracy_figure(entries: Sequence[RunReport]) -> Figure | None:
         return None
     names.sort(key=lambda name: name == "worst case")
     groups = [(name, [svg.Bar(*values[name], run=run) for run, _, values in found if name in values]) for name in names]
-    title = "Expected accuracy under each attack"
     description = "; ".join(
         f"{e.name}: " + ", ".join(f"{name} {percent(one.mean)}" for name, one in values.items())
         for _, e, values in found
@@ -66,9 +71,10 @@ def accuracy_figure(entries: Sequence[RunReport]) -> Figure | None:
     rows = tuple((e.name, name, *map(rounded, one)) for _, e, values in found for name, one in values.items())
     return Figure(
         "accuracy",
-        title,
+        "Expected accuracy under each attack",
+        f"{description}.",
         "With 95% bootstrap intervals over images.",
-        svg.bars("accuracy", title, f"{description}.", groups),
+        svg.bars(groups),
         Table(("run", "attack", "expected", "low", "high"), rows),
         tuple(svg.run_key(e.name, run) for run, e, _ in found),
     )
@@ -140,8 +146,8 @@ def _curves(
         return None
     first, last_epoch = min(epochs) - (len(set(epochs)) == 1), max(epochs)
     across = svg.linear("epoch", first, last_epoch, count=min(5, last_epoch - first))
-    chart = svg.lines(key, title, f"{'; '.join(last)}.", series, across, up)
-    return Figure(key, title, caption, chart, Table(("run", "epoch", *fields), tuple(rows)), tuple(legend))
+    data = Table(("run", "epoch", *fields), tuple(rows))
+    return Figure(key, title, f"{'; '.join(last)}.", caption, svg.lines(series, across, up), data, tuple(legend))
 
 
 # --- sweeps of the audit -------------------------------------------------------------------------------------------
@@ -193,10 +199,14 @@ def _sweep(entries: Sequence[RunReport], key: str) -> Figure | None:
         caption += " The last point adds the primary attack with twice as many."
     columns = (key, "accuracy", "low", "high")
     data = tuple((e.name, *(rounded(r.get(k), 6) for k in columns)) for _, e, rows in found for r in rows)
-    chart = svg.lines(f"sweep-{key}", title, f"{description}.", series, across, svg.share(), level=level)
-    legend = tuple(svg.run_key(e.name, run) for run, e, _ in found)
     return Figure(
-        f"sweep-{key}", title, f"{caption} 95% intervals over images.", chart, Table(("run", *columns), data), legend
+        f"sweep-{key}",
+        title,
+        f"{description}.",
+        f"{caption} 95% intervals over images.",
+        svg.lines(series, across, svg.share(), level),
+        Table(("run", *columns), data),
+        tuple(svg.run_key(e.name, run) for run, e, _ in found),
     )
 
 
@@ -244,7 +254,6 @@ def class_figure(entry: RunReport, number: int) -> Figure | None:
     clean = {label: one.mean for label, (one, _) in per_class(result, "clean").items()} if has_clean else {}
     order = sorted(worst, key=lambda label: worst[label][0].mean)
     shown = sorted(worst) if len(worst) <= MANY else [*order[: MANY // 2], *order[-MANY // 2 :]]
-    key, title = f"classes-{number}", "Accuracy of each class"
     low, high = (f"{entry.class_name(label)} with {percent(worst[label][0].mean)}" for label in (order[0], order[-1]))
     groups = [
         (entry.class_name(k), [svg.Bar(*worst[k][0], reference=clean.get(k), text=percent(worst[k][0].mean))])
@@ -255,10 +264,11 @@ def class_figure(entry: RunReport, number: int) -> Figure | None:
         caption += f" The {MANY // 2} lowest and the {MANY // 2} highest of {len(worst)} classes."
     rows = tuple((entry.class_name(k), n, *map(rounded, one), rounded(clean.get(k))) for k, (one, n) in worst.items())
     return Figure(
-        key,
-        title,
+        f"classes-{number}",
+        "Accuracy of each class",
+        f"Worst case over the attacks: lowest {low}, highest {high}.",
         caption,
-        svg.bars(key, title, f"Worst case over the attacks: lowest {low}, highest {high}.", groups),
+        svg.bars(groups),
         Table(("class", "images", "worst", "low", "high", "clean"), rows),
         (svg.swatch("worst case", "bar"), *([svg.reference_key("clean")] if clean else [])),
     )
@@ -274,30 +284,22 @@ def confusion_figure(entry: RunReport, number: int) -> Figure | None:
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
     pairs = [(int(i), int(j)) for i, j in np.argwhere(counts > 0)]
     errors = sorted(((counts[i, j], i, j) for i, j in pairs if i != j), reverse=True)
-    key, title = f"confusion-{number}", "Predictions under attack"
     frequent = "; ".join(f"{names[i]} is taken for {names[j]} in {percent(shares[i, j])}" for _, i, j in errors[:3])
     description = f"Most frequent errors: {frequent}." if errors else "There are no errors."
     if len(names) > MANY:
-        groups = [
-            (
-                f"{svg.shortened(names[i], 9)} → {svg.shortened(names[j], 9)}",
-                [svg.Bar(n / errors[0][0], text=f"{n:.1f}")],
-            )
-            for n, i, j in errors[:MANY]
-        ]
-        chart, shown = (
-            svg.bars(key, title, description, groups, axis=False),
-            "Images for each of the most frequent errors",
-        )
+        caption = "Images for each of the most frequent errors"
+        labels = [f"{svg.shortened(names[i], 9)} → {svg.shortened(names[j], 9)}" for _, i, j in errors[:MANY]]
+        counted = [svg.Bar(n / errors[0][0], text=f"{n:.1f}") for n, _, _ in errors[:MANY]]
+        drawing = svg.bars([(label, [bar]) for label, bar in zip(labels, counted, strict=True)], axis=False)
     else:
-        chart, shown = _matrix(key, title, description, names, shares), "Share of predictions in per cent by label"
-    draws = f", {p.draws} draws each" if p.draws > 1 else ""
+        caption, drawing = "Share of predictions in per cent by label", _matrix(names, shares)
+    caption += f"; {p.images} images{f', {p.draws} draws each' if p.draws > 1 else ''}; {p.origin}."
     rows = tuple((names[i], names[j], rounded(counts[i, j]), rounded(shares[i, j])) for i, j in pairs)
-    caption = f"{shown}; {p.images} images{draws}; {p.origin}."
-    return Figure(key, title, caption, chart, Table(("label", "prediction", "images", "share"), rows))
+    data = Table(("label", "prediction", "images", "share"), rows)
+    return Figure(f"confusion-{number}", "Predictions under attack", description, caption, drawing, data)
 
 
-def _matrix(key: str, title: str, description: str, names: list[str], shares: np.ndarray) -> Markup:
+def _matrix(names: list[str], shares: np.ndarray) -> svg.Drawing:
     longest = max(len(svg.shortened(name, 10)) for name in names)
     left, top, room = 18 + 6 * longest, 30 + 4.5 * longest, 276
     cell = room / len(names)
@@ -317,7 +319,7 @@ def _matrix(key: str, title: str, description: str, names: list[str], shares: np
             tone = "number strong" if value > 0.55 else "number"
             place = {"x": box["x"] + cell / 2 - 0.5, "y": box["y"] + cell / 2 + 3.5, "text_anchor": "middle"}
             parts.append(svg.tag("text", f"{100 * value:.0f}", **place, class_=tone))
-    return svg.drawing(key, title, description, *parts, width=left + room + 20, height=top + room + 4)
+    return svg.Drawing(parts, left + room + 20, top + room + 4)
 
 
 # --- loss surfaces -------------------------------------------------------------------------------------------------
@@ -331,7 +333,6 @@ def surface_figures(entry: RunReport, number: int) -> list[Figure]:
 
 def _surface(entry: RunReport, p: Pictures, s: Surface, key: str) -> Figure:
     image = p.gallery[s.number]
-    title = f"Around {image_number(image, s.number).lower()}: {entry.class_name(image.label)}"
     middle, end = int(np.abs(s.along).argmin()), int(np.abs(s.along - 1).argmin())
     description = (
         f"Margin on a plane through the image: {s.margin[middle, middle]:.2f} at the image, "
@@ -347,15 +348,16 @@ def _surface(entry: RunReport, p: Pictures, s: Surface, key: str) -> Figure:
     rows = tuple((along[j], along[i], rounded(float(margin))) for (i, j), margin in np.ndenumerate(s.margin))
     return Figure(
         key,
-        title,
+        f"Around {image_number(image, s.number).lower()}: {entry.class_name(image.label)}",
+        description,
         caption,
-        _map(key, title, description, s),
+        _map(key, s),
         Table(("towards_x_adv", "across", "margin"), rows),
         (svg.swatch("still right", "cell right"), svg.swatch("misclassified", "cell wrong")),
     )
 
 
-def _map(key: str, title: str, description: str, s: Surface) -> Markup:
+def _map(key: str, s: Surface) -> svg.Drawing:
     left, top, room = 44, 8, 200
     low, high = float(s.along[0]), float(s.along[-1])
     cell = room / len(s.along)
@@ -387,7 +389,7 @@ def _map(key: str, title: str, description: str, s: Surface) -> Markup:
     axis = {"text_anchor": "middle", "class_": "name"}
     parts.append(svg.tag("text", "towards x_adv", x=left + room / 2, y=top + room + 30, **axis))
     parts.append(svg.tag("text", "across", x=12, y=up, transform=f"rotate(-90 12 {up:g})", **axis))
-    return svg.drawing(key, title, description, *parts, width=left + room + 10, height=top + room + 36)
+    return svg.Drawing(parts, left + room + 10, top + room + 36)
 
 
 def _boundary(broken: np.ndarray, left: float, top: float, cell: float) -> str:

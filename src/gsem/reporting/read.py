@@ -75,14 +75,9 @@ class RunReport:
     @property
     def eps(self) -> float | None:
         """The radius of the evaluation, else of the audit, else of the data."""
-        for metadata in (
-            None if self.result is None else self.result.metadata,
-            None if self.audit is None else self.audit.metadata,
-            self.metadata.get("data"),
-        ):
-            if metadata and "eps" in metadata:
-                return float(metadata["eps"])
-        return None
+        measured = [found.metadata for found in (self.result, self.audit) if found is not None]
+        known = [m["eps"] for m in (*measured, self.metadata.get("data", {})) if "eps" in m]
+        return float(known[0]) if known else None
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunReport]:

@@ -51,6 +51,15 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """The elements of a chart, and its size."""
+
+    parts: Sequence[Markup]
+    width: float = WIDTH
+    height: float = HEIGHT
+
+
+@dataclass(frozen=True)
 class Key:
     """A line of a legend."""
 
@@ -83,20 +92,18 @@ def _short(value: object) -> object:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
-def drawing(
-    key: str, title: str, description: str, *parts: str, width: float = WIDTH, height: float = HEIGHT
-) -> Markup:
+def image(drawing: Drawing, key: str, title: str, description: str) -> Markup:
     """A whole image with its text alternative; `key` is unique on the page."""
     return tag(
         "svg",
         tag("title", title, id=f"{key}-title"),
         tag("desc", description, id=f"{key}-desc"),
-        *parts,
-        viewBox=f"0 0 {width:g} {height:g}",
+        *drawing.parts,
+        viewBox=f"0 0 {drawing.width:g} {drawing.height:g}",
         role="img",
         aria_labelledby=f"{key}-title {key}-desc",
         class_="chart",
-        style=f"max-width:{1.3 * width:g}px",
+        style=f"max-width:{1.3 * drawing.width:g}px",
     )
 
 
@@ -141,20 +148,11 @@ def share() -> Axis:
     return linear("", 0.0, 1.0, lambda v: f"{100 * v:.0f}%")
 
 
-def lines(
-    key: str,
-    title: str,
-    description: str,
-    series: Sequence[Line],
-    across: Axis,
-    up: Axis,
-    *,
-    level: tuple[float, str] | None = None,
-) -> Markup:
+def lines(series: Sequence[Line], across: Axis, up: Axis, level: tuple[float, str] | None = None) -> Drawing:
     """A line chart.
 
     Args:
-        level: a horizontal line of reference, and what it is called.
+        level: a horizontal line of reference, and its name.
     """
     parts = [*_frame(across, up)]
     if level is not None:
@@ -162,7 +160,7 @@ def lines(
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="level"))
         parts.append(tag("text", level[1], x=WIDTH - RIGHT - 2, y=y - 4, text_anchor="end", class_="note"))
     parts += [_line(line, across, up) for line in series]
-    return drawing(key, title, description, *parts)
+    return Drawing(parts)
 
 
 def _x(axis: Axis, value: float) -> float:
@@ -211,9 +209,7 @@ def _line(line: Line, across: Axis, up: Axis) -> Markup:
     return tag("g", *parts, class_=f"run s{line.run % len(MARKERS)}")
 
 
-def bars(
-    key: str, title: str, description: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, axis: bool = True
-) -> Markup:
+def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, axis: bool = True) -> Drawing:
     """A bar chart.
 
     Args:
@@ -234,7 +230,7 @@ def bars(
         grid.append(tag("line", x1=x, x2=x, y1=2, y2=y, class_="grid"))
         if percentage in (0, 50, 100):
             parts.append(tag("text", f"{percentage}%", x=x, y=y + 15, text_anchor="middle"))
-    return drawing(key, title, description, *grid, *parts, height=y + (20 if axis else 4))
+    return Drawing([*grid, *parts], height=y + (20 if axis else 4))
 
 
 def _bar(bar: Bar, left: float, width: float, middle: float) -> Markup:
