@@ -74,9 +74,7 @@ def _download(remote: Remote, root: Path) -> Path:
         # pooch writes to a temporary name beside it, renamed once the checksum is right.
         pooch.retrieve(remote.url, f"md5:{remote.md5}", fname=remote.file, path=root, downloader=downloader)
     path = root / remote.file
-    path.chmod(
-        root.stat().st_mode & 0o666
-    )  # temporary files are private: whoever can read the folder can read the file
+    path.chmod(root.stat().st_mode & 0o666)  # temporary files are private: give the file the rights of its folder
     return path
 
 

@@ -11,7 +11,7 @@ def card(entry: RunReport) -> dict[str, Any]:
 
     `reported` is the worst case over all attacks; `autoattack_acc` is null where AutoAttack was not run. Both are
     expected accuracies. `unreliable` is true unless the audit's verdict is TRUSTED, and null without an audit. `link`,
-    `authors` and `venue` are empty, for whoever publishes the card.
+    `authors` and `venue` are empty: the publisher of the card fills them in.
     """
     summary = entry.summary or {"attacks": [], "worst": {}}
     rows = {r["attack"]: r for r in summary["attacks"] if r["noise"] == "fresh"}

@@ -120,26 +120,35 @@ def _read(path: Path) -> RunReport:
 
 
 def _read_run(path: Path, chosen: Path | None) -> RunReport:
+    """The run with its latest evaluation, or with the `chosen` one.
+
+    A chosen evaluation of another network is shown alone, without the recipe and metrics beside it.
+    """
     recipe = path / "recipe.json"
     if not recipe.is_file() and chosen is None:
         raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
     metadata = _json(recipe) if recipe.is_file() else {}
-    results = _numbered(path, "evaluation", ".npz") or sorted(path.glob("test-fresh.npz"))
-    subject, unmatched = _subject(path) if metadata else (None, [])
-    if chosen is not None:
-        return _of_evaluation(path, chosen, metadata, subject, unmatched)
     entry = RunReport(path=path, name=path.resolve().name, spec=_spec(path), metadata=metadata, metrics=_metrics(path))
-    skipped: list[Path] = []
-    for file in reversed(results):
+    subject, unmatched = _subject(path) if metadata else (None, [])
+    results = _numbered(path, "evaluation", ".npz") or sorted(path.glob("test-fresh.npz"))
+    skipped, other = [], None
+    for file in reversed(results) if chosen is None else [chosen]:
         result, summary = _result(file)
         other = other_network(result.metadata, subject)
-        if other is None:
+        if other is None or chosen is not None:
             others = tuple(f.name for f in results if f != file and f not in skipped)
             entry = replace(entry, result=result, summary=summary, file=file.name, others=others)
             break
         skipped.append(file)
         unmatched.append(f"{file.name}: {other}")
-    return _with_audit(entry, subject, unmatched)
+    if chosen is not None and (other is not None or not metadata):
+        model = entry.evaluated.get("model")
+        name = bare(model) if model else with_ending(chosen, "").name
+        spec = name if model else entry.spec
+        entry = replace(entry, name=name, spec=spec, metadata={}, metrics=(), others=())
+        if metadata:
+            unmatched.append(f"recipe.json, metrics.jsonl: {chosen.name} is not of this run ({other})")
+    return _with_audit(entry, subject if chosen is None else None, unmatched)
 
 
 def _subject(path: Path) -> tuple[dict[str, str] | None, list[str]]:
@@ -148,27 +157,6 @@ def _subject(path: Path) -> tuple[dict[str, str] | None, list[str]]:
         return run_fingerprint(path), []
     except (ValueError, OSError, RuntimeError):
         return None, ["checkpoints: they cannot be read, so the results may be of another network"]
-
-
-def _of_evaluation(
-    path: Path, file: Path, metadata: dict[str, Any], subject: dict[str, str] | None, unmatched: list[str]
-) -> RunReport:
-    """An evaluation named by its file. The recipe and metrics beside it are added if they are of the same network."""
-    result, summary = _result(file)
-    other = other_network(result.metadata, subject)
-    entry = RunReport(
-        path=path, name=path.resolve().name, spec=_spec(path), result=result, summary=summary, file=file.name
-    )
-    if metadata and other is None:
-        others = tuple(f.name for f in _numbered(path, "evaluation", ".npz") if f != file)
-        entry = replace(entry, metadata=metadata, metrics=_metrics(path), others=others)
-    else:
-        model = result.metadata.get("about", {}).get("model")
-        name = bare(model) if model else with_ending(file, "").name
-        entry = replace(entry, name=name, spec=name if model else entry.spec)
-        if metadata:
-            unmatched = [*unmatched, f"recipe.json, metrics.jsonl: {file.name} is not of this run ({other})"]
-    return _with_audit(entry, None, unmatched)
 
 
 def _spec(path: Path) -> str:

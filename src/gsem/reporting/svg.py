@@ -144,7 +144,7 @@ def doubling(name: str, values: Sequence[float], label: Callable[[float], str]) 
 
 
 def share() -> Axis:
-    """From 0 to 100%; the title says of what."""
+    """From 0 to 100%, for charts whose title names the quantity."""
     return linear("", 0.0, 1.0, lambda v: f"{100 * v:.0f}%")
 
 

@@ -1,4 +1,4 @@
-"""What a report says of its runs in words and tables: the verdict, the accuracies, the recipe, the cost."""
+"""The words and tables of a report: the verdict, the accuracies, the recipe, the cost."""
 
 import re
 import shlex
