@@ -228,7 +228,7 @@ def _chance_level(entries: Sequence[RunReport]) -> float | None:
 # --- classes -------------------------------------------------------------------------------------------------------
 
 
-def wilson(share: float, n: int) -> Interval:
+def wilson_interval(share: float, n: int) -> Interval:
     """The 95% Wilson interval of a mean of `n` values in [0, 1]. It has a length also where all are 0 or 1."""
     z = 1.959964
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -241,7 +241,9 @@ def per_class(result: EvaluationResult, name: str) -> dict[int, tuple[Interval, 
     scores = result[name]
     right = scores.correct / result.draws_of(scores)
     groups = {int(label): right[result.y == label] for label in np.unique(result.y)}
-    return {label: (wilson(float(values.mean()), len(values)), len(values)) for label, values in groups.items()}
+    return {
+        label: (wilson_interval(float(values.mean()), len(values)), len(values)) for label, values in groups.items()
+    }
 
 
 def class_figure(entry: RunReport, number: int) -> Figure | None:
