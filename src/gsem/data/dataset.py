@@ -36,7 +36,7 @@ class Dataset:
         fill: the value of those pixels, 0 … 255.
         flip: whether a horizontal flip preserves the label.
         description: one line.
-        read_train, read_test: read the whole training or test part, and nothing else; None where it is absent.
+        read_train, read_test: read one part, all of it, and nothing of the other; None where the part is absent.
     """
 
     name: str

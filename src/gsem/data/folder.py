@@ -18,15 +18,15 @@ DESCRIPTION = "a directory with train/CLASS/* and test/CLASS/* image files, all 
 
 _GREY = ("1", "L")
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
-_CHUNK = 64  # files that a thread decodes as one task
-# Pillow decodes outside the interpreter's lock, but for small images passing the lock costs more than it saves:
-# on 2 cores, two threads take 1.7 to 1.9 times as long as one for 32 × 32 JPEGs, and 0.7 times for 224 × 224.
+_CHUNK = 64  # files a thread decodes between two visits to the queue
+# Pillow decodes outside the interpreter's lock, but for a small image the passing of the lock costs more than is
+# won: measured on 2 cores, two threads take 1.7 to 1.9 times as long as one for 32 × 32 JPEGs, and 0.7 for 224.
 _PIXELS_WORTH_THREADS = 96 * 96
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The size and channels that every image must have, and the file they were read from."""
+    """What every image must be like: the size of the file `first`, in `channels` channels."""
 
     channels: int
     height: int
@@ -39,10 +39,10 @@ def image_folder(root: str | Path) -> Dataset:
 
     Classes are the folders of train/ (of test/ if there is no train/), sorted by name; images come in the order
     of their sorted file names. They are [1, h, w] if every image of that part is grey, otherwise all are made
-    RGB, [3, h, w] (transparency is dropped). Hidden files are ignored.
+    RGB, [3, h, w] (transparency is dropped). Hidden files are passed over.
 
-    This function lists the folders and reads the headers of the first part's images, up to the first one in colour.
-    `training()` and `test()` decode the images.
+    Here only the folders are listed and the headers of the first part's images looked at, up to the first one
+    in colour; images are decoded by `training()` and `test()`.
 
     Raises:
         FileNotFoundError: `root` is no directory.
@@ -116,10 +116,10 @@ def _files(part: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
 
 @contextmanager
 def _open(file: str) -> Iterator[Image.Image]:
-    """The image, its pixels not yet decoded. Errors in the block are raised again with the file's name."""
+    """The image, its pixels not yet decoded; whatever goes wrong in the block is told with the file's name."""
     try:
         with Image.open(file) as image:
-            # Pillow cuts 16-bit colour to 8 bits silently; the raw mode of its decoder shows it.
+            # Pillow cuts 16-bit colour to 8 bits without a word; the raw mode of its decoder tells.
             raw = next((str(tile[3]) for tile in image.tile), "")
             if image.mode.startswith(("I", "F")) or any(f";16{order}" in raw for order in "BLN"):
                 kind = "float" if image.mode.startswith("F") else "more than 8-bit"
@@ -127,13 +127,13 @@ def _open(file: str) -> Iterator[Image.Image]:
             yield image
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{file} is not an image, or is damaged: move it away or replace it") from error
-    # On a damaged file Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others.
+    # Pillow's decoders raise what they meet in a damaged file: OSError, SyntaxError, struct.error, zlib.error …
     except Exception as error:
         raise ValueError(f"{file} cannot be used: {error}") from error
 
 
 def _layout(files: Sequence[str]) -> _Layout:
-    # The search ends at the first image in colour, so for a colour data set one header is read.
+    # One image in colour settles it, so for a colour data set this looks at one header.
     with _open(files[0]) as image:
         width, height = image.size
     return _Layout(1 if all(map(_is_grey, files)) else 3, height, width, files[0])
@@ -157,7 +157,7 @@ def _decode(file: str, layout: _Layout) -> np.ndarray:
         mode = "L" if layout.channels == 1 else "RGB"
         if image.mode == mode:
             return np.asarray(image)
-        # A palette with transparency is converted by way of RGBA, else Pillow warns.
+        # A palette with transparency wants the detour, or Pillow warns.
         if "transparency" in image.info:
             return np.asarray(image.convert("RGBA").convert(mode))
         return np.asarray(image.convert(mode))
@@ -173,7 +173,7 @@ def _read(part: Path, classes: Sequence[str], layout: _Layout) -> Split:
             x[i] = image if image.ndim == 2 else image.transpose(2, 0, 1)
 
     threads = os.cpu_count() if layout.height * layout.width >= _PIXELS_WORTH_THREADS else 1
-    # `map` gives results in order, so of several bad files the first is named, whatever the threads did.
+    # `map` gives results in order, so of several bad files the first is told, however the threads ran.
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(fill, range(0, len(files), _CHUNK)):
             pass

@@ -1,4 +1,4 @@
-"""Additional, mostly generated, training images, and batches that mix them with the real ones.
+"""Additional, mostly generated, training images, and how they are mixed with the real ones.
 
 Source: S.-A. Rebuffi et al., Data augmentation can improve robustness, NeurIPS 2021; S. Gowal et al., Improving
 robustness using generated data, NeurIPS 2021; Z. Wang et al., Better diffusion models further improve
@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from gsem.data import npz
 from gsem.data.dataset import Split
-from gsem.data.npz import array_names, read_pair
 
 _KEYS = (("image", "label"), ("x_train", "y_train"))
 
@@ -37,30 +37,40 @@ def read_extra(path: str | Path, shape: tuple[int, int, int], classes: Sequence[
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     images, labels = _pair(path)
-    return read_pair(path, images, labels, shape, classes, "the real ones are")
+    found = npz._shape(path, images)
+    if found != tuple(shape):
+        raise ValueError(f"{path}: {images} has images (c, h, w) {found}, but the real ones are {tuple(shape)}")
+    y = npz._labels(path, labels)
+    if int(y.max()) >= len(classes):
+        raise ValueError(f"{path}: {labels} has the label {int(y.max())}, but there are {len(classes)} classes")
+    # The header tells the count before gigabytes are read.
+    count = npz._header(path, images)[0][0]
+    if count != len(y):
+        raise ValueError(f"{path}: {images} has {count} images, but {labels} has {len(y)} labels")
+    return Split(npz._channels_first(npz._array(path, images)), y)
 
 
 def _pair(path: Path) -> tuple[str, str]:
-    keys = array_names(path)
-    listed = f"its keys are: {', '.join(keys) or 'none'}"
+    keys = npz._keys(path)
+    told = f"its keys are: {', '.join(keys) or 'none'}"
     for pair in _KEYS:
         missing = [key for key in pair if key not in keys]
         if not missing:
             return pair
         if len(missing) == 1:
             [partner] = set(pair) - set(missing)
-            raise ValueError(f"{path} has {partner} but no {missing[0]}; {listed}")
-    raise ValueError(f"{path} has neither image and label nor x_train and y_train; {listed}")
+            raise ValueError(f"{path} has {partner} but no {missing[0]}; {told}")
+    raise ValueError(f"{path} has neither image and label nor x_train and y_train; {told}")
 
 
 def mixed_order(
     n_real: int, n_extra: int, batch: int, share: float, generator: torch.Generator | None = None
 ) -> Int64[Tensor, "steps batch"]:
-    """One epoch of batches, as indices into the real images followed by the extra ones.
+    """One epoch of batches: places in the real images followed by the extra ones.
 
-    Each batch has round(batch · (1 − share)) real images, the others are extra ones, in random order. An epoch ends
-    with the real images; each is used at most once. Extra images are drawn without replacement, and no image is
-    drawn a second time before all were drawn.
+    Each batch has round(batch · (1 − share)) real images and otherwise extra ones, in random order. An epoch
+    lasts as long as the real images do: each is seen at most once. Extra images are drawn without replacement;
+    all of them were drawn before one is drawn again.
 
     Args:
         n_real, n_extra: how many images there are.
@@ -91,5 +101,5 @@ def mixed_order(
     rounds = -(-steps * extra // n_extra)
     drawn = torch.cat([torch.randperm(n_extra, generator=generator, device=device) for _ in range(rounds)])
     both = torch.cat([chosen, n_real + drawn[: steps * extra].view(steps, extra)], dim=1)
-    # Shuffled, because training attacks the images by their place in the batch.
+    # Shuffled, since the place in the batch decides which images are attacked.
     return both.gather(1, torch.rand(steps, batch, generator=generator, device=device).argsort(1))

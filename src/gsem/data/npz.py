@@ -5,7 +5,7 @@ import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ DESCRIPTION = "a .npz file with x_train [n, h, w, c] uint8, y_train [n] integers
 _FROM_FLOATS = "; images in [0, 1] become it by (255 * x).round().astype('uint8')"
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError),
-    # zipfile raises the first two on encryption and unknown compression, numpy the third on a huge header.
+    # zipfile's answers to encryption and to unknown compression; numpy's to a header of an absurd size.
     *(RuntimeError, NotImplementedError, MemoryError),
 )
 
@@ -32,8 +32,8 @@ def npz_file(path: str | Path) -> Dataset:
     """The arrays of `path`: x_train [n, h, w, c] or [n, h, w] uint8 with y_train [n] integers, x_test, y_test.
 
     Either part may be absent. Classes are named by the array `classes` (strings, in the order of the labels),
-    otherwise "0" … up to the largest label of y_train (of y_test if there is no training part). This function reads
-    that part's labels and the header of its images only. Pickled objects are never loaded. Other arrays are not used,
+    otherwise "0" … up to the largest label of y_train (of y_test if there is no training part). Here only that
+    part's labels and the header of its images are read. Pickled objects are never loaded. Other arrays are not used,
     and a warning names them.
 
     Raises:
@@ -44,7 +44,7 @@ def npz_file(path: str | Path) -> Dataset:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    keys = array_names(path)
+    keys = _keys(path)
     parts = [part for part in ("train", "test") if {f"x_{part}", f"y_{part}"} & set(keys)]
     if not parts:
         raise ValueError(f"{path} has neither x_train nor x_test; its keys are: {', '.join(keys) or 'none'}")
@@ -55,8 +55,8 @@ def npz_file(path: str | Path) -> Dataset:
     ignored = sorted(set(keys) - {f"{x}_{part}" for part in parts for x in "xy"} - {"classes"})
     if ignored:
         warnings.warn(
-            f"{path}: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} not used; the arrays that are used "
-            "are x_train, y_train, x_test, y_test and classes",
+            f"{path}: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} not used; what is used is called "
+            "x_train, y_train, x_test, y_test and classes",
             stacklevel=2,
         )
     main = parts[0]
@@ -80,7 +80,7 @@ def npz_file(path: str | Path) -> Dataset:
 
 @contextmanager
 def _opened(path: Path, key: str) -> Iterator[IO[bytes]]:
-    # Read as a zip archive, not by np.load, which also opens bare .npy files and cannot read a header alone.
+    # Read as a zip archive, not by np.load: that also opens bare .npy files, and cannot show a header alone.
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
             yield member
@@ -88,8 +88,7 @@ def _opened(path: Path, key: str) -> Iterator[IO[bytes]]:
         raise ValueError(f"{path}: {key} cannot be read, the file is damaged ({error})") from error
 
 
-def array_names(path: Path) -> list[str]:
-    """The keys of the arrays in the file."""
+def _keys(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
@@ -146,7 +145,7 @@ def _labels(path: Path, key: str) -> Int64[Tensor, "n"]:
     labels = _array(path, key)
     if labels.min() < 0:
         raise ValueError(f"{path}: {key} has the label {labels.min()}, but labels start at 0")
-    # numpy converts to int64: torch does not know other byte orders, nor all unsigned integers.
+    # Through int64 by numpy: torch knows neither other byte orders nor, everywhere, wide unsigned integers.
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -166,7 +165,7 @@ def _classes(path: Path, labels: Int64[Tensor, "n"], *, named: bool, complete: b
     else:
         if not complete:
             return tuple(map(str, range(max(seen) + 1)))
-        # The search ends one past the number of labels, so that a single huge label costs nothing.
+        # At most one is looked for beyond the labels there are, so that a stray huge label costs nothing.
         missing = [str(number) for number in range(min(max(seen), len(seen)) + 1) if number not in seen]
         classes = tuple(map(str, range(len(seen))))
     if missing:
@@ -175,34 +174,20 @@ def _classes(path: Path, labels: Int64[Tensor, "n"], *, named: bool, complete: b
     return classes
 
 
-def read_pair(
-    path: Path, images: str, labels: str, shape: tuple[int, int, int], classes: Sequence[str], like: str
-) -> Split:
-    """The images and labels under two keys.
-
-    Args:
-        shape: (c, h, w) that the images must have.
-        classes: names of the classes; every label must have one.
-        like: what has that shape, for the error: "x_train has".
-    """
-    found = _shape(path, images)
-    if found != tuple(shape):
-        raise ValueError(f"{path}: {images} has images (c, h, w) {found}, but {like} {tuple(shape)}")
-    y = _labels(path, labels)
-    if int(y.max()) >= len(classes):
-        raise ValueError(f"{path}: {labels} has the label {int(y.max())}, but there are {len(classes)} classes")
-    # The header holds the count, so that gigabytes are not read in vain.
-    count = _header(path, images)[0][0]
-    if count != len(y):
-        raise ValueError(f"{path}: {images} has {count} images, but {labels} has {len(y)} labels")
-    return Split(_channels_first(_array(path, images)), y)
-
-
 def _read(path: Path, part: str, classes: tuple[str, ...], shape: tuple[int, int, int]) -> Split:
-    split = read_pair(path, f"x_{part}", f"y_{part}", shape, classes, "x_train has")
-    if split.x.max() <= 1:  # .astype("uint8") of images in [0, 1] makes all but white 0
+    found = _shape(path, f"x_{part}")
+    if found != shape:
+        raise ValueError(f"{path}: x_{part} has images (c, h, w) {found}, but x_train has {shape}")
+    y = _labels(path, f"y_{part}")
+    if int(y.max()) >= len(classes):
+        raise ValueError(f"{path}: y_{part} has the label {int(y.max())}, but there are {len(classes)} classes")
+    count = _header(path, f"x_{part}")[0][0]
+    if count != len(y):
+        raise ValueError(f"{path}: x_{part} has {count} images, but y_{part} has {len(y)} labels")
+    images = _array(path, f"x_{part}")
+    if images.max() <= 1:  # what .astype("uint8") makes of images in [0, 1]: all but white is 0
         raise ValueError(f"{path}: x_{part} holds no value above 1, but must be uint8 from 0 to 255{_FROM_FLOATS}")
-    return split
+    return Split(_channels_first(images), y)
 
 
 def _channels_first(images: np.ndarray) -> UInt8[Tensor, "n c h w"]:

@@ -38,10 +38,10 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     """The data set of that name, or at that path.
 
     Args:
-        name: a name in `DATASETS`, the path of an .npz file, or the path of an image folder. Names go before paths: a
-            folder called digits is "./digits".
-        root: the folder of a named data set. "folder" and "npz" need it, "digits" ignores it. Default of the
-            others: "dataset". Missing files of cifar10, cifar100 and svhn are downloaded into it.
+        name: a name in `DATASETS`, the path of an .npz file, or the path of an image folder. A name wins over a
+            path: a folder that happens to be called digits is "./digits".
+        root: where the data of a name lie; "folder" and "npz" need it, "digits" makes no use of it, for the
+            others None is "dataset". What is not there of cifar10, cifar100 and svhn is downloaded into it.
 
     Raises:
         FileNotFoundError: nothing is at that path, or what is missing cannot be downloaded.
