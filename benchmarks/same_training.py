@@ -9,19 +9,17 @@ The noise of the networks is drawn independently, as it is in training. Prints t
 
 import argparse
 import json
-import math
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import reference
 import torch
-from scipy import stats
 from torch import nn
 
 import gsem
 from gsem.attacks._core import random_start
 from gsem.data import Dataset, to_float
+from gsem.evaluation.statistics import t_interval
 from gsem.rng import derive_seed, generator
 from gsem.training.recipe import Recipe
 from gsem.training.step import Stepper
@@ -116,11 +114,8 @@ def main() -> None:
     whole = [float(torch.cat(parts).mean()) for parts in means.values()]
     print(f"all          {whole[0]:7.4f} {whole[1]:9.4f} {whole[0] / whole[1] - 1:+10.2%}")
     gaps = [100 * (a - b) for a, b in zip(accuracy["ours"], accuracy["reference"], strict=True)]
-    half = float(stats.t.ppf(0.95, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    mean = statistics.mean(gaps)
-    print(
-        f"robust accuracy, ours − reference: {mean:+.2f} points, 90% interval {mean - half:+.2f} to {mean + half:+.2f}"
-    )
+    mean, low, high = t_interval(gaps, 0.9)
+    print(f"robust accuracy, ours − reference: {mean:+.2f} points, 90% interval {low:+.2f} to {high:+.2f}")
     o.json.write_text(json.dumps({"curves": curves, "accuracy": accuracy}, indent=2))
 
 

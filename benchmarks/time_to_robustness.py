@@ -17,18 +17,16 @@ seeds. Finished pieces are kept in --out, so that an interrupted benchmark goes 
 
 import argparse
 import json
-import math
 import platform
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
 import gsem
 from gsem.evaluation.result import EvaluationResult
+from gsem.evaluation.statistics import Interval, t_interval
 from gsem.study import Variant, _folder, study
 from gsem.training.recipe import Recipe
 from gsem.training.recipes import GCAT, GCAT_PUBLISHED
@@ -69,7 +67,7 @@ def variants(o: argparse.Namespace) -> list[Variant]:
     return [Variant(name, rows[name]) for name in kept]
 
 
-def differences(o: argparse.Namespace, name: str, base: str) -> tuple[float, float, float] | None:
+def differences(o: argparse.Namespace, name: str, base: str) -> Interval | None:
     """Of the last attack's expected accuracy to `base` of the same seed: mean and its 90% t-interval, in points."""
     if o.seeds < 2:
         return None
@@ -80,9 +78,7 @@ def differences(o: argparse.Namespace, name: str, base: str) -> tuple[float, flo
         )
         one, other = (r.expected([s.name for s in r.scores if s.noise == "fresh"][-1]).mean for r in (here, there))
         found.append(100 * (one - other))
-    half = float(stats.t.ppf(0.95, o.seeds - 1)) * statistics.stdev(found) / math.sqrt(o.seeds)
-    mean = statistics.mean(found)
-    return mean, mean - half, mean + half
+    return t_interval(found, 0.9)
 
 
 def arguments() -> argparse.Namespace:

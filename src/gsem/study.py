@@ -5,7 +5,6 @@ only, quantiser only, noise only, all of it} × {noise on, off at test}. `recipe
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,8 @@ from gsem._env import device_named
 from gsem._io import read_metadata, write_atomically
 from gsem.data import load, to_float
 from gsem.evaluation.evaluate import evaluate
-from gsem.evaluation.result import EvaluationResult, Interval
+from gsem.evaluation.result import EvaluationResult
+from gsem.evaluation.statistics import Interval, t_interval
 from gsem.nn.gsem import NoiseMode, noise
 from gsem.training.progress import Progress
 from gsem.training.recipe import Recipe
@@ -82,14 +82,8 @@ def recipes(base: Recipe, passes: float | None = None) -> list[Variant]:
 
 def _over_seeds(results: list[EvaluationResult], label: str) -> Interval:
     """The mean over seeds with its 95% t-interval; for one seed, the bootstrap interval over images."""
-    if len(results) == 1:
-        return results[0].expected(label)
-    from scipy import stats  # here, since it takes most of a second to import
-
-    values = [r.expected(label).mean for r in results]
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
+    found = [r.expected(label) for r in results]
+    return found[0] if len(found) == 1 else t_interval([interval.mean for interval in found])
 
 
 def study(

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from PIL import Image
 
 import gsem
 from gsem._env import commit
 from gsem.reporting import html, read_runs
-from gsem.reporting.charts import class_figure, confusion_figure, per_class, surface_figures, wilson_interval
+from gsem.reporting.charts import class_figure, confusion_figure, per_class, surface_figures
 from gsem.reporting.report import report
 from gsem.reporting.visuals import GRID, REACH, confusion, first_of_each, gallery, gallery_choice, pictures, png
 from planted import Flipper, Halves, halves
@@ -32,12 +31,6 @@ def of_halves():
 def test_the_accuracy_of_each_class_is_that_planted():
     found = per_class(planted_result(), ATTACKED)
     assert {label: (round(one.mean, 9), n) for label, (one, n) in found.items()} == {k: (k / 10, 4) for k in range(10)}
-
-
-@pytest.mark.parametrize(("right", "n"), [(0, 4), (3, 4), (4, 4), (37, 80)])
-def test_the_interval_is_wilsons(right, n):
-    theirs = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
-    assert wilson_interval(right / n, n) == pytest.approx((right / n, theirs.low, theirs.high), abs=1e-6)
 
 
 def test_the_figure_of_classes_holds_them(tmp_path):

@@ -1,11 +1,10 @@
 """What the checks share: the model, its images, the audited attacks, and their points."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from gsem.attacks._types import Norm, OnStep
 from gsem.attacks.suite import AttackSpec
 from gsem.auditing.partial import Partial
 from gsem.auditing.trace import Trace, trace
+from gsem.evaluation.statistics import Interval, binomial_quantile, bootstrap_mean
 from gsem.nn.folded import fold
 from gsem.nn.predict import predict_draws
 from gsem.rng import derive_seed
@@ -30,17 +30,6 @@ SLIGHTLY, GREATLY = 0.003, 0.05
 WHITE = ("apgd", "pgd", "cw", "fgsm", "fab")
 LEADING = ("apgd", "pgd", "cw", "fgsm")
 BLACK = ("square", "rays", "transfer")
-
-
-class Interval(NamedTuple):
-    """A mean over images, with its 95% bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def as_accuracy(self) -> dict[str, float]:
-        return {"accuracy": self.mean, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -304,10 +293,7 @@ class AuditContext:
         return self.interval(after.wrong - before.wrong)
 
     def interval(self, values: Float[np.ndarray, " n"]) -> Interval:
-        rng = np.random.Generator(np.random.PCG64(derive_seed(self.seed, "bootstrap")))
-        means = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES) @ values
-        low, high = np.quantile(means / len(values), [0.025, 0.975])
-        return Interval(float(values.mean()), float(low), float(high))
+        return bootstrap_mean(values, resamples=RESAMPLES, seed=self.seed)
 
     def broken_beyond_noise(self, before: Float[np.ndarray, " n"], after: Float[np.ndarray, " n"]) -> np.ndarray:
         """[n] whether a point is misclassified by most draws where another was not, beyond the noise of the draws."""
@@ -322,12 +308,7 @@ def most_by_chance(images: int) -> int:
     By its random start and its finite effort an attack misses up to 0.003 of the images that another try breaks: the
     tolerance of the sweeps too. A binomial count with that share exceeds the number in at most 2.5% of cases.
     """
-    below, count = 0.0, -1
-    while below < 0.975:
-        count += 1
-        ways = math.lgamma(images + 1) - math.lgamma(count + 1) - math.lgamma(images - count + 1)
-        below += math.exp(ways + count * math.log(SLIGHTLY) + (images - count) * math.log1p(-SLIGHTLY))
-    return count
+    return binomial_quantile(images, SLIGHTLY)
 
 
 def _numbered_from(first: int, on_step: OnStep) -> OnStep:

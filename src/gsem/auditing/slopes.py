@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gsem.evaluation.statistics import bootstrap
 from gsem.losses import margin
 from gsem.rng import derive_seed, generator, seeded
 
@@ -136,10 +137,12 @@ def joined(parts: Sequence[Slope], *, beside: bool = False, seed: int = 0) -> Sl
     if found.silent or found.blocked:
         return found
     ab, bb = (a * b).sum(1), (b * b).sum(1)
-    rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "slope")))
-    counts = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=RESAMPLES)
-    low, high = np.quantile((counts @ ab) / np.maximum(counts @ bb, 1e-300), [0.025, 0.975])
-    return replace(found, slope=float(ab.sum() / bb.sum()), low=float(low), high=float(high))
+
+    def ratio(counts: np.ndarray) -> np.ndarray:
+        return (counts @ ab) / np.maximum(counts @ bb, 1e-300)
+
+    low, high = bootstrap(ratio, len(a), resamples=RESAMPLES, seed=seed, stream="slope")
+    return replace(found, slope=float(ab.sum() / bb.sum()), low=low, high=high)
 
 
 class _Losses:

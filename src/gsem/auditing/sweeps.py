@@ -8,7 +8,8 @@ import numpy as np
 from gsem.attacks._core import random_start
 from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Check
-from gsem.auditing.context import GREATLY, SLIGHTLY, AuditContext, Interval, Points, most_by_chance, percent, several
+from gsem.auditing.context import GREATLY, SLIGHTLY, AuditContext, Points, most_by_chance, percent, several
+from gsem.evaluation.statistics import Interval
 from gsem.rng import generator
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)

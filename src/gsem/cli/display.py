@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gsem._text import between, duration, percent, pixels
-from gsem.evaluation.result import VOTERS, AttackScores, EvaluationResult, Interval
+from gsem.evaluation.result import VOTERS, AttackScores, EvaluationResult
+from gsem.evaluation.statistics import Interval
 
 
 def show_result(console: Console, result: EvaluationResult, what: str) -> None:

@@ -7,21 +7,18 @@ over the attacks is `worst`, `worst@frozen` and `worst@off`.
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from gsem._io import write_atomically, written_whole
 from gsem._text import between, columns, percent, pixels
-from gsem.rng import derive_seed
+from gsem.evaluation.statistics import Interval, bootstrap_mean
 
-BOOTSTRAP = 10_000
-KEPT = 50_000_000  # counts of resamples that are kept for the next interval: 100 MB
+BOOTSTRAP = 10_000  # resamples of each interval
 VOTERS = 11
 PERSISTENCE = (1, 10, 100)
 ACCURACIES = ("expected", "vote", *(f"persistent{n}" for n in PERSISTENCE))
@@ -32,14 +29,6 @@ SHOWN = 7  # attacks in the short table of `print(result)`
 def attack_name(label: str, noise: str) -> str:
     """The name of an attack in a result: `pgd100-eot20`, `pgd100-eot1@frozen`."""
     return label if noise == "fresh" else f"{label}@{noise}"
-
-
-class Interval(NamedTuple):
-    """An estimate with its 95% bootstrap interval over images."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -209,10 +198,8 @@ class EvaluationResult:
     def _interval(self, values: Float[np.ndarray, " n"]) -> Interval:
         of = values.tobytes()
         if of not in self._bounds:
-            resamples = _resamples(self.metadata["seed"], len(values))
-            means = np.concatenate([counts @ values / len(values) for counts in resamples])
-            low, high = np.quantile(means, [0.025, 0.975])
-            self._bounds[of] = float(low), float(high)
+            _, low, high = bootstrap_mean(values, resamples=BOOTSTRAP, seed=self.metadata["seed"])
+            self._bounds[of] = low, high
         return Interval(float(values.mean()), *self._bounds[of])
 
     # --- files ---------------------------------------------------------------------------------------------
@@ -322,23 +309,6 @@ def _former_rows(metadata: dict[str, Any], images: int) -> Int[np.ndarray, " n"]
     """Of a file of an earlier version: known where its images were the first of the data, or all."""
     kind = metadata.get("about", {}).get("subset", {}).get("kind", "first")
     return None if kind == "balanced" else np.arange(images)
-
-
-def _resamples(seed: int, n: int) -> Iterable[Int[np.ndarray, "500 n"]]:
-    """The bootstrap's resamples of n images: how often each image is drawn, in blocks, so that memory stays small."""
-    return _kept_resamples(seed, n) if n * BOOTSTRAP <= KEPT else _drawn_resamples(seed, n)
-
-
-@lru_cache(maxsize=2)
-def _kept_resamples(seed: int, n: int) -> list[Int[np.ndarray, "500 n"]]:
-    # Every interval of a result uses the same ones; drawing them is nearly all of its time.
-    return [counts.astype(np.uint16) for counts in _drawn_resamples(seed, n)]
-
-
-def _drawn_resamples(seed: int, n: int) -> Iterator[Int[np.ndarray, "500 n"]]:
-    random = np.random.Generator(np.random.PCG64(derive_seed(seed, "bootstrap")))
-    for _ in range(BOOTSTRAP // 500):
-        yield random.multinomial(n, np.full(n, 1 / n), size=500)
 
 
 def joined(parts: list[AttackScores], *, save_adv: bool) -> AttackScores:

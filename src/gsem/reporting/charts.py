@@ -1,6 +1,5 @@
 """The charts of a report: accuracies, sweeps, training curves, classes, confusion and loss surfaces."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,8 @@ import numpy as np
 from markupsafe import Markup
 
 from gsem._text import pixels
-from gsem.evaluation.result import EvaluationResult, Interval
+from gsem.evaluation.result import EvaluationResult
+from gsem.evaluation.statistics import Interval, wilson_interval
 from gsem.reporting import svg
 from gsem.reporting.read import RunReport
 from gsem.reporting.views import Table, percent
@@ -226,14 +226,6 @@ def _chance_level(entries: Sequence[RunReport]) -> float | None:
 
 
 # --- classes -------------------------------------------------------------------------------------------------------
-
-
-def wilson_interval(share: float, n: int) -> Interval:
-    """The 95% Wilson interval of a mean of `n` values in [0, 1]. It has a length also where all are 0 or 1."""
-    z = 1.959964
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def per_class(result: EvaluationResult, name: str) -> dict[int, tuple[Interval, int]]:
