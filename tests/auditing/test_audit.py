@@ -11,8 +11,8 @@ import gsem
 from audited_models import EPS, Fronted, Quantise, digits, mlp
 from gsem.auditing import Audit, Check
 from gsem.auditing.audit import CHECKS, audited
-from gsem.auditing.context import most_by_chance
-from gsem.auditing.verdict import verdict
+from gsem.auditing.blackbox import most_by_chance
+from gsem.auditing.check import verdict
 from planted import Killed
 
 STRONG = "apgd:steps=100,apgd:steps=100:loss=margin,apgd:steps=100:targets=9"

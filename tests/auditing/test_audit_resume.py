@@ -77,7 +77,7 @@ def test_what_checks_share_is_not_computed_again(small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "a", on_progress=interrupting(9, "1/2 of the steps"))
     kept = sorted(path.stem for path in (tmp_path / "a.unfinished").glob("*.npz"))
-    assert kept == ["base", "clean", "path", "unbounded"]
+    assert kept == ["clean", "path", "unbounded", "white_box"]
     doing: list[str] = []
     gsem.audit(*small, ATTACKS, **HOW, save=tmp_path / "a", on_progress=lambda p: doing.append(p.doing))
     assert "the evaluation itself" not in doing

@@ -64,6 +64,6 @@ def test_losses_that_need_more_classes_give_way():
 
 def test_where_chance_finds_half_there_is_no_answer(monkeypatch):
     module = sys.modules["gsem.auditing.binarization"]
-    monkeypatch.setattr(module, "_random_search", lambda s, planted: np.arange(len(planted.x)) % 2 == 0)
+    monkeypatch.setattr(module, "_random_search", lambda ctx, planted: np.arange(len(planted.x)) % 2 == 0)
     check = binarized(mlp(), "apgd")
     assert check.outcome == "inconclusive" and "random search 50.5%" in check.reason and check.advice

@@ -7,8 +7,8 @@ import torch
 import gsem
 from audited_models import EPS, digits, mlp
 from gsem.auditing import Audit
+from gsem.auditing.context import Trace
 from gsem.auditing.indicators import progress_at_end
-from gsem.auditing.trace import Trace
 from planted_failures import CONTROLS, FAILURES, HEALTHY, VARIANTS
 
 

@@ -14,16 +14,11 @@ from gsem._fingerprint import data_fingerprint, model_fingerprint
 from gsem._lock import locked
 from gsem.attacks._types import Norm
 from gsem.attacks.suite import SUITES, AttackSpec, parse_attacks, suite
-from gsem.auditing.binarization import binarization
-from gsem.auditing.check import Audit, Check
-from gsem.auditing.context import LEADING, AuditContext, fold_quietly, lowest, percent
-from gsem.auditing.gradient import gradient
-from gsem.auditing.indicators import incomplete, silent_success, transfer_failure, unavailable, unconstrained, unstable
-from gsem.auditing.noise import ablation, randomness
+from gsem.auditing import binarization, blackbox, gradient, indicators, noise, sweeps
+from gsem.auditing.check import Audit, RegisteredCheck, verdict
+from gsem.auditing.context import PRIMARY, AuditContext, fold_quietly, lowest
 from gsem.auditing.partial import Finished, Partial, refuse_to_overwrite
-from gsem.auditing.progress import Progress, Teller, planned
-from gsem.auditing.sweeps import blackbox, sweeps
-from gsem.auditing.verdict import verdict
+from gsem.auditing.progress import Progress, ProgressReporter, planned
 from gsem.evaluation.evaluate import undefended
 from gsem.evaluation.result import with_ending
 from gsem.nn.contract import ImagesLike, LabelsLike, checked, plain_logits
@@ -34,20 +29,10 @@ ATTACKS = "apgd:steps=100,apgd:steps=100:loss=margin,apgd:steps=100:targets=9"
 QUICK = "apgd:steps=50:eot=5,apgd:steps=50:loss=margin:eot=5"
 DRAWS, QUICK_DRAWS = 100, 20
 
-CHECKS: dict[str, Callable[[AuditContext], Check]] = {
-    "randomness": randomness,
-    "gradient": gradient,
-    "unavailable": unavailable,
-    "unstable": unstable,
-    "silent_success": silent_success,
-    "incomplete": incomplete,
-    "transfer": transfer_failure,
-    "unconstrained": unconstrained,
-    "binarization": binarization,
-    "sweeps": sweeps,
-    "blackbox": blackbox,
-    "noise": ablation,
-}
+# All checks by name, as they are made and shown: module by module, in the order in which each module has them.
+MODULES = (noise, gradient, indicators, binarization, sweeps, blackbox)
+CHECKS = {c.name: c for module in MODULES for c in vars(module).values() if isinstance(c, RegisteredCheck)}
+CHECKS["noise"] = CHECKS.pop("noise")  # last: it repeats the attacks in question
 
 
 def audit(
@@ -69,7 +54,7 @@ def audit(
     about: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Audit:
-    """Is the accuracy of `model` under these attacks a measurement? Twelve checks, and the verdict they add up to.
+    """Check whether the accuracy of `model` under these attacks is a measurement: twelve checks, and the verdict.
 
     The figure in question is the worst case over the white-box attacks among `attacks`. Each check measures one way
     in which it could be too high; where one is flagged, the mitigation is applied and the accuracy measured again.
@@ -115,50 +100,48 @@ def audit(
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
     source_models = {name: plain_logits(source, x, y) for name, source in (source_models or {}).items()}
     surrogate = None if surrogate is None else plain_logits(surrogate, x, y)
-    chosen = audited(attacks, quick=quick)
-    teller = Teller(on_progress)
+    chosen, stochastic = audited(attacks, quick=quick), is_stochastic(model, x[:batch_size])
+    reporter = ProgressReporter(on_progress)
     every = undefended(model) | source_models
-    s = AuditContext(
-        model,
-        x,
-        y,
-        chosen,
+    ctx = AuditContext(
+        model=model,
+        x=x,
+        y=y,
+        attacks=chosen,
         eps=eps,
         norm=norm,
         seed=seed,
-        draws=draws,
+        draws=draws if stochastic else 1,
         batch_size=batch_size,
-        stochastic=is_stochastic(model, x[:batch_size]),
+        stochastic=stochastic,
         quick=quick,
         source_models={name: fold_quietly(source) for name, source in every.items()},
         surrogate=surrogate,
-        say=teller.say,
-        on_step=None if on_progress is None else teller.on_step,
+        on_progress=reporter.report,
+        on_step=None if on_progress is None else reporter.on_step,
     )
+    question = _question(ctx, only, every)
 
-    question = _question(s, only, every, surrogate)
-
-    def found(partial: Partial | None) -> Audit:
-        s.partial = partial
-        parts = _finished(s, names, teller)
+    def made(partial: Partial | None) -> Audit:
+        ctx.partial = partial
+        parts = _finished(ctx, names, reporter)
         checks = tuple(part.check for part in parts)
         word, reason = verdict(checks, complete=set(names) == set(CHECKS))
-        return Audit(checks, word, reason, _metadata(s, question, parts, about))
+        return Audit(checks, word, reason, _metadata(ctx, question, parts, about))
 
-    return found(None) if save is None else _saved(Path(save), question, x.device, found)
+    return made(None) if save is None else _saved(Path(save), question, x.device, made)
 
 
-def _saved(save: Path, question: dict[str, Any], device: torch.device, found: Callable[[Partial], Audit]) -> Audit:
+def _saved(save: Path, question: dict[str, Any], device: torch.device, made: Callable[[Partial], Audit]) -> Audit:
     """The audit, made with its finished checks kept beside `save`, and saved there."""
     out = with_ending(save, ".json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(
-        out.with_name(f".{out.name}.lock"), f"auditing into {out}", "wait for its end, or choose another --out"
-    ):
+    instead = "wait for its end, or choose another --out"
+    with locked(out.with_name(f".{out.name}.lock"), f"auditing into {out}", instead):
         refuse_to_overwrite(out, question)
         partial = Partial(out, question, device)
         try:
-            audit = found(partial)
+            audit = made(partial)
         except BaseException:
             partial.discard_if_empty()
             raise
@@ -167,24 +150,26 @@ def _saved(save: Path, question: dict[str, Any], device: torch.device, found: Ca
     return audit
 
 
-def _question(
-    s: AuditContext, only: Sequence[str] | None, source_models: Mapping[str, nn.Module], surrogate: nn.Module | None
-) -> dict[str, Any]:
-    """All that decides the audit, and more of its metadata."""
+def _question(ctx: AuditContext, only: Sequence[str] | None, source_models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """All that decides the audit, and more of its metadata.
+
+    Args:
+        source_models: of the transfer attack, not folded.
+    """
     return {
-        "fingerprint": model_fingerprint(s.model) | data_fingerprint((s.x, s.y)),
-        "eps": s.eps,
-        "norm": s.norm,
-        "draws": s.draws,
-        "seed": s.seed,
-        "quick": s.quick,
-        "batch_size": s.batch_size,
+        "fingerprint": model_fingerprint(ctx.model) | data_fingerprint((ctx.x, ctx.y)),
+        "eps": ctx.eps,
+        "norm": ctx.norm,
+        "draws": ctx.draws,
+        "seed": ctx.seed,
+        "quick": ctx.quick,
+        "batch_size": ctx.batch_size,
         "only": None if only is None else list(only),
-        "options": {s.label(a): _plain(s.options(a)) for a in [*s.white, *s.black]},
+        "options": {ctx.label(a): _plain(ctx.options(a)) for a in [*ctx.white, *ctx.black]},
         "source_models": {name: model_fingerprint(source) for name, source in source_models.items()},
-        "surrogate": None if surrogate is None else model_fingerprint(surrogate),
+        "surrogate": None if ctx.surrogate is None else model_fingerprint(ctx.surrogate),
         "torch": torch.__version__,
-        "device": s.x.device.type,
+        "device": ctx.x.device.type,
     }
 
 
@@ -194,24 +179,24 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, known) else getattr(v, "__qualname__", type(v).__name__) for k, v in options.items()}
 
 
-def _finished(s: AuditContext, names: Sequence[str], teller: Teller) -> list[Finished]:
+def _finished(ctx: AuditContext, names: Sequence[str], reporter: ProgressReporter) -> list[Finished]:
     """Every check, made or read, in the order of their names."""
     parts = []
-    kept = {name: None if s.partial is None else s.partial.read(name) for name in names}
-    teller.expects(planned(s, names), {name: part.seconds for name, part in kept.items() if part is not None})
+    kept = {name: None if ctx.partial is None else ctx.partial.read(name) for name in names}
+    reporter.expects(planned(ctx, names), {name: part.seconds for name, part in kept.items() if part is not None})
     for name in names:
-        teller.begins(name)
+        reporter.begins(name)
         part = kept[name]
         if part is None:
             started = time.monotonic()
-            s.found = []
-            check = _made(name, s)
-            worst = lowest([points.shares for points in s.found]) if s.found else None
+            ctx.found.clear()
+            check = CHECKS[name](ctx)
+            worst = lowest([points.shares for points in ctx.found]) if ctx.found else None
             part = Finished(check, time.monotonic() - started, worst)
-            if s.partial is not None:
-                s.partial.write(part)
+            if ctx.partial is not None:
+                ctx.partial.write(part)
         parts.append(part)
-        teller.ended(part, earlier=kept[name] is not None)
+        reporter.ended(part, earlier=kept[name] is not None)
     return parts
 
 
@@ -233,8 +218,8 @@ def audited(attacks: str | Sequence[AttackSpec | str] | None, *, quick: bool) ->
             raise ValueError(f"an audit repeats attacks with other budgets: it takes those of gsem, not {attack!r}")
         found += _parts(attack) if attack.name == "autoattack" else [attack]
     found = [a for a in found if a.name != "clean" and a.bounded]
-    if not any(a.name in LEADING for a in found):
-        raise ValueError(f"an audit asks what a gradient attack did: give one of {', '.join(LEADING)}")
+    if not any(a.name in PRIMARY for a in found):
+        raise ValueError(f"an audit needs an attack that follows a gradient: give one of {', '.join(PRIMARY)}")
     return found
 
 
@@ -245,49 +230,24 @@ def _parts(attack: AttackSpec) -> list[AttackSpec]:
     return [AttackSpec("apgd", steps), *targeted, AttackSpec("square", boxed)]
 
 
-def _made(name: str, s: AuditContext) -> Check:
-    try:
-        return CHECKS[name](s)
-    except RuntimeError as error:  # of torch: a model that cannot be differentiated, or does not fit in memory
-        return Check(
-            name=name,
-            title="The check could not be made",
-            figure=None,
-            threshold="",
-            outcome="inconclusive",
-            reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            advice="See the check unavailable; with no gradient at all, evaluate with square and rays.",
-            reference="",
-        )
-
-
 def _metadata(
-    s: AuditContext, question: Mapping[str, Any], parts: Sequence[Finished], about: Mapping[str, Any] | None
+    ctx: AuditContext, question: Mapping[str, Any], parts: Sequence[Finished], about: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     metadata: dict[str, Any] = {
-        "images": len(s.x),
+        "images": len(ctx.x),
         **question,
-        "attacks": [s.label(a) for a in [*s.white, *s.black]],
-        "stochastic": s.stochastic,
-        "classes": s.classes,
-        "clean": s.accuracy(s.clean).as_accuracy(),
+        "attacks": [ctx.label(a) for a in [*ctx.white, *ctx.black]],
+        "stochastic": ctx.stochastic,
+        "classes": ctx.classes,
+        "clean": ctx.accuracy(ctx.clean).as_accuracy(),
         "machine": platform.machine(),
-        "device": str(s.x.device),
+        "device": str(ctx.x.device),
         "seconds": round(sum(part.seconds for part in parts), 1),
         **(dict(about) if about is not None else {}),
     }
-    if s.attacked:  # (where no check asked for the attacks, they did not run)
-        worst = lowest([s.white_box.shares, *(part.lowest for part in parts if part.lowest is not None)])
+    if ctx.attacked:  # (where no check asked for the attacks, they did not run)
+        worst = lowest([ctx.white_box.shares, *(part.lowest for part in parts if part.lowest is not None)])
         # Chosen on selection draws, the merged points may score higher by the noise of the scoring draws.
-        attacked, merged = s.accuracy(s.white_box), s.accuracy(worst[1])
+        attacked, merged = ctx.accuracy(ctx.white_box), ctx.accuracy(worst[1])
         metadata |= {"attacked": attacked.as_accuracy(), "lowest": min(attacked, merged).as_accuracy()}
     return metadata
-
-
-def told(audit: Audit) -> str:
-    """The accuracy in question, in words."""
-    clean, attacked = audit.metadata["clean"]["accuracy"], audit.metadata.get("attacked")
-    if attacked is None:
-        return f"clean {percent(clean)}"
-    lowest = audit.metadata["lowest"]["accuracy"]
-    return f"clean {percent(clean)}, attacked {percent(attacked['accuracy'])}, lowest found {percent(lowest)}"

@@ -1,27 +1,47 @@
-"""What an audit found: checks, each with a figure and what to do about it, and the verdict that follows."""
+"""A check and an audit as they are recorded, the decorator that registers a check, and the rules of the verdict."""
 
 import json
 import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gsem._io import write_atomically
 from gsem.evaluation.result import with_ending
+
+if TYPE_CHECKING:
+    from gsem.auditing.context import AuditContext
 
 Outcome = Literal["pass", "flag", "inconclusive"]
 Verdict = Literal["TRUSTED", "SUSPECT", "INVALID"]
 WIDTH = 80  # of the lines of `print(audit)`
 
 
+# These checks must have an answer for TRUSTED; others may be inconclusive because there are too few images.
+NEEDED = ("binarization",)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the function of a check returns. The fields are those of `Check`."""
+
+    figure: float | None
+    outcome: Outcome
+    reason: str
+    advice: str = ""
+    invalidates: bool = False
+    details: dict[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class Check:
-    """One question to the robust accuracy, and its answer."""
+    """One question about the robust accuracy, and its answer."""
 
     name: str
     """As on the command line: `gsem audit MODEL --only NAME` repeats it."""
     title: str
-    """What was asked, a line for people."""
+    """The question, in one line."""
     figure: float | None
     """What was measured; None where the check could not be made."""
     threshold: str
@@ -39,9 +59,41 @@ class Check:
     """The check's data, for tables and charts (values as JSON takes them)."""
 
 
+@dataclass(frozen=True)
+class RegisteredCheck:
+    """A function that finds, with what is fixed about its check. Called with the context, it gives the `Check`."""
+
+    function: "Callable[[AuditContext], Finding]"
+    name: str
+    question: str
+    threshold: "str | Callable[[AuditContext], str]"
+    reference: str
+
+    def __call__(self, ctx: "AuditContext") -> Check:
+        try:
+            found = self.function(ctx)
+        except RuntimeError as error:  # of torch: a model that cannot be differentiated, or does not fit in memory
+            reason = f"the check could not be made: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            advice = "See the check unavailable; with no gradient at all, evaluate with square and rays."
+            found = Finding(None, "inconclusive", reason, advice)
+        threshold = self.threshold if isinstance(self.threshold, str) else self.threshold(ctx)
+        return Check(name=self.name, title=self.question, threshold=threshold, reference=self.reference, **vars(found))
+
+
+def check(
+    *, name: str, question: str, threshold: "str | Callable[[AuditContext], str]", reference: str
+) -> "Callable[[Callable[[AuditContext], Finding]], RegisteredCheck]":
+    """Decorator: make a check of a function (context) -> Finding. `audit.CHECKS` collects the checks of each module.
+
+    Args:
+        threshold: in words, or a function of the context where it depends on the number of images.
+    """
+    return lambda function: RegisteredCheck(function, name, question, threshold, reference)
+
+
 @dataclass(frozen=True, repr=False)
 class Audit:
-    """All checks of one model, and what they say together. `print(audit)` is a short table."""
+    """All checks of one model, and the verdict. `print(audit)` is a short table."""
 
     checks: tuple[Check, ...]
     verdict: Verdict
@@ -68,6 +120,13 @@ class Audit:
         lines += textwrap.wrap(f"{'pass':<12}  {passed}", WIDTH, subsequent_indent=14 * " ") if passed else []
         return "\n".join(lines)
 
+    @property
+    def accuracies(self) -> str:
+        """The accuracy in question, in words: `clean 88.3%, attacked 41.4%, lowest found 40.6%`."""
+        names = {"clean": "clean", "attacked": "attacked", "lowest": "lowest found"}
+        known = {words: self.metadata.get(key) for key, words in names.items()}
+        return ", ".join(f"{words} {found['accuracy']:.1%}" for words, found in known.items() if found is not None)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -88,3 +147,40 @@ class Audit:
         found = json.loads(Path(path).read_text())
         checks = tuple(Check(**check) for check in found.pop("checks"))
         return cls(checks=checks, **found)
+
+
+def verdict(checks: Sequence[Check], *, complete: bool) -> tuple[Verdict, str]:
+    """The verdict, and why in a sentence. All rules are in this function; docs/audit.md explains them.
+
+    INVALID: a flagged check has `invalidates`: the number is no measurement. The gradient that the attacks follow is
+        masked, or missing in over 5% of the images; an attack without a bound does not break over 5% of them; the
+        accuracy stays over 5 points above chance, or rises by over 5 points, as eps grows; the attack finds less than
+        half of what was planted; or a mitigation, more effort or a black-box attack lowers the accuracy by over 5
+        points (the interval of the difference above 0).
+    SUSPECT: any other check is flagged, the binarization test has no answer, a check could not be made, or only some
+        checks were made.
+    TRUSTED: all checks were made, and none of the above.
+
+    Args:
+        complete: whether all checks were made.
+    """
+    flagged = [c for c in checks if c.outcome == "flag"]
+    invalid = [c for c in flagged if c.invalidates]
+    if invalid:
+        return "INVALID", f"The robust accuracy is no measurement: {_because(invalid)}."
+    if flagged:
+        return "SUSPECT", f"The robust accuracy may be too high: {_because(flagged)}."
+    unsure = [c for c in checks if c.outcome == "inconclusive"]
+    barring = [c for c in unsure if c.name in NEEDED or c.figure is None]
+    if barring:
+        return "SUSPECT", f"No check found the robust accuracy too high, but one has no answer: {_because(barring)}."
+    if not complete:
+        return "SUSPECT", "No check found the robust accuracy too high, but only some checks were made."
+    rest = f" ({', '.join(c.name for c in unsure)}: inconclusive)" if unsure else ""
+    return "TRUSTED", f"All {len(checks) - len(unsure)} checks with an answer passed{rest}."
+
+
+def _because(checks: Sequence[Check]) -> str:
+    first, *others = checks
+    more = f"; and {', '.join(c.name for c in others)}" if others else ""
+    return f"{first.name}: {first.reason}{more}"

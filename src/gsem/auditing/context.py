@@ -1,8 +1,8 @@
-"""What the checks share: the model, its images, the audited attacks, and their points."""
+"""What the checks share: the model, its images, the audited attacks, and their points and accuracies."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -16,8 +16,7 @@ from gsem.attacks._checks import check_result
 from gsem.attacks._types import Norm, OnStep
 from gsem.attacks.suite import AttackSpec
 from gsem.auditing.partial import Partial
-from gsem.auditing.trace import Trace, trace
-from gsem.evaluation.statistics import Interval, binomial_quantile, bootstrap_mean
+from gsem.evaluation.statistics import Interval, bootstrap_mean
 from gsem.nn.folded import fold
 from gsem.nn.predict import predict_draws
 from gsem.rng import derive_seed
@@ -27,9 +26,9 @@ RESAMPLES = 2000
 # How much lower an accuracy must be, to be called lower at all, and to be called another accuracy altogether.
 SLIGHTLY, GREATLY = 0.003, 0.05
 
-WHITE = ("apgd", "pgd", "cw", "fgsm", "fab")
-LEADING = ("apgd", "pgd", "cw", "fgsm")
-BLACK = ("square", "rays", "transfer")
+WHITE_BOX = ("apgd", "pgd", "cw", "fgsm", "fab")
+PRIMARY = ("apgd", "pgd", "cw", "fgsm")
+BLACK_BOX = ("square", "rays", "transfer")
 
 
 @dataclass(frozen=True)
@@ -66,72 +65,82 @@ def lowest(parts: Sequence[Float[np.ndarray, "2 n"]]) -> Float[np.ndarray, "2 n"
     return found
 
 
-class AuditContext:
-    """The model under audit. Nothing here is computed before a check asks for it, and nothing twice."""
+@dataclass(frozen=True)
+class Trace:
+    """The path of an attack on all images; every value is averaged over the attack's draws."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        x: Float[Tensor, "n c h w"],
-        y: Tensor,
-        attacks: Sequence[AttackSpec],
-        *,
-        eps: float,
-        norm: Norm,
-        seed: int,
-        draws: int,
-        batch_size: int,
-        stochastic: bool,
-        quick: bool,
-        source_models: Mapping[str, nn.Module],
-        surrogate: nn.Module | None,
-        say: Callable[[str], None],
-        on_step: OnStep | None = None,
-        partial: Partial | None = None,
-    ):
-        self.model, self.x, self.y = model, x, y
-        self.eps, self.norm, self.seed, self.batch_size, self.quick = eps, norm, seed, batch_size, quick
-        self.stochastic, self.draws = stochastic, draws if stochastic else 1
-        self.source_models, self.surrogate, self.say = source_models, surrogate, say
-        # Sees the steps of attacks that it costs nothing, for whoever shows that they advance.
-        self.on_step, self.partial = on_step, partial
-        bounded = [a for a in attacks if a.bounded]
-        self.white = [a for a in bounded if a.name in WHITE]
-        self.black = [a for a in bounded if a.name in BLACK]
-        self.folded = fold_quietly(model)
-        # What the attacks differentiate: the model's folded model, unless the caller attacks through another network.
-        self.search = self.folded if surrogate is None else fold_quietly(surrogate)
-        # What the current check found: the lowest accuracy of all is reported with the others.
-        self.found: list[Points] = []
+    x_adv: Float[Tensor, "n c h w"]
+    """What the attack returned."""
+    best: Float[Tensor, "n c h w"]
+    """The iterate that most draws got wrong, then that of the highest loss."""
+    loss: Float[np.ndarray, "n steps"]
+    """The loss of each iterate; NaN after the attack stopped working on an image."""
+    broken: Float[np.ndarray, " n"]
+    """The largest share of draws of the search that an iterate was wrong in."""
 
-    def known(self, model: nn.Module) -> "AuditContext":
-        """The same questions to a deterministic relative of the model."""
-        return AuditContext(
-            model,
-            self.x,
-            self.y,
-            self.white,
-            eps=self.eps,
-            norm=self.norm,
-            seed=self.seed,
-            draws=1,
-            batch_size=self.batch_size,
-            stochastic=False,
-            quick=self.quick,
-            source_models={},
-            surrogate=None,
-            say=self.say,
-            on_step=self.on_step,
-        )
+
+def trace(images: int, run: Callable[[OnStep], Tensor]) -> Trace:
+    """Run an attack on so many images and record its path.
+
+    Args:
+        run: (on_step) → x_adv [n, c, h, w].
+    """
+    best: dict[int, tuple[float, float, Tensor]] = {}
+    losses: list[list[float]] = [[] for _ in range(images)]
+
+    def record(step: Step) -> None:
+        for at, (row, wrong, loss) in enumerate(
+            zip(step.rows.tolist(), step.wrong.tolist(), step.loss.tolist(), strict=True)
+        ):
+            losses[row].append(loss)
+            if row not in best or (wrong, loss) > best[row][:2]:
+                best[row] = (wrong, loss, step.x[at].detach().clone())
+
+    x_adv = run(record)
+    table = np.full((images, max(map(len, losses), default=0)), np.nan)
+    for row, values in enumerate(losses):
+        table[row, : len(values)] = values
+    # (An attack that reports no steps, like FGSM, has no point but the one that it returned.)
+    points = [best[row][2] if row in best else x_adv[row] for row in range(images)]
+    return Trace(x_adv, torch.stack(points), table, np.array([best[r][0] if r in best else 0.0 for r in range(images)]))
+
+
+@dataclass(kw_only=True, eq=False)
+class AuditTask:
+    """What is audited: the model, its images, the threat model, and the attacks whose result is in question."""
+
+    model: nn.Module
+    x: Float[Tensor, "n c h w"]
+    y: Tensor
+    attacks: Sequence[AttackSpec]
+    eps: float
+    norm: Norm
+    seed: int
+    draws: int
+    """Scoring draws; 1 of a deterministic model."""
+    batch_size: int
+    stochastic: bool
+    quick: bool
+    source_models: Mapping[str, nn.Module]
+    """Of the transfer attack, by name: folded models."""
+    surrogate: nn.Module | None
+    """The model through which the attacks go, if not the model itself."""
+
+    def __post_init__(self) -> None:
+        self.white = [a for a in self.attacks if a.bounded and a.name in WHITE_BOX]
+        self.black = [a for a in self.attacks if a.bounded and a.name in BLACK_BOX]
+        self.folded = fold_quietly(self.model)
+        # What the attacks differentiate: the folded model, unless the caller attacks through another network.
+        self.search = self.folded if self.surrogate is None else fold_quietly(self.surrogate)
 
     @property
     def primary_attack(self) -> AttackSpec:
         """The attack whose path is looked at."""
-        return next(a for a in self.white if a.name in LEADING)
+        return next(a for a in self.white if a.name in PRIMARY)
 
     @property
     def effort(self) -> dict[str, Any]:
-        """Steps and draws of the leading attack, for another attack in its place."""
+        """Steps and draws of the primary attack, for another attack in its place."""
         options = self.options(self.primary_attack)
         return {"steps": options.get("steps", 20), "eot": options["eot"]}
 
@@ -140,11 +149,101 @@ class AuditContext:
         with torch.no_grad():
             return self.folded(self.x[:1]).shape[1]
 
+    @property
+    def widest(self) -> float:
+        """A radius within which every image lies."""
+        return 1.0 if self.norm == "Linf" else float(self.x[0].numel()) ** 0.5
+
+    @property
+    def few_draws(self) -> int:
+        """Draws over which a check averages what it computes many times."""
+        return min(self.draws, 2 if self.quick else 5)
+
+    def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The number of its first image, the images and the labels of each batch."""
+        for first in range(0, len(self.x), self.batch_size):
+            yield first, self.x[first : first + self.batch_size], self.y[first : first + self.batch_size]
+
     def options(self, attack: AttackSpec) -> dict[str, Any]:
+        """All options of an attack, with those that were not set."""
         return attack.resolved(eps=self.eps, stochastic=self.stochastic)
 
     def label(self, attack: AttackSpec) -> str:
         return attack.label(eps=self.eps, stochastic=self.stochastic)
+
+
+@dataclass(kw_only=True, eq=False)
+class AuditContext(AuditTask):
+    """The task, and what was measured for it. Nothing is computed before a check needs it, and nothing twice."""
+
+    on_progress: Callable[[str], None]
+    """Called with what is computed now, in a few words."""
+    on_step: OnStep | None = None
+    """Called with the steps of those attacks that report them at no cost, to show that they advance."""
+    partial: Partial | None = None
+    found: list[Points] = field(default_factory=list, init=False)
+    """What the current check found: the lowest accuracy of all is reported with the others."""
+
+    def deterministic(self, model: nn.Module) -> "AuditContext":
+        """The same for a deterministic variant of the model, under the white-box attacks."""
+        return replace(
+            self,
+            model=model,
+            attacks=self.white,
+            draws=1,
+            stochastic=False,
+            source_models={},
+            surrogate=None,
+            partial=None,
+        )
+
+    # --- what several checks look at -------------------------------------------------------------------------
+
+    def _shared(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
+        return make() if self.partial is None else self.partial.shared(name, kind, make)
+
+    @cached_property
+    def clean(self) -> Points:
+        return self._shared("clean", Points, lambda: self.score(self.x, "clean"))
+
+    @cached_property
+    def path(self) -> Trace:
+        """The path of the primary attack."""
+        return self._shared(
+            "path",
+            Trace,
+            lambda: trace(len(self.x), lambda on_step: self.points(self.primary_attack, "path", on_step=on_step)),
+        )
+
+    @cached_property
+    def white_box(self) -> Points:
+        """The worst that the white-box attacks in question reach: the robust accuracy under audit."""
+
+        def reached() -> Points:
+            self.on_progress("the evaluation itself")
+            first = self.clean.worse_of(self.score(self.path.x_adv, "returned"))
+            return self.cascade([a for a in self.white if a is not self.primary_attack], first, "base")
+
+        return self._shared("white_box", Points, reached)
+
+    @property
+    def attacked(self) -> bool:
+        """Whether any check needed `white_box`."""
+        return "white_box" in vars(self) or (self.partial is not None and self.partial.has("white_box"))
+
+    @cached_property
+    def unbounded(self) -> Points:
+        """The worst that the attacks in question reach without a bound."""
+
+        def reached() -> Points:
+            points = self.clean
+            for attack in self.white:
+                points = points.worse_of(self.on_remaining(attack, points, "unconstrained", eps=self.widest))
+            return points
+
+        return self._shared("unbounded", Points, reached)
+
+    # --- points ----------------------------------------------------------------------------------------------
 
     def points(
         self,
@@ -166,7 +265,7 @@ class AuditContext:
         found = []
         for first in range(0, len(x), self.batch_size):
             part = slice(first, first + self.batch_size)
-            self.say(f"{self.label(attack)}, image {first + len(x[part])} of {len(x)}")
+            self.on_progress(f"{self.label(attack)}, image {first + len(x[part])} of {len(x)}")
             x_adv = attack.run(
                 through or self.search,
                 x[part],
@@ -182,87 +281,17 @@ class AuditContext:
             found.append(check_result(x_adv, x[part], eps=eps or self.eps, norm=self.norm))
         return torch.cat(found) if found else x
 
-    def wrong(
-        self,
-        x_adv: Tensor,
-        *names: str | int,
-        rows: Tensor | None = None,
-        model: nn.Module | None = None,
-    ) -> Float[np.ndarray, " r"]:
-        """Share of draws in which the true model (or `model`) misclassifies each point."""
-        y = self.y if rows is None else self.y[rows]
-        if not len(y):
-            return np.zeros(0)
-        seed = derive_seed(self.seed, "scoring", *names)
-        found = predict_draws(model or self.model, x_adv, draws=self.draws, seed=seed, batch_size=self.batch_size)
-        return (found != y).double().mean(0).cpu().numpy()
-
-    def score(self, x_adv: Tensor, *names: str | int) -> Points:
-        """What the points of all images are worth."""
-        return Points(x_adv, self.wrong(x_adv, "selection", *names), self.wrong(x_adv, *names))
-
-    # --- what several checks look at -------------------------------------------------------------------------
-
-    def _shared(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
-        return make() if self.partial is None else self.partial.shared(name, kind, make)
-
-    @cached_property
-    def clean(self) -> Points:
-        return self._shared("clean", Points, lambda: self.score(self.x, "clean"))
-
-    @cached_property
-    def white_box(self) -> Points:
-        """The worst that the white-box attacks in question reach: the robust accuracy under audit."""
-
-        def reached() -> Points:
-            self.say("the evaluation itself")
-            first = self.clean.worse_of(self.score(self.path.x_adv, "returned"))
-            return self.cascade([a for a in self.white if a is not self.primary_attack], first, "base")
-
-        return self._shared("base", Points, reached)
-
-    @property
-    def attacked(self) -> bool:
-        """Whether any check asked for `base`."""
-        return "white_box" in vars(self) or (self.partial is not None and self.partial.has("base"))
-
-    @cached_property
-    def path(self) -> Trace:
-        """What the leading attack did."""
-        return self._shared(
-            "path",
-            Trace,
-            lambda: trace(len(self.x), lambda on_step: self.points(self.primary_attack, "path", on_step=on_step)),
-        )
-
-    @property
-    def widest(self) -> float:
-        """A radius that holds every image."""
-        return 1.0 if self.norm == "Linf" else float(self.x[0].numel()) ** 0.5
-
-    @cached_property
-    def unbounded(self) -> Points:
-        """The worst that the attacks in question reach without a bound."""
-
-        def reached() -> Points:
-            points = self.clean
-            for attack in self.white:
-                points = points.worse_of(self.on_standing(attack, points, "unconstrained", eps=self.widest))
-            return points
-
-        return self._shared("unbounded", Points, reached)
-
     def cascade(
         self, attacks: Sequence[AttackSpec], start: Points, *names: str | int, through: nn.Module | None = None
     ) -> Points:
-        """Attacks one after the other, each on the images that `start` and those before it leave standing."""
+        """Attacks one after the other, each on the images that neither `start` nor those before it broke."""
         points = start
         for attack in attacks:
-            points = points.worse_of(self.on_standing(attack, points, *names, through=through))
+            points = points.worse_of(self.on_remaining(attack, points, *names, through=through))
         self.found.append(points)
         return points
 
-    def on_standing(
+    def on_remaining(
         self,
         attack: AttackSpec,
         points: Points,
@@ -270,7 +299,7 @@ class AuditContext:
         through: nn.Module | None = None,
         eps: float | None = None,
     ) -> Points:
-        """The attack's points for the images that `points` leave standing, and those of the others as they are."""
+        """The attack's points for the images that `points` do not break in every draw; the others' as they are."""
         at = np.flatnonzero(points.selection < 1)
         if not len(at):
             return points
@@ -283,17 +312,29 @@ class AuditContext:
 
     # --- accuracies ------------------------------------------------------------------------------------------
 
+    def wrong(
+        self, x_adv: Tensor, *names: str | int, rows: Tensor | None = None, model: nn.Module | None = None
+    ) -> Float[np.ndarray, " r"]:
+        """Share of draws in which the true model (or `model`) misclassifies each point."""
+        y = self.y if rows is None else self.y[rows]
+        if not len(y):
+            return np.zeros(0)
+        seed = derive_seed(self.seed, "scoring", *names)
+        found = predict_draws(model or self.model, x_adv, draws=self.draws, seed=seed, batch_size=self.batch_size)
+        return (found != y).double().mean(0).cpu().numpy()
+
+    def score(self, x_adv: Tensor, *names: str | int) -> Points:
+        """Points of all images, with their selection and scoring draws."""
+        return Points(x_adv, self.wrong(x_adv, "selection", *names), self.wrong(x_adv, *names))
+
     def accuracy(self, points: Points | Float[np.ndarray, " n"]) -> Interval:
         """Expected accuracy, of points or of shares of wrong draws."""
         wrong = points.wrong if isinstance(points, Points) else points
-        return self.interval(1 - wrong)
+        return bootstrap_mean(1 - wrong, resamples=RESAMPLES, seed=self.seed)
 
     def gain(self, before: Points, after: Points) -> Interval:
         """By how much the accuracy falls, image by image."""
-        return self.interval(after.wrong - before.wrong)
-
-    def interval(self, values: Float[np.ndarray, " n"]) -> Interval:
-        return bootstrap_mean(values, resamples=RESAMPLES, seed=self.seed)
+        return bootstrap_mean(after.wrong - before.wrong, resamples=RESAMPLES, seed=self.seed)
 
     def broken_beyond_noise(self, before: Float[np.ndarray, " n"], after: Float[np.ndarray, " n"]) -> np.ndarray:
         """[n] whether a point is misclassified by most draws where another was not, beyond the noise of the draws."""
@@ -302,17 +343,8 @@ class AuditContext:
         return (after > 0.5) & (before <= 0.5) & (after - before > margin)
 
 
-def most_by_chance(images: int) -> int:
-    """How many of so many images one attack may break and another miss, although both search equally well.
-
-    By its random start and its finite effort an attack misses up to 0.003 of the images that another try breaks: the
-    tolerance of the sweeps too. A binomial count with that share exceeds the number in at most 2.5% of cases.
-    """
-    return binomial_quantile(images, SLIGHTLY)
-
-
 def _numbered_from(first: int, on_step: OnStep) -> OnStep:
-    return lambda s: on_step(Step(s.rows + first, s.step, s.x, s.loss, s.wrong))
+    return lambda s: on_step(replace(s, rows=s.rows + first))
 
 
 def fold_quietly(model: nn.Module) -> nn.Module:
@@ -322,9 +354,6 @@ def fold_quietly(model: nn.Module) -> nn.Module:
         return fold(model)
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
 def several(count: int, what: str) -> str:
+    """`1 image`, `3 images`."""
     return f"{count} {what}" if count != 1 else f"1 {what.removesuffix('s')}"

@@ -1,67 +1,420 @@
-"""The gradient check: is the gradient that attacks follow masked, wholly or in part?"""
+"""The gradient check: is autograd's gradient that of the loss, and if not, which layer blocks it?
+
+Directional derivatives are compared with central differences, on common noise. With L the loss averaged over draws of
+the noise, d a direction and g what autograd returns:
+
+    a = (L(x + h·d) − L(x − h·d)) / 2h,      b = ⟨g(x), d⟩,      slope = Σ ab / Σ b²
+
+The loss is the margin: the cross-entropy of a few misclassified images would outweigh that of all others.
+With a slope of 1 the gradient is the loss's; with one of 1.3 the loss changes by three tenths more than the gradient
+predicts; with b = 0 and a ≠ 0 the gradient is blocked. Each draw of the noise is the same on both sides of the
+difference and in b.
+
+A loss that is bent within h moves a away from b too. There b is averaged over the segment from x − h·d to x + h·d
+(Gauss–Legendre, 3 points): for a differentiable loss that average equals a, however bent it is (the fundamental
+theorem of calculus), and for a masked gradient it does not.
+"""
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gsem.attacks._core import random_start
 from gsem.attacks.suite import AttackSpec
-from gsem.auditing.check import Check
-from gsem.auditing.context import AuditContext, fold_quietly, percent
-from gsem.auditing.layers import Blocking, Logarithm, blocking, ending_softmax
-from gsem.auditing.slopes import WITHIN, Slope, joined, slopes
+from gsem.auditing.check import Finding, check
+from gsem.auditing.context import AuditContext, fold_quietly
+from gsem.evaluation.statistics import bootstrap
+from gsem.losses import margin
 from gsem.nn.gsem import GSeM
 from gsem.nn.insert import straight_through
-from gsem.rng import derive_seed, generator
+from gsem.rng import derive_seed, generator, seeded
 
 HS = (1 / 255, 2 / 255, 4 / 255)
 LEAST = 100  # images, for an interval to mean something
 SHOWN = 200  # pairs (a, b) kept for a chart
+# How far from 1 the interval of a slope may lie.
+WITHIN = 0.07
+NEARLY = 0.04
+# An interval wider than this is no answer.
+WIDE = 1.0
+# Below so small a share of the differences, the derivative counts as none.
+NOTHING = 0.01
+# Relative rounding error of a float32 loss; differences that are not well above it mean nothing.
+ROUNDING = 1e-6
+RESAMPLES = 2000
+# Offset of a layer's features, in standard deviations of them: about what 1/255 is to images.
+OFFSET = 0.02
+# Layers that cannot lose a gradient.
+AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Flatten, nn.Identity)
+# Behind a layer, a gradient counts as right only with an interval narrower than this: behind a mask it is narrow.
+UNSURE = 4 * NEARLY
+# A probability so near to 1 has, in float32, next to no gradient.
+SATURATED = 1e-6
+
+# --- the slope ----------------------------------------------------------------------------------------------------
+
+LogitsAt = Callable[[Tensor], Tensor]
+"""From an offset [b, …] of what is probed to logits [b, k]."""
 
 
-def gradient(s: AuditContext) -> Check:
-    """Slope of central differences on autograd's derivative, at points from which attacks start."""
-    found = compare(s, HS)
-    bent: list[Slope] = []
-    suspicious = _consecutive(found)
-    if suspicious and not all(f.blocked for f in found):
-        s.say("again, with the derivative averaged along the way")
-        bent = compare(s, HS, along=True)
-        suspicious = _consecutive(bent)
-    told = bent or found
-    outside = [f for f in told if f.outside(WITHIN)]
-    one = outside[0] if suspicious else told[0]
-    check = Check(
-        name="gradient",
-        title="Is the gradient that attacks follow the loss's own?",
-        figure=one.slope,
-        threshold=f"interval outside [{1 - WITHIN:.2f}, {1 + WITHIN:.2f}] at two consecutive h; no derivative",
-        outcome="pass",
-        reason=f"{_told(one)} on {len(s.x)} images",
-        advice="",
-        reference="section 3 of Athalye et al., ICML 2018 (gradient masking); the comparison is this project's",
-        details=_details(found, bent),
-    )
-    if outside and not suspicious:
-        at = " and ".join(map(_distance, outside))
-        check = replace(check, reason=f"{check.reason}; outside at {at} alone, as a bent loss may be")
-    if all(f.silent for f in found):
-        reason = "the loss does not change at all within 4/255 of the images, so there is nothing to compare"
-        return replace(check, figure=None, outcome="inconclusive", reason=reason, advice=_SILENT)
-    ending = _ending(s) if suspicious or one.unclear else None
-    if suspicious or ending is not None:
-        return _flagged(s, check, ending)
-    if one.unclear:
-        return replace(check, outcome="inconclusive", reason=f"{check.reason}: too wide to tell", advice=_SILENT)
-    if len(s.x) < LEAST:
-        reason = f"{check.reason}; the check needs {LEAST}"
-        return replace(check, outcome="inconclusive", reason=reason, advice=f"Give --images {LEAST} or more.")
-    return check
+@dataclass(frozen=True)
+class Slope:
+    """The comparison at one h."""
+
+    h: float
+    a: Float[np.ndarray, "n d"]
+    """Central differences, of n images in d directions."""
+    b: Float[np.ndarray, "n d"]
+    """Derivatives by autograd."""
+    rounding: float
+    """What of a may be rounding."""
+    slope: float | None = None
+    low: float = 0.0
+    high: float = 0.0
+    """The slope's 95% bootstrap interval over images; no slope where b is nothing."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether the loss does not change at all, in float32."""
+        return _rms(self.a) < 10 * self.rounding and _rms(self.b) < 10 * self.rounding
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the loss changes while the gradient is nothing."""
+        return not self.silent and _rms(self.b) < NOTHING * _rms(self.a)
+
+    @property
+    def unclear(self) -> bool:
+        """Whether the interval is too wide for an answer: a few images of many carry all of the gradient."""
+        return self.slope is not None and self.high - self.low > WIDE
+
+    def outside(self, by: float) -> bool:
+        """Whether the interval lies outside [1 − by, 1 + by], or there is no derivative at all."""
+        return self.blocked or (self.slope is not None and (self.high < 1 - by or self.low > 1 + by))
+
+    def to_dict(self) -> dict[str, Any]:
+        interval = {"low": self.low, "high": self.high} if self.slope is not None else {"low": None, "high": None}
+        return {"h": self.h, "slope": self.slope, **interval, "blocked": self.blocked}
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt((values**2).mean()))
+
+
+def slopes(
+    logits: LogitsAt,
+    zero: Float[Tensor, "b ..."],
+    y: Tensor,
+    hs: Sequence[float],
+    *,
+    draws: int,
+    seed: int,
+    directions: int = 2,
+    along: bool = False,
+) -> list[Slope]:
+    """Compare derivative and differences at one batch.
+
+    Args:
+        logits: logits where the probed images (or features) are offset by its argument.
+        zero: an offset of none.
+        hs: half lengths of the differences, in the unit of the offset.
+        draws: of the noise, common to everything.
+        directions: random ±1 directions, beside the sign of the averaged gradient.
+        along: average b over the segment, instead of taking it in its middle.
+    """
+    losses = _Losses(logits, y, draws, seed)
+    grad, value = losses.gradient(zero)
+    rng = generator(seed, "directions", device=zero.device)
+    signs = [
+        (torch.randint(0, 2, zero.shape, generator=rng, device=zero.device) * 2 - 1).to(zero.dtype)
+        for _ in range(directions + 1)
+    ]
+    # Where the gradient is zero its sign is no direction: a random one takes its place.
+    signs[0] = torch.where(grad == 0, signs[0], grad.sign())
+    found = []
+    for h in hs:
+        a, b = [], []
+        for d in signs:
+            a.append((losses(h * d) - losses(-h * d)) / (2 * h))
+            b.append(losses.derivative(h, d) if along else _dot(grad, d))
+        one, other = (torch.stack(each, 1).cpu().numpy() for each in (a, b))
+        found.append(joined([Slope(h, one, other, ROUNDING * (1 + float(value.abs().mean())) / h)]))
+    return found
+
+
+def joined(parts: Sequence[Slope], *, beside: bool = False, seed: int = 0) -> Slope:
+    """The comparison at the same h over the images of all parts, or (`beside`) over more points of the same images.
+
+    The interval resamples images, each with all its points and directions.
+    """
+    axis = 1 if beside else 0
+    a, b = np.concatenate([p.a for p in parts], axis), np.concatenate([p.b for p in parts], axis)
+    found = Slope(parts[0].h, a, b, max(p.rounding for p in parts))
+    if found.silent or found.blocked:
+        return found
+    ab, bb = (a * b).sum(1), (b * b).sum(1)
+
+    def ratio(counts: np.ndarray) -> np.ndarray:
+        return (counts @ ab) / np.maximum(counts @ bb, 1e-300)
+
+    low, high = bootstrap(ratio, len(a), resamples=RESAMPLES, seed=seed, stream="slope")
+    return replace(found, slope=float(ab.sum() / bb.sum()), low=low, high=high)
+
+
+class _Losses:
+    """The averaged loss and its gradient, every time on the same draws."""
+
+    def __init__(self, logits: LogitsAt, y: Tensor, draws: int, seed: int):
+        self.logits, self.y, self.draws, self.seed = logits, y, draws, seed
+
+    @torch.no_grad()
+    def __call__(self, offset: Tensor) -> Tensor:
+        total = torch.zeros(len(self.y), dtype=torch.float64, device=offset.device)
+        for draw in range(self.draws):
+            with seeded(derive_seed(self.seed, "draw", draw), offset.device):
+                total += margin(self.logits(offset), self.y).double()
+        return total / self.draws
+
+    def gradient(self, offset: Tensor) -> tuple[Tensor, Tensor]:
+        grad, total = torch.zeros_like(offset), torch.zeros(len(self.y), device=offset.device)
+        for draw in range(self.draws):
+            probe = offset.detach().clone().requires_grad_()
+            with seeded(derive_seed(self.seed, "draw", draw), offset.device), torch.enable_grad():
+                value = margin(self.logits(probe), self.y)
+                if value.requires_grad:
+                    (part,) = torch.autograd.grad(value.sum(), probe, allow_unused=True)
+                    grad += 0 if part is None else part
+            total += value.detach()
+        return grad / self.draws, total / self.draws
+
+    def derivative(self, h: float, d: Tensor) -> Tensor:
+        """⟨g, d⟩ averaged over the segment from −h·d to h·d."""
+        nodes, weights = np.polynomial.legendre.leggauss(3)
+        parts = [w / 2 * _dot(self.gradient(t * h * d)[0], d) for t, w in zip(nodes, weights, strict=True)]
+        return torch.stack(parts).sum(0)
+
+
+def _dot(grad: Tensor, d: Tensor) -> Tensor:
+    return (grad * d).flatten(1).double().sum(1)
+
+
+# --- the layer that blocks the gradient ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """Where the gradient gets lost."""
+
+    layer: str
+    """As `named_modules` calls it; empty for the model's own forward."""
+    kind: str
+    """Its class."""
+    before: str | None
+    """If it is what the module itself does, not a layer inside: the first layer behind, from which all is well."""
+    keeps_shape: bool
+    """Whether it gives a tensor of the shape it takes, so that a straight-through gradient fits."""
+    after: str | None = None
+    """If it is what the module itself does: the last layer, if the gradient is still wrong at its output."""
+    softmax: bool = False
+    """Whether it is the softmax at the model's end, in which the gradient vanishes because its logits are large."""
+
+    def __str__(self) -> str:
+        if self.softmax:
+            place = f"the softmax layer {self.layer!r}" if self.layer else f"the softmax that ends {self.kind}"
+            return f"{place}: its logits are so large that it is saturated"
+        if self.layer:
+            return f"layer {self.layer!r} ({self.kind})"
+        where = "" if self.before is None else f", before its layer {self.before!r}"
+        where += "" if self.after is None else f", after its layer {self.after!r}"
+        return f"the forward of {self.kind} itself{where}"
+
+
+@dataclass
+class _Call:
+    """The first call of a module: what it was given and returned, and the name of the module that called it."""
+
+    name: str
+    module: nn.Module
+    parent: str | None
+    given: Tensor | None = None
+    returned: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A model and a batch on which the place is looked for."""
+
+    model: nn.Module
+    x: Float[Tensor, "b c h w"]
+    y: Tensor
+    draws: int
+    seed: int
+
+    def slope(self, logits: LogitsAt, zero: Tensor, h: float) -> Slope:
+        """The slope at one h in one random direction and that of the gradient, with b averaged over the segment."""
+        (found,) = slopes(logits, zero, self.y, [h], draws=self.draws, seed=self.seed, directions=1, along=True)
+        return joined([found], seed=self.seed)
+
+
+def blocking(probe: _Probe, on_progress: Callable[[str], None]) -> Blocking:
+    """The innermost module from whose input the gradient is wrong and from whose output it is right.
+
+    From the outside in: of the modules that a module calls, in their order, the first which does that to the
+    gradient is looked into next. Where the gradient is wrong at the output of the last of them too, it is what the
+    caller does behind it.
+    """
+    calls, kind = _calls(probe.model, probe.x), type(probe.model).__name__
+    call = calls[0]
+    right_from: _Call | None = None
+    last: _Call | None = None
+
+    def wrong_at(call: _Call, side: str) -> bool:
+        on_progress(f"looking for the layer: {side} of {call.name or kind}")
+        return _off(probe, call, side)
+
+    while True:
+        inside, right_from, last = None, None, None
+        for child in [c for c in calls if c.parent == call.name]:
+            if child.given is None or child.returned is None:
+                continue
+            if not wrong_at(child, "input"):
+                right_from = child
+                break
+            if not wrong_at(child, "output"):
+                inside = child
+                break
+            last = child
+        if inside is None:
+            break
+        call = inside
+    if isinstance(call.module, AFFINE):
+        # Its derivative is exact: what is found there is bent, or lost, behind it.
+        return Blocking("", kind, None, False, call.name)
+    assert call.given is not None and call.returned is not None
+    before = None if right_from is None else right_from.name
+    after = None if last is None or right_from is not None else last.name
+    same = call.given.shape == call.returned.shape
+    return Blocking(call.name, type(call.module).__name__, before, same, after)
+
+
+def ending_softmax(probe: _Probe) -> Blocking | None:
+    """The softmax at the model's end, if the gradient is lost in it and nowhere before.
+
+    That is so where the model's outputs are probabilities and the gradient of their logarithm, in which the softmax
+    is undone, is the loss's; or where float32 holds nothing but the class of most images, so that no logarithm helps.
+    """
+    model, x = probe.model, probe.x
+    with torch.no_grad(), seeded(probe.seed, x.device):
+        outputs = model(x)
+    if not probabilities(outputs):
+        return None
+    found = probe.slope(lambda offset: Logarithm(model)(x + offset), torch.zeros_like(x), 1 / 255)
+    right = not (found.silent or found.unclear or found.outside(NEARLY))
+    saturated = float((outputs.amax(1) > 1 - SATURATED).double().mean()) >= 0.5
+    if not right and not saturated:
+        return None
+    layers = [c for c in _calls(model, x[:1]) if isinstance(c.module, nn.Softmax)]
+    same = [c for c in layers if c.returned is not None and c.returned.shape == outputs[:1].shape]
+    if same:
+        return Blocking(same[-1].name, type(same[-1].module).__name__, None, True, softmax=True)
+    return Blocking("", type(model).__name__, None, False, softmax=True)
+
+
+def probabilities(outputs: Float[Tensor, "b k"]) -> bool:
+    """Whether each row is a distribution."""
+    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all())
+
+
+class Logarithm(nn.Module):
+    """The logarithm of a model's probabilities: its logits, but for a constant, where float32 holds them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.model(x)
+        return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
+
+
+def _calls(model: nn.Module, x: Tensor) -> list[_Call]:
+    """The first call of every module, in order, with the module that called it."""
+    calls: list[_Call] = []
+    seen: dict[nn.Module, _Call] = {}
+    stack: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        if module not in seen:
+            parent = seen[stack[-1]].name if stack else None
+            seen[module] = _Call(names[module], module, parent, _tensor(args[0] if args else None))
+            calls.append(seen[module])
+        stack.append(module)
+
+    def leave(module: nn.Module, args: tuple, output: object) -> None:
+        stack.pop()
+        if seen[module].returned is None:
+            seen[module].returned = _tensor(output)
+
+    names = {module: name for name, module in model.named_modules()}
+    hooks = [h for m in names for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        with torch.no_grad(), seeded(0, x.device):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _tensor(value: object) -> Tensor | None:
+    return value.detach() if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 else None
+
+
+def _off(probe: _Probe, call: _Call, side: str) -> bool:
+    """Whether the slope, of the features that go into a module or come out of it, is off or too uncertain."""
+    features = call.given if side == "input" else call.returned
+    assert features is not None
+    spread = float(features.std())
+    if spread == 0:
+        return False
+
+    def logits(offset: Tensor) -> Tensor:
+        with _offset(call.module, side, offset):
+            return probe.model(probe.x)
+
+    found = probe.slope(logits, torch.zeros_like(features), OFFSET * spread)
+    return found.outside(NEARLY) or (found.slope is not None and found.high - found.low > UNSURE)
+
+
+@contextmanager
+def _offset(module: nn.Module, side: str, offset: Tensor) -> Iterator[None]:
+    """Add `offset` to what the first call of `module` is given, or returns."""
+    done = False
+
+    def add(module: nn.Module, args: tuple, output: Tensor | None = None) -> Any:
+        nonlocal done
+        if done:
+            return None
+        done = True
+        return (args[0] + offset, *args[1:]) if output is None else output + offset
+
+    hook = module.register_forward_pre_hook(add) if side == "input" else module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+# --- the check ----------------------------------------------------------------------------------------------------
 
 
 _SILENT = (
@@ -70,43 +423,78 @@ _SILENT = (
 )
 
 
-def compare(s: AuditContext, hs: tuple[float, ...], *, along: bool = False) -> list[Slope]:
+@check(
+    name="gradient",
+    question="Is the gradient that attacks follow the loss's own?",
+    threshold=f"interval outside [{1 - WITHIN:.2f}, {1 + WITHIN:.2f}] at two consecutive h; no derivative",
+    reference="section 3 of Athalye et al., ICML 2018 (gradient masking); the comparison is this project's",
+)
+def gradient(ctx: AuditContext) -> Finding:
+    """Slope of central differences on autograd's derivative, at points from which attacks start."""
+    found = compare(ctx, HS)
+    bent: list[Slope] = []
+    suspicious = _consecutive(found)
+    if suspicious and not all(f.blocked for f in found):
+        ctx.on_progress("again, with the derivative averaged along the way")
+        bent = compare(ctx, HS, along=True)
+        suspicious = _consecutive(bent)
+    decisive = bent or found
+    outside = [f for f in decisive if f.outside(WITHIN)]
+    one = outside[0] if suspicious else decisive[0]
+    reason, details = f"{_in_words(one)} on {len(ctx.x)} images", _details(found, bent)
+    if all(f.silent for f in found):
+        reason = "the loss does not change at all within 4/255 of the images, so there is nothing to compare"
+        return Finding(None, "inconclusive", reason, _SILENT, details=details)
+    if outside and not suspicious:
+        reason += f"; outside at {' and '.join(map(_distance, outside))} alone, as a bent loss may be"
+    x, y = (batch[: min(LEAST, ctx.batch_size)] for batch in (_starts(ctx, 0), ctx.y))
+    probe = _Probe(ctx.model, x, y, draws=min(4, ctx.draws), seed=ctx.seed)
+    ending = ending_softmax(probe) if suspicious or one.unclear else None
+    if suspicious or ending is not None:
+        return _flagged(ctx, Finding(one.slope, "flag", reason, details=details), probe, ending)
+    if one.unclear:
+        return Finding(one.slope, "inconclusive", f"{reason}: too wide for an answer", _SILENT, details=details)
+    if len(ctx.x) < LEAST:
+        reason += f"; the check needs {LEAST}"
+        return Finding(one.slope, "inconclusive", reason, f"Give --images {LEAST} or more.", details=details)
+    return Finding(one.slope, "pass", reason, details=details)
+
+
+def compare(ctx: AuditContext, hs: tuple[float, ...], *, along: bool = False) -> list[Slope]:
     """The slopes at each h over all images."""
-    # Another point of an image says more than another draw of the noise; small images have few features whose
+    # Another point of an image is worth more than another draw of the noise; small images have few features whose
     # changes could be averaged, and need more points.
-    points = (1 if s.quick else 2) * min(8, max(4, 2048 // s.x[0].numel())) // (2 if along else 1)
-    draws = min(s.draws, 2 if s.quick else 5)
+    points = (1 if ctx.quick else 2) * min(8, max(4, 2048 // ctx.x[0].numel())) // (2 if along else 1)
     by_point = []
     for point in range(points):
         parts = []
-        s.say(f"central differences, {len(s.x)} images, point {point + 1} of {points}")
-        for first in range(0, len(s.x), s.batch_size):
-            x, y = _starts(s, first, point), s.y[first : first + s.batch_size]
-            seed = derive_seed(s.seed, "gradient", first, point)
+        ctx.on_progress(f"central differences, {len(ctx.x)} images, point {point + 1} of {points}")
+        for first, _, y in ctx.batches():
+            x, seed = _starts(ctx, first, point), derive_seed(ctx.seed, "gradient", first, point)
 
-            def answer(offset: Tensor, x: Tensor = x) -> Tensor:
-                return s.folded(x + offset)
+            def logits(offset: Tensor, x: Tensor = x) -> Tensor:
+                return ctx.folded(x + offset)
 
-            parts.append(slopes(answer, torch.zeros_like(x), y, hs, draws=draws, seed=seed, along=along))
+            parts.append(slopes(logits, torch.zeros_like(x), y, hs, draws=ctx.few_draws, seed=seed, along=along))
         by_point.append([joined(same_h) for same_h in zip(*parts, strict=True)])
-    return [joined(same_h, beside=True, seed=s.seed) for same_h in zip(*by_point, strict=True)]
+    return [joined(same_h, beside=True, seed=ctx.seed) for same_h in zip(*by_point, strict=True)]
 
 
-def _starts(s: AuditContext, first: int, point: int = 0) -> Tensor:
+def _starts(ctx: AuditContext, first: int, point: int = 0) -> Tensor:
     # As attacks start: anywhere in the ball. Pixels of 0, 128 or 255 may lie on a quantiser's very edge. Far enough
     # from black and white for both sides of the difference to be images.
-    x = s.x[first : first + s.batch_size]
-    rng = generator(s.seed, "gradient", "start", first, point, device=x.device)
-    return random_start(x, s.eps, s.norm, rng).clamp(max(HS), 1 - max(HS))
+    x = ctx.x[first : first + ctx.batch_size]
+    rng = generator(ctx.seed, "gradient", "start", first, point, device=x.device)
+    return random_start(x, ctx.eps, ctx.norm, rng).clamp(max(HS), 1 - max(HS))
 
 
 def _consecutive(found: list[Slope]) -> bool:
     return any(one.outside(WITHIN) and next_.outside(WITHIN) for one, next_ in pairwise(found))
 
 
-def _told(one: Slope) -> str:
+def _in_words(one: Slope) -> str:
     if one.slope is None:
-        return f"the loss changes within {_distance(one)}, and its gradient is nothing,"
+        return f"the loss changes within {_distance(one)}, and its gradient is next to nothing,"
     form = ".3g" if one.unclear else ".2f"
     return f"slope {one.slope:{form}} [{one.low:{form}}, {one.high:{form}}] at h = {_distance(one)}"
 
@@ -125,42 +513,34 @@ def _details(found: list[Slope], bent: list[Slope]) -> dict[str, Any]:
     return details | ({"along": [f.to_dict() for f in bent]} if bent else {})
 
 
-def _ending(s: AuditContext) -> Blocking | None:
-    some = slice(0, min(LEAST, s.batch_size))
-    return ending_softmax(s.model, _starts(s, 0)[some], s.y[some], draws=min(4, s.draws), seed=s.seed)
-
-
-def _flagged(s: AuditContext, check: Check, ending: Blocking | None) -> Check:
+def _flagged(ctx: AuditContext, finding: Finding, probe: _Probe, ending: Blocking | None) -> Finding:
     """Name the place (the ending softmax, or a layer that is looked for), go around it, and attack again."""
-    some = slice(0, min(LEAST, s.batch_size))
-    draws = min(4, s.draws)
-    where = ending or blocking(s.model, _starts(s, 0)[some], s.y[some], draws=draws, seed=s.seed, say=s.say)
-    assert check.details is not None
-    details = check.details | {"layer": where.layer, "where": str(where)}
-    reason = f"{check.reason}; what blocks it is {where}"
+    where = ending or blocking(probe, ctx.on_progress)
+    details = (finding.details or {}) | {"layer": where.layer, "where": str(where)}
+    reason = f"{finding.reason}; what blocks it is {where}"
     advice = "Attack without this gradient: see the check blackbox."
-    around = surrogate(s, where)
+    around = surrogate(ctx, where)
     if around is not None:
         how, model, attacks = around
         advice = f"Attack through the corrected gradient: {how}." if not attacks else f"Attack {how}."
-        after = s.cascade(attacks or s.white, s.white_box, "surrogate", through=fold_quietly(model))
-        before, now = s.accuracy(s.white_box), s.accuracy(after)
+        after = ctx.cascade(attacks or ctx.white, ctx.white_box, "surrogate", through=fold_quietly(model))
+        before, now = ctx.accuracy(ctx.white_box), ctx.accuracy(after)
         details["mitigation"] = {"how": how, "before": before.as_accuracy(), "after": now.as_accuracy()}
         way = "through the corrected gradient" if not attacks else "by its logarithm"
-        reason += f"; attacked {way}, the accuracy is {percent(now.mean)}, not {percent(before.mean)}"
-    return replace(check, outcome="flag", invalidates=True, reason=reason, advice=advice, details=details)
+        reason += f"; attacked {way}, the accuracy is {now.mean:.1%}, not {before.mean:.1%}"
+    return replace(finding, reason=reason, advice=advice, invalidates=True, details=details)
 
 
-def surrogate(s: AuditContext, where: Blocking) -> tuple[str, nn.Module, list[AttackSpec]] | None:
-    """How to get past the place, a model that decides as the audited one does and whose gradient passes, and attacks.
+def surrogate(ctx: AuditContext, where: Blocking) -> tuple[str, nn.Module, list[AttackSpec]] | None:
+    """A way past the place, in words; a model with the same predictions whose gradient passes; and attacks on it.
 
-    The attacks are empty where those in question do.
+    No attacks means those in question.
     """
-    model, layers = s.model, dict(s.model.named_modules())
+    model, layers = ctx.model, dict(ctx.model.named_modules())
     if where.softmax and not where.layer:
         # The cross-entropy would put back the softmax that the logarithm takes away.
         how = "the logits before the softmax, or the logarithm of the output with loss=margin"
-        return how, Logarithm(model), [AttackSpec("apgd", s.effort | {"loss": "margin"})]
+        return how, Logarithm(model), [AttackSpec("apgd", ctx.effort | {"loss": "margin"})]
     if isinstance(layers[where.layer], GSeM):
         fixed = copy.deepcopy(model)
         layer = fixed.get_submodule(where.layer)

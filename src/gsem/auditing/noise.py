@@ -1,9 +1,8 @@
 """The model's noise: is the model stochastic, and does its robustness remain when the noise is known?"""
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gsem.attacks import pgd
-from gsem.auditing.check import Check
-from gsem.auditing.context import AuditContext, Points, percent
+from gsem.auditing.check import Finding, check
+from gsem.auditing.context import AuditContext, Points
 from gsem.nn.gsem import GSeM, NoiseMode
 from gsem.nn.gsem import noise as noise_of
 from gsem.rng import derive_seed, seeded
@@ -20,90 +19,74 @@ from gsem.rng import derive_seed, seeded
 VANISHED = 0.5
 
 
-def randomness(s: AuditContext) -> Check:
+@check(
+    name="randomness",
+    question="Do two passes over an image give the same logits?",
+    threshold="outputs differ, and an attack does not average over draws",
+    reference="Athalye et al., ICML 2018, section 4.2 (EOT)",
+)
+def randomness(ctx: AuditContext) -> Finding:
     """Repeated forward passes; with torch's random state put back, too."""
-    x = s.x[: s.batch_size]
-    with torch.no_grad(), seeded(derive_seed(s.seed, "randomness"), x.device):
-        one, other = s.model(x), s.model(x)
+    x = ctx.x[: ctx.batch_size]
+    with torch.no_grad(), seeded(derive_seed(ctx.seed, "randomness"), x.device):
+        one, other = ctx.model(x), ctx.model(x)
         flips = float((one.argmax(1) != other.argmax(1)).double().mean())
         differ = float((one != other).any(1).double().mean())
     with torch.no_grad():
         fixed = []
         for _ in range(2):
-            with seeded(derive_seed(s.seed, "randomness", "again"), x.device):
-                fixed.append(s.model(x))
-    repeatable = torch.equal(*fixed)
-    single = [s.label(a) for a in s.white if s.options(a).get("eot", 1) == 1]
-    check = Check(
-        name="randomness",
-        title="Does the model answer twice alike?",
-        figure=differ,
-        threshold="outputs differ, and an attack does not average over draws",
-        outcome="pass",
-        reason="two passes over the same images give the same logits: one draw is used",
-        advice="",
-        reference="Athalye et al., ICML 2018, section 4.2 (EOT)",
-        details={"class_flips": flips, "repeatable": repeatable, "stochastic": s.stochastic},
-    )
-    if not s.stochastic:
-        return check
+            with seeded(derive_seed(ctx.seed, "randomness", "again"), x.device):
+                fixed.append(ctx.model(x))
+    details = {"class_flips": flips, "repeatable": torch.equal(*fixed), "stochastic": ctx.stochastic}
+    if not ctx.stochastic:
+        reason = "two passes over the same images give the same logits: one draw is used"
+        return Finding(differ, "pass", reason, details=details)
     reason = (
-        f"the logits of {percent(differ)} of the images differ between two passes, the class of {percent(flips)}: "
-        f"attacks average over draws, and each point is scored on {s.draws}"
+        f"the logits of {differ:.1%} of the images differ between two passes, the class of {flips:.1%}: "
+        f"attacks average over draws, and each point is scored on {ctx.draws}"
     )
-    if not repeatable:
-        advice = "Draw the noise from torch's own random stream: checks that need the same noise twice say less now."
+    if not details["repeatable"]:
         reason += "; a seed of torch does not repeat them"
-        return replace(check, outcome="inconclusive", reason=reason, advice=advice)
+        advice = "Draw the noise from torch's own random stream: checks that need the same noise twice are inexact now."
+        return Finding(differ, "inconclusive", reason, advice, details=details)
+    single = [ctx.label(a) for a in ctx.white if ctx.options(a).get("eot", 1) == 1]
     if single:
-        reason = f"{reason}; but {', '.join(single)} use one draw"
-        return replace(check, outcome="flag", reason=reason, advice="Give the attacks eot=20 (EOT).")
-    return replace(check, reason=reason)
+        reason += f"; but {', '.join(single)} use one draw"
+        return Finding(differ, "flag", reason, "Give the attacks eot=20 (EOT).", details=details)
+    return Finding(differ, "pass", reason, details=details)
 
 
-def ablation(s: AuditContext) -> Check:
+@check(
+    name="noise",
+    question="Does robustness remain when the noise is known?",
+    threshold=f"under {VANISHED:.2f} of it left",
+    reference="Athalye et al., ICML 2018, section 4.2; this project's ablation",
+)
+def ablation(ctx: AuditContext) -> Finding:
     """The same weights with the noise known, without it, and without the quantiser."""
-    check = Check(
-        name="noise",
-        title="Does robustness outlive knowing the noise?",
-        figure=None,
-        threshold=f"under {VANISHED:.2f} of it left",
-        outcome="pass",
-        reason="the model has neither noise nor a quantiser that could be taken away",
-        advice="",
-        reference="Athalye et al., ICML 2018, section 4.2; this project's ablation",
-    )
-    defended = any(isinstance(m, GSeM) for m in s.model.modules())
-    if not s.stochastic and not defended:
-        return check
-    fresh = _robustness(s.clean, s.white_box)
-    details: dict[str, Any] = {"fresh": _row(s, s.clean, s.white_box)}
-    left: dict[str, float] = {}
-
-    def take(name: str, told: str, clean: Points, worst: Points) -> None:
-        s.say(told)
-        details[name] = _row(s, clean, worst)
-        # Without the quantiser it is another network: told, not judged.
+    variants = _variants(ctx)
+    if not variants:
+        return Finding(None, "pass", "the model has neither noise nor a quantiser that could be taken away")
+    fresh = _robustness(ctx.clean, ctx.white_box)
+    details: dict[str, Any] = {"fresh": _row(ctx, ctx.clean, ctx.white_box)}
+    remaining: dict[str, float] = {}
+    for name, words, measure in variants:
+        ctx.on_progress(words)
+        clean, worst = measure()
+        details[name] = _row(ctx, clean, worst)
+        # Without the quantiser it is another network: its accuracy is reported, and nothing is flagged for it.
         if name != "quantiser":
-            left[told] = _robustness(clean, worst) / max(fresh, 1e-12)
-
-    if defended:
-        for name, told, changed in _variants(s):
-            with changed as other:
-                take(name, told, other.clean, other.white_box)
-    else:
-        take("frozen", "noise frozen by a known seed", *_frozen_stranger(s))
-    told, figure = min(left.items(), key=lambda item: item[1], default=("", 1.0))
-    attacked = {name: details[name]["attacked"]["accuracy"] for name in details}
-    reason = ", ".join(f"{name} {percent(value)}" for name, value in attacked.items())
-    check = replace(check, figure=figure, details=details, reason=f"accuracy under attack: {reason}")
+            remaining[words] = _robustness(clean, worst) / max(fresh, 1e-12)
+    words, figure = min(remaining.items(), key=lambda item: item[1], default=("", 1.0))
+    attacked = ", ".join(f"{name} {row['attacked']['accuracy']:.1%}" for name, row in details.items())
+    reason = f"accuracy under attack: {attacked}"
     if fresh < 0.02:
-        return replace(check, figure=None, reason=f"{check.reason}: there is no robustness that could vanish")
+        return Finding(None, "pass", f"{reason}: there is no robustness that could vanish", details=details)
     if figure >= VANISHED:
-        return check
-    reason = f"{check.reason}: with {told}, {percent(figure)} of the robustness is left"
-    advice = "What holds is the noise, not the network: report the accuracy with the noise known beside it."
-    return replace(check, outcome="flag", reason=reason, advice=advice)
+        return Finding(figure, "pass", reason, details=details)
+    reason += f": with {words}, {figure:.1%} of the robustness is left"
+    advice = "The noise makes the model robust, not the network: report the accuracy with the noise known beside it."
+    return Finding(figure, "flag", reason, advice, details=details)
 
 
 def _robustness(clean: Points, worst: Points) -> float:
@@ -111,37 +94,39 @@ def _robustness(clean: Points, worst: Points) -> float:
     return float((1 - worst.wrong).mean() / max((1 - clean.wrong).mean(), 1e-12))
 
 
-def _row(s: AuditContext, clean: Points, worst: Points) -> dict[str, Any]:
-    return {"clean": s.accuracy(clean).as_accuracy(), "attacked": s.accuracy(worst).as_accuracy()}
+def _row(ctx: AuditContext, clean: Points, worst: Points) -> dict[str, Any]:
+    return {"clean": ctx.accuracy(clean).as_accuracy(), "attacked": ctx.accuracy(worst).as_accuracy()}
 
 
-def _variants(s: AuditContext) -> list[tuple[str, str, AbstractContextManager[AuditContext]]]:
-    """(name, in words, a block in which the changed model can be asked) of a GSeM model."""
-    found = []
-    if s.stochastic:
-        found.append(("frozen", "the noise frozen by a known seed", _with_noise(s, "frozen")))
-        found.append(("off", "the noise off", _with_noise(s, "off")))
-    return [*found, ("quantiser", "noise and quantiser off", _without_quantiser(s))]
+Measure = Callable[[], tuple[Points, Points]]
+"""Clean points and the worst points of a changed model."""
 
 
-@contextmanager
-def _with_noise(s: AuditContext, mode: NoiseMode) -> Iterator[AuditContext]:
-    with noise_of(s.model, mode, seed=derive_seed(s.seed, "known noise") if mode == "frozen" else None):
-        yield s.known(s.model)
-
-
-@contextmanager
-def _without_quantiser(s: AuditContext) -> Iterator[AuditContext]:
-    bare = copy.deepcopy(s.model)
+def _variants(ctx: AuditContext) -> list[tuple[str, str, Measure]]:
+    """(name, in words, how it is measured) of each way to take the noise away, as far as the model has any."""
+    seed = derive_seed(ctx.seed, "known noise")
+    if not any(isinstance(module, GSeM) for module in ctx.model.modules()):
+        reseeded = partial(_measure_reseeded, ctx, seed)
+        return [("frozen", "noise frozen by a known seed", reseeded)] if ctx.stochastic else []
+    bare = copy.deepcopy(ctx.model)
     for module in bare.modules():
         if isinstance(module, GSeM):
             module.quantiser = False
-    with noise_of(bare, "off"):
-        yield s.known(bare)
+    found: list[tuple[str, str, Measure]] = []
+    if ctx.stochastic:
+        found.append(("frozen", "the noise frozen by a known seed", partial(_measure, ctx, ctx.model, "frozen", seed)))
+        found.append(("off", "the noise off", partial(_measure, ctx, ctx.model, "off")))
+    return [*found, ("quantiser", "noise and quantiser off", partial(_measure, ctx, bare, "off"))]
+
+
+def _measure(ctx: AuditContext, model: nn.Module, mode: NoiseMode, seed: int | None = None) -> tuple[Points, Points]:
+    with noise_of(model, mode, seed=seed):
+        known = ctx.deterministic(model)
+        return known.clean, known.white_box
 
 
 class _Reseeded(nn.Module):
-    """A stranger with its noise known: torch's stream starts at the same seed for every pass.
+    """A model whose noise is known, whatever draws it: torch's stream starts at the same seed for every pass.
 
     What the noise is for an image depends on the image's place in the batch, so that batches must stay as they are.
     """
@@ -156,14 +141,16 @@ class _Reseeded(nn.Module):
             return self.model(x)
 
 
-def _frozen_stranger(s: AuditContext) -> tuple[Points, Points]:
-    known = _Reseeded(s.model, derive_seed(s.seed, "known noise"))
-    steps = s.options(s.primary_attack).get("steps", 20)
+def _measure_reseeded(ctx: AuditContext, seed: int) -> tuple[Points, Points]:
+    """Of a model whose noise is not GSeM's, under PGD."""
+    known = _Reseeded(ctx.model, seed)
+    step, steps = ctx.eps / 4, ctx.options(ctx.primary_attack).get("steps", 20)
     found = []
-    for first in range(0, len(s.x), s.batch_size):
-        x, y = s.x[first : first + s.batch_size], s.y[first : first + s.batch_size]
-        x_adv = pgd(known, x, y, eps=s.eps, step=s.eps / 4, steps=steps, norm=s.norm, stop_broken=False, seed=s.seed)
+    for _, x, y in ctx.batches():
+        x_adv = pgd(
+            known, x, y, eps=ctx.eps, step=step, steps=steps, norm=ctx.norm, stop_broken=False, seed=ctx.seed
+        )
         with torch.no_grad():
             found.append([(known(at).argmax(1) != y).double().cpu().numpy() for at in (x, x_adv)])
     clean, wrong = (np.concatenate(each) for each in zip(*found, strict=True))
-    return Points(s.x, clean, clean), Points(s.x, wrong, np.maximum(clean, wrong))
+    return Points(ctx.x, clean, clean), Points(ctx.x, wrong, np.maximum(clean, wrong))

@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 from gsem.attacks import Step
 from gsem.attacks.suite import AttackSpec
+from gsem.auditing.blackbox import black_box_attacks
 from gsem.auditing.check import Check
 from gsem.auditing.context import AuditContext
 from gsem.auditing.partial import Finished
-from gsem.auditing.sweeps import boxes
 from gsem.evaluation.evaluate import REPORT_EVERY
 
-# Of the whole work, before the time it took says anything.
+# Share of the whole work that must be finished before the time left is estimated.
 ENOUGH = 0.02
 # A pass with a gradient, in passes without.
 GRADIENT = 3.0
 # Images that a gradient attack leaves for the next one, and steps that it needs without a bound: typical shares.
-STANDING, UNBOUNDED = 0.5, 0.1
+REMAINING, UNBOUNDED = 0.5, 0.1
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an audit stands, for whoever shows it."""
+    """How far an audit is, for display."""
 
     check: str
     number: int
@@ -35,46 +35,49 @@ class Progress:
     """Until the end of the audit, by the work that the checks plan and the time that finished ones took; None while
     too little is finished."""
     earlier: bool = False
-    """Whether the check was finished by the interrupted audit that this one goes on with."""
+    """Whether the check was finished before the audit was interrupted, and read from disk now."""
 
 
-def attack_passes(s: AuditContext, attack: AttackSpec) -> float:
+def attack_passes(ctx: AuditContext, attack: AttackSpec) -> float:
     """For each image that it attacks, at most."""
-    o = s.options(attack)
+    o = ctx.options(attack)
     each = o.get("eot", 1) * o.get("restarts", 1)
     if "queries" in o:
         return each * o["queries"]
     return GRADIENT * each * o.get("steps", 1) * max(1, o.get("targets") or 1)
 
 
-def planned(s: AuditContext, names: Sequence[str]) -> dict[str, float]:
-    """Passes per image of each check, roughly; the first check that needs the attacks in question runs them."""
-    lead, white = attack_passes(s, s.primary_attack), sum(attack_passes(s, a) for a in s.white)
-    scored = 2.0 * s.draws
-    few = min(s.draws, 2 if s.quick else 5)
-    curves = sum(key in s.options(s.primary_attack) for key in ("steps", "restarts")) + s.stochastic
+def planned(ctx: AuditContext, names: Sequence[str]) -> dict[str, float]:
+    """Passes per image of each check, roughly; 1 of a check that is not listed here.
+
+    The first check that needs the attacks in question runs them.
+    """
+    options = ctx.options(ctx.primary_attack)
+    primary, white = attack_passes(ctx, ctx.primary_attack), sum(attack_passes(ctx, a) for a in ctx.white)
+    scored = 2.0 * ctx.draws
+    curves = sum(key in options for key in ("steps", "restarts")) + ctx.stochastic
     passes = {
         "randomness": 4.0,
-        "gradient": (8 if s.quick else 16) * few * (18 + GRADIENT),
-        "unavailable": GRADIENT * s.options(s.primary_attack)["eot"],
-        "unstable": 101.0 * few,
+        "gradient": (8 if ctx.quick else 16) * ctx.few_draws * (18 + GRADIENT),
+        "unavailable": GRADIENT * options["eot"],
+        "unstable": 101.0 * ctx.few_draws,
         "silent_success": scored,
-        "incomplete": 1.0,
         "transfer": scored,
         "unconstrained": UNBOUNDED * white + scored,
-        "binarization": (128 if s.quick else 256) + white + 200 * (3 if s.stochastic else 1),
-        "sweeps": STANDING * (3 * lead + curves * (white + 2 * lead)) + (3 if s.quick else 10) * scored,
-        "blackbox": STANDING * sum(attack_passes(s, a) for a in boxes(s)),
-        "noise": 3 * white / max(1, s.options(s.primary_attack)["eot"]) if s.stochastic or s.source_models else 1.0,
+        "binarization": (128 if ctx.quick else 256) + white + 200 * (3 if ctx.stochastic else 1),
+        "sweeps": REMAINING * (3 * primary + curves * (white + 2 * primary)) + (3 if ctx.quick else 10) * scored,
+        "blackbox": REMAINING * sum(attack_passes(ctx, a) for a in black_box_attacks(ctx)),
+        "noise": 3 * white / max(1, options["eot"]) if ctx.stochastic or ctx.source_models else 1.0,
     }
+    plan = {name: passes.get(name, 1.0) for name in names}
     for work, users in (
-        (lead + 2 * scored, ("silent_success", "incomplete", "transfer", "sweeps", "blackbox", "noise")),
-        (STANDING * (white - lead), ("sweeps", "blackbox", "noise")),
+        (primary + 2 * scored, ("silent_success", "incomplete", "transfer", "sweeps", "blackbox", "noise")),
+        (REMAINING * (white - primary), ("sweeps", "blackbox", "noise")),
     ):
         first = next((name for name in names if name in users), None)
         if first is not None:
-            passes[first] += work
-    return {name: passes[name] for name in names}
+            plan[first] += work
+    return plan
 
 
 class TimeLeft:
@@ -102,13 +105,13 @@ class TimeLeft:
         return max(0.0, now - elapsed) + sum(rest.values())
 
 
-class Teller:
-    """Calls `report`, if there is one."""
+class ProgressReporter:
+    """Calls `on_progress`, if there is one, with what the audit does."""
 
     def __init__(self, on_progress: Callable[[Progress], None] | None):
         self.on_progress, self.number, self.name, self.doing = on_progress, 0, "", ""
         self.time = TimeLeft({})
-        self.began = self.told = time.monotonic()
+        self.began = self.reported = time.monotonic()
 
     def expects(self, plan: Mapping[str, float], took: Mapping[str, float]) -> None:
         """The work of each check, and the seconds of those that are finished."""
@@ -118,25 +121,25 @@ class Teller:
 
     def begins(self, name: str) -> None:
         self.name, self.number, self.began = name, self.number + 1, time.monotonic()
-        self.say("begins")
+        self.report("begins")
 
-    def say(self, doing: str) -> None:
+    def report(self, doing: str) -> None:
         self.doing = doing
-        self._tell()
+        self._call()
 
     def on_step(self, step: Step) -> None:
-        """A step of an attack was made: what is done goes on."""
-        if time.monotonic() - self.told >= REPORT_EVERY:
-            self._tell()
+        """A step of an attack was made: the last report is repeated, with the time left."""
+        if time.monotonic() - self.reported >= REPORT_EVERY:
+            self._call()
 
     def ended(self, part: Finished, *, earlier: bool) -> None:
         self.time.ended(self.name, part.seconds)
         self.doing = ""
-        self._tell(ended=part.check, earlier=earlier)
+        self._call(ended=part.check, earlier=earlier)
 
-    def _tell(self, ended: Check | None = None, earlier: bool = False) -> None:
+    def _call(self, ended: Check | None = None, earlier: bool = False) -> None:
         if self.on_progress is None:
             return
-        self.told = time.monotonic()
-        left = self.time.left(None if ended else self.name, self.told - self.began)
+        self.reported = time.monotonic()
+        left = self.time.left(None if ended else self.name, self.reported - self.began)
         self.on_progress(Progress(self.name, self.number, len(self.time.plan), self.doing, ended, left, earlier))

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from gsem._env import device_named
 from gsem._text import duration, pixels
-from gsem.auditing.audit import CHECKS, Progress, audit, told
+from gsem.auditing.audit import CHECKS, Progress, audit
 from gsem.auditing.check import Audit, Check
 from gsem.auditing.partial import AnotherAudit
 from gsem.cli.evaluate import _check_fit, _model, _subset, _told, about_data, source_and_eps
@@ -171,7 +171,7 @@ def show_audit(console: Console, found: Audit, what: str) -> None:
     """The checks, the advice for those that did not pass, the verdict, and how to repeat each."""
     metadata = found.metadata
     console.print(f"\n{what}", soft_wrap=True)
-    console.print(f"attacks in question: {', '.join(metadata['attacks'])}\n{told(found)}\n", soft_wrap=True)
+    console.print(f"attacks in question: {', '.join(metadata['attacks'])}\n{found.accuracies}\n", soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), width=WIDTH)
     table.add_column("check", no_wrap=True)
     table.add_column("figure", justify="right", no_wrap=True)
