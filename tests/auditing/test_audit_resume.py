@@ -147,7 +147,7 @@ def test_the_lowest_of_parts_is_the_lowest_of_all():
 
 
 def test_the_time_left_is_that_of_the_planned_work():
-    time = TimeLeft({"a": 1.0, "b": 3.0, "c": 6.0})
+    time = TimeLeft({"a": 1.0, "b": 3.0, "c": 6.0}, {})
     assert time.left("a", 5.0) is None  # nothing is finished
     time.ended("a", 10.0)
     assert time.left(None, 0.0) == time.left("b", 0.0) == pytest.approx(90)

@@ -32,7 +32,7 @@ def test_the_features_are_what_the_last_linear_layer_is_given():
 def test_a_point_anywhere_in_a_ball_is_known_for_its_images():
     x, _ = digits(60)
     eps = 0.1
-    pixels = distinguishing(x, eps, float("inf"))
+    pixels = distinguishing(x, eps, "Linf")
     assert len(pixels) < 64
     weight, bias = torch.zeros(len(x), 48), torch.arange(len(x)).float()
     model = Binarized(Features(nn.Flatten(), None), x, eps, "Linf", torch.zeros(len(x), 64), bias)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +14,8 @@ from gsem._env import require_float64
 from gsem._fingerprint import data_fingerprint, model_fingerprint
 from gsem._lock import locked
 from gsem.attacks._types import Norm
-from gsem.attacks.suite import SUITES, AttackSpec, parse_attacks, suite
+from gsem.attacks.own import listed
+from gsem.attacks.suite import SUITES, AttackSpec, suite
 from gsem.auditing import binarization, blackbox, gradient, indicators, noise, sweeps
 from gsem.auditing.check import Audit, RegisteredCheck, verdict
 from gsem.auditing.context import PRIMARY, AuditContext, fold_quietly, lowest
@@ -158,12 +160,7 @@ def _question(ctx: AuditContext, only: Sequence[str] | None, source_models: Mapp
     """
     return {
         "fingerprint": model_fingerprint(ctx.model) | data_fingerprint((ctx.x, ctx.y)),
-        "eps": ctx.eps,
-        "norm": ctx.norm,
-        "draws": ctx.draws,
-        "seed": ctx.seed,
-        "quick": ctx.quick,
-        "batch_size": ctx.batch_size,
+        **{name: getattr(ctx, name) for name in ("eps", "norm", "draws", "seed", "quick", "batch_size")},
         "only": None if only is None else list(only),
         "options": {ctx.label(a): _plain(ctx.options(a)) for a in [*ctx.white, *ctx.black]},
         "source_models": {name: model_fingerprint(source) for name, source in source_models.items()},
@@ -191,7 +188,7 @@ def _finished(ctx: AuditContext, names: Sequence[str], reporter: ProgressReporte
             started = time.monotonic()
             ctx.found.clear()
             check = CHECKS[name](ctx)
-            worst = lowest([points.shares for points in ctx.found]) if ctx.found else None
+            worst = lowest([points.shares for points in ctx.found]).tolist() if ctx.found else None
             part = Finished(check, time.monotonic() - started, worst)
             if ctx.partial is not None:
                 ctx.partial.write(part)
@@ -208,12 +205,8 @@ def audited(attacks: str | Sequence[AttackSpec | str] | None, *, quick: bool) ->
     """
     if attacks is None:
         attacks = QUICK if quick else ATTACKS
-    if isinstance(attacks, str):
-        listed = suite(attacks) if attacks in SUITES else parse_attacks(attacks)
-    else:
-        listed = [AttackSpec.parse(a) if isinstance(a, str) else a for a in attacks]
     found: list[AttackSpec] = []
-    for attack in listed:
+    for attack in suite(attacks) if isinstance(attacks, str) and attacks in SUITES else listed(attacks):
         if not isinstance(attack, AttackSpec):
             raise ValueError(f"an audit repeats attacks with other budgets: it takes those of gsem, not {attack!r}")
         found += _parts(attack) if attack.name == "autoattack" else [attack]
@@ -246,7 +239,7 @@ def _metadata(
         **(dict(about) if about is not None else {}),
     }
     if ctx.attacked:  # (where no check asked for the attacks, they did not run)
-        worst = lowest([ctx.white_box.shares, *(part.lowest for part in parts if part.lowest is not None)])
+        worst = lowest([ctx.white_box.shares, *(np.array(part.lowest) for part in parts if part.lowest is not None)])
         # Chosen on selection draws, the merged points may score higher by the noise of the scoring draws.
         attacked, merged = ctx.accuracy(ctx.white_box), ctx.accuracy(worst[1])
         metadata |= {"attacked": attacked.as_accuracy(), "lowest": min(attacked, merged).as_accuracy()}

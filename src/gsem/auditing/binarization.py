@@ -6,12 +6,13 @@ No defence excuses a failure, because the planted point is within eps.
 """
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gsem.attacks.suite import AttackSpec
@@ -44,25 +45,18 @@ class Features(nn.Module):
         if self.layer is None:
             return self.model(x).flatten(1)
         kept: list[Tensor] = []
-        hook = self.layer.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-        try:
+        with self.layer.register_forward_pre_hook(lambda module, args: kept.append(args[0])):
             self.model(x)
-        finally:
-            hook.remove()
         return kept[-1].flatten(1)
 
 
 def features_of(model: nn.Module, x: Tensor) -> Features:
     """`model`'s features, with the layer from which they go into the logits found by running it."""
     last: list[tuple[nn.Module, Tensor]] = []
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    hooks = [m.register_forward_hook(lambda m, args, out: last.append((m, out))) for m in linear]
-    try:
-        with torch.no_grad(), seeded(0, x.device):
-            logits = model(x[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad(), seeded(0, x.device):
+        for layer in (m for m in model.modules() if isinstance(m, nn.Linear)):
+            hooks.enter_context(layer.register_forward_hook(lambda m, args, out: last.append((m, out))))
+        logits = model(x[:1])
     fits = bool(last) and last[-1][1].shape == logits.shape
     return Features(model, last[-1][0] if fits else None)
 
@@ -78,7 +72,7 @@ class Binarized(nn.Module):
         super().__init__()
         self.features, self.weight, self.bias = features, weight, bias
         self.p = float("inf") if norm == "Linf" else 2.0
-        self.pixels = distinguishing(x, eps, self.p)
+        self.pixels = distinguishing(x, eps, norm)
         self.anchors = x.flatten(1)[:, self.pixels]
 
     def forward(self, x: Tensor) -> Float[Tensor, "b 2"]:
@@ -88,20 +82,19 @@ class Binarized(nn.Module):
         return torch.stack([-gap / 2, gap / 2], dim=1)
 
 
-def distinguishing(x: Tensor, eps: float, p: float) -> Tensor:
+def distinguishing(x: Tensor, eps: float, norm: str) -> Tensor:
     """Numbers of so many pixels that all images are farther than 2 eps apart in them; all where that takes all."""
     flat = x.flatten(1)
     order = flat.var(0).argsort(descending=True) if len(x) > 1 else torch.arange(flat.shape[1], device=x.device)
     count = 16
-    while count < flat.shape[1] and bool(_too_near(flat[:, order[:count]], eps, p).any()):
+    while count < flat.shape[1] and bool(near(flat[:, order[:count]], eps, norm).tril(-1).any()):
         count *= 2
     return order[:count]
 
 
-def _too_near(flat: Tensor, eps: float, p: float) -> Tensor:
-    """[n] whether an earlier image lies within 2 eps."""
-    near = torch.cdist(flat, flat, p=p) <= 2 * eps * 1.001
-    return near.tril(-1).any(1)
+def near(flat: Float[Tensor, "n d"], eps: float, norm: str) -> Bool[Tensor, "n n"]:
+    """Whether balls of radius eps around two points may touch."""
+    return torch.cdist(flat, flat, p=float("inf") if norm == "Linf" else 2.0) <= 2 * eps * 1.001
 
 
 @dataclass(frozen=True)
@@ -234,9 +227,7 @@ def binarization(ctx: AuditContext) -> Finding:
     attacks = fitting(ctx)
     if not attacks:
         return Finding(None, "inconclusive", f"none of the attacks stays within eps on its way: {', '.join(BOUND)} do")
-    p = float("inf") if ctx.norm == "Linf" else 2.0
-    apart = torch.cdist(ctx.x.flatten(1), ctx.x.flatten(1), p=p) > 2 * ctx.eps * 1.001
-    rows = _separate(apart)[:MOST]
+    rows = _separate(~near(ctx.x.flatten(1), ctx.eps, ctx.norm))[:MOST]
     planted = plant(ctx, ctx.x[rows])
     fair = (planted.flips >= SURE) & (planted.clean <= 0.05)
     details: dict[str, Any] = {

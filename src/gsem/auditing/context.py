@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from gsem.attacks import Step
 from gsem.attacks._checks import check_result
 from gsem.attacks._types import Norm, OnStep
 from gsem.attacks.suite import AttackSpec
+from gsem.auditing.check import Finding
 from gsem.auditing.partial import Partial
 from gsem.evaluation.statistics import Interval, bootstrap_mean
 from gsem.nn.folded import fold
@@ -172,6 +173,17 @@ class AuditTask:
         return attack.label(eps=self.eps, stochastic=self.stochastic)
 
 
+def _shared(compute: "Callable[[AuditContext], T]") -> "cached_property[T]":
+    """A property that is computed once, and kept on disk where finished checks are."""
+    kind: type[T] = compute.__annotations__["return"]
+
+    def get(ctx: "AuditContext") -> T:
+        make = partial(compute, ctx)
+        return make() if ctx.partial is None else ctx.partial.shared(compute.__name__, kind, make)
+
+    return cached_property(get)
+
+
 @dataclass(kw_only=True, eq=False)
 class AuditContext(AuditTask):
     """The task, and what was measured for it. Nothing is computed before a check needs it, and nothing twice."""
@@ -199,49 +211,34 @@ class AuditContext(AuditTask):
 
     # --- what several checks look at -------------------------------------------------------------------------
 
-    def _shared(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
-        return make() if self.partial is None else self.partial.shared(name, kind, make)
-
-    @cached_property
+    @_shared
     def clean(self) -> Points:
-        return self._shared("clean", Points, lambda: self.score(self.x, "clean"))
+        return self.score(self.x, "clean")
 
-    @cached_property
+    @_shared
     def path(self) -> Trace:
         """The path of the primary attack."""
-        return self._shared(
-            "path",
-            Trace,
-            lambda: trace(len(self.x), lambda on_step: self.points(self.primary_attack, "path", on_step=on_step)),
-        )
+        return trace(len(self.x), lambda on_step: self.points(self.primary_attack, "path", on_step=on_step))
 
-    @cached_property
+    @_shared
     def white_box(self) -> Points:
         """The worst that the white-box attacks in question reach: the robust accuracy under audit."""
-
-        def reached() -> Points:
-            self.on_progress("the evaluation itself")
-            first = self.clean.worse_of(self.score(self.path.x_adv, "returned"))
-            return self.cascade([a for a in self.white if a is not self.primary_attack], first, "base")
-
-        return self._shared("white_box", Points, reached)
+        self.on_progress("the evaluation itself")
+        first = self.clean.worse_of(self.score(self.path.x_adv, "returned"))
+        return self.cascade([a for a in self.white if a is not self.primary_attack], first, "base")
 
     @property
     def attacked(self) -> bool:
         """Whether any check needed `white_box`."""
         return "white_box" in vars(self) or (self.partial is not None and self.partial.has("white_box"))
 
-    @cached_property
+    @_shared
     def unbounded(self) -> Points:
         """The worst that the attacks in question reach without a bound."""
-
-        def reached() -> Points:
-            points = self.clean
-            for attack in self.white:
-                points = points.worse_of(self.on_remaining(attack, points, "unconstrained", eps=self.widest))
-            return points
-
-        return self._shared("unbounded", Points, reached)
+        points = self.clean
+        for attack in self.white:
+            points = points.worse_of(self.on_remaining(attack, points, "unconstrained", eps=self.widest))
+        return points
 
     # --- points ----------------------------------------------------------------------------------------------
 
@@ -335,6 +332,17 @@ class AuditContext(AuditTask):
     def gain(self, before: Points, after: Points) -> Interval:
         """By how much the accuracy falls, image by image."""
         return bootstrap_mean(after.wrong - before.wrong, resamples=RESAMPLES, seed=self.seed)
+
+    def mitigated(self, finding: Finding, mitigation: str, after: Points) -> Finding:
+        """The finding with the accuracy that a mitigation leaves, in its reason, its details and `invalidates`."""
+        before, now, gain = self.accuracy(self.white_box), self.accuracy(after), self.gain(self.white_box, after)
+        accuracies = {"how": mitigation, "before": before.as_accuracy(), "after": now.as_accuracy()}
+        return replace(
+            finding,
+            reason=f"{finding.reason}; with {mitigation} the accuracy is {now.mean:.1%}, not {before.mean:.1%}",
+            invalidates=finding.invalidates or (gain.mean > GREATLY and gain.low > 0),
+            details=(finding.details or {}) | {"mitigation": accuracies},
+        )
 
     def broken_beyond_noise(self, before: Float[np.ndarray, " n"], after: Float[np.ndarray, " n"]) -> np.ndarray:
         """[n] whether a point is misclassified by most draws where another was not, beyond the noise of the draws."""

@@ -16,8 +16,8 @@ theorem of calculus), and for a masked gradient it does not.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -26,13 +26,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gsem.attacks._core import random_start
 from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Finding, check
-from gsem.auditing.context import AuditContext, fold_quietly
+from gsem.auditing.context import RESAMPLES, AuditContext, fold_quietly
 from gsem.evaluation.statistics import bootstrap
 from gsem.losses import margin
+from gsem.nn.contract import are_probabilities
 from gsem.nn.gsem import GSeM
 from gsem.nn.insert import straight_through
 from gsem.rng import derive_seed, generator, seeded
@@ -49,7 +51,6 @@ WIDE = 1.0
 NOTHING = 0.01
 # Relative rounding error of a float32 loss; differences that are not well above it mean nothing.
 ROUNDING = 1e-6
-RESAMPLES = 2000
 # Offset of a layer's features, in standard deviations of them: about what 1/255 is to images.
 OFFSET = 0.02
 # Layers that cannot lose a gradient.
@@ -314,7 +315,7 @@ def ending_softmax(probe: _Probe) -> Blocking | None:
     model, x = probe.model, probe.x
     with torch.no_grad(), seeded(probe.seed, x.device):
         outputs = model(x)
-    if not probabilities(outputs):
+    if not are_probabilities(outputs):
         return None
     found = probe.slope(lambda offset: Logarithm(model)(x + offset), torch.zeros_like(x), 1 / 255)
     right = not (found.silent or found.unclear or found.outside(NEARLY))
@@ -326,11 +327,6 @@ def ending_softmax(probe: _Probe) -> Blocking | None:
     if same:
         return Blocking(same[-1].name, type(same[-1].module).__name__, None, True, softmax=True)
     return Blocking("", type(model).__name__, None, False, softmax=True)
-
-
-def probabilities(outputs: Float[Tensor, "b k"]) -> bool:
-    """Whether each row is a distribution."""
-    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all())
 
 
 class Logarithm(nn.Module):
@@ -365,13 +361,11 @@ def _calls(model: nn.Module, x: Tensor) -> list[_Call]:
             seen[module].returned = _tensor(output)
 
     names = {module: name for name, module in model.named_modules()}
-    hooks = [h for m in names for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
-    try:
-        with torch.no_grad(), seeded(0, x.device):
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad(), seeded(0, x.device):
+        for module in names:
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+        model(x)
     return calls
 
 
@@ -395,9 +389,8 @@ def _off(probe: _Probe, call: _Call, side: str) -> bool:
     return found.outside(NEARLY) or (found.slope is not None and found.high - found.low > UNSURE)
 
 
-@contextmanager
-def _offset(module: nn.Module, side: str, offset: Tensor) -> Iterator[None]:
-    """Add `offset` to what the first call of `module` is given, or returns."""
+def _offset(module: nn.Module, side: str, offset: Tensor) -> RemovableHandle:
+    """Add `offset` to what the first call of `module` is given, or returns, until the handle is removed."""
     done = False
 
     def add(module: nn.Module, args: tuple, output: Tensor | None = None) -> Any:
@@ -407,15 +400,10 @@ def _offset(module: nn.Module, side: str, offset: Tensor) -> Iterator[None]:
         done = True
         return (args[0] + offset, *args[1:]) if output is None else output + offset
 
-    hook = module.register_forward_pre_hook(add) if side == "input" else module.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return module.register_forward_pre_hook(add) if side == "input" else module.register_forward_hook(add)
 
 
 # --- the check ----------------------------------------------------------------------------------------------------
-
 
 _SILENT = (
     "Look at the logits: a saturated or constant output leaves nothing to attack. Attack the logits before the last "
@@ -431,12 +419,12 @@ _SILENT = (
 )
 def gradient(ctx: AuditContext) -> Finding:
     """Slope of central differences on autograd's derivative, at points from which attacks start."""
-    found = compare(ctx, HS)
+    found = compare(ctx)
     bent: list[Slope] = []
     suspicious = _consecutive(found)
     if suspicious and not all(f.blocked for f in found):
         ctx.on_progress("again, with the derivative averaged along the way")
-        bent = compare(ctx, HS, along=True)
+        bent = compare(ctx, along=True)
         suspicious = _consecutive(bent)
     decisive = bent or found
     outside = [f for f in decisive if f.outside(WITHIN)]
@@ -460,8 +448,8 @@ def gradient(ctx: AuditContext) -> Finding:
     return Finding(one.slope, "pass", reason, details=details)
 
 
-def compare(ctx: AuditContext, hs: tuple[float, ...], *, along: bool = False) -> list[Slope]:
-    """The slopes at each h over all images."""
+def compare(ctx: AuditContext, *, along: bool = False) -> list[Slope]:
+    """The slopes at each of `HS` over all images."""
     # Another point of an image is worth more than another draw of the noise; small images have few features whose
     # changes could be averaged, and need more points.
     points = (1 if ctx.quick else 2) * min(8, max(4, 2048 // ctx.x[0].numel())) // (2 if along else 1)
@@ -475,7 +463,7 @@ def compare(ctx: AuditContext, hs: tuple[float, ...], *, along: bool = False) ->
             def logits(offset: Tensor, x: Tensor = x) -> Tensor:
                 return ctx.folded(x + offset)
 
-            parts.append(slopes(logits, torch.zeros_like(x), y, hs, draws=ctx.few_draws, seed=seed, along=along))
+            parts.append(slopes(logits, torch.zeros_like(x), y, HS, draws=ctx.few_draws, seed=seed, along=along))
         by_point.append([joined(same_h) for same_h in zip(*parts, strict=True)])
     return [joined(same_h, beside=True, seed=ctx.seed) for same_h in zip(*by_point, strict=True)]
 
@@ -518,35 +506,28 @@ def _flagged(ctx: AuditContext, finding: Finding, probe: _Probe, ending: Blockin
     where = ending or blocking(probe, ctx.on_progress)
     details = (finding.details or {}) | {"layer": where.layer, "where": str(where)}
     reason = f"{finding.reason}; what blocks it is {where}"
-    advice = "Attack without this gradient: see the check blackbox."
+    finding = replace(finding, reason=reason, invalidates=True, details=details)
     around = surrogate(ctx, where)
-    if around is not None:
-        how, model, attacks = around
-        advice = f"Attack through the corrected gradient: {how}." if not attacks else f"Attack {how}."
-        after = ctx.cascade(attacks or ctx.white, ctx.white_box, "surrogate", through=fold_quietly(model))
-        before, now = ctx.accuracy(ctx.white_box), ctx.accuracy(after)
-        details["mitigation"] = {"how": how, "before": before.as_accuracy(), "after": now.as_accuracy()}
-        way = "through the corrected gradient" if not attacks else "by its logarithm"
-        reason += f"; attacked {way}, the accuracy is {now.mean:.1%}, not {before.mean:.1%}"
-    return replace(finding, reason=reason, advice=advice, invalidates=True, details=details)
+    if around is None:
+        return replace(finding, advice="Attack without this gradient: see the check blackbox.")
+    way, model, attacks = around
+    after = ctx.cascade(attacks, ctx.white_box, "surrogate", through=fold_quietly(model))
+    return ctx.mitigated(replace(finding, advice=f"Attack with {way}."), way, after)
 
 
-def surrogate(ctx: AuditContext, where: Blocking) -> tuple[str, nn.Module, list[AttackSpec]] | None:
-    """A way past the place, in words; a model with the same predictions whose gradient passes; and attacks on it.
-
-    No attacks means those in question.
-    """
+def surrogate(ctx: AuditContext, where: Blocking) -> tuple[str, nn.Module, Sequence[AttackSpec]] | None:
+    """A way past the place, in words; a model with the same predictions whose gradient passes; and attacks on it."""
     model, layers = ctx.model, dict(ctx.model.named_modules())
     if where.softmax and not where.layer:
         # The cross-entropy would put back the softmax that the logarithm takes away.
-        how = "the logits before the softmax, or the logarithm of the output with loss=margin"
-        return how, Logarithm(model), [AttackSpec("apgd", ctx.effort | {"loss": "margin"})]
+        way = "loss=margin on the logits before the softmax, or on the logarithm of the output"
+        return way, Logarithm(model), [AttackSpec("apgd", ctx.effort | {"loss": "margin"})]
     if isinstance(layers[where.layer], GSeM):
         fixed = copy.deepcopy(model)
         layer = fixed.get_submodule(where.layer)
         assert isinstance(layer, GSeM)
         layer.gradient = "corrected"
-        return f'set the layer {where.layer!r} to gradient="corrected"', fixed, []
+        return f'the layer {where.layer!r} set to gradient="corrected"', fixed, ctx.white
     if not where.layer or not where.keeps_shape:
         return None
-    return f'gsem.straight_through(model, "{where.layer}")', straight_through(model, where.layer), []
+    return f'gsem.straight_through(model, "{where.layer}")', straight_through(model, where.layer), ctx.white

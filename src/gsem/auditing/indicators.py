@@ -10,7 +10,7 @@ from gsem.attacks._checks import resolve_loss
 from gsem.attacks._core import expected, expected_gradient, random_start
 from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Finding, check
-from gsem.auditing.context import GREATLY, AuditContext, Points, Trace, several
+from gsem.auditing.context import GREATLY, AuditContext, Trace, several
 from gsem.losses import margin
 from gsem.rng import derive_seed, generator, seeded
 
@@ -54,7 +54,7 @@ def unavailable(ctx: AuditContext) -> Finding:
         reason += f"because the logits are large (the highest leads by {_logit_gap(ctx):.0f}), and in no layer"
     # Other losses do not saturate where the cross-entropy does.
     after = ctx.cascade([AttackSpec("apgd", ctx.effort | {"loss": "margin"})], ctx.white_box, "margin")
-    finding = mitigated(ctx, Finding(share, "flag", reason, advice, details=details), "the margin as the loss", after)
+    finding = ctx.mitigated(Finding(share, "flag", reason, advice, details=details), "the margin as the loss", after)
     return replace(finding, invalidates=share > GREATLY)
 
 
@@ -113,8 +113,8 @@ def unstable(ctx: AuditContext) -> Finding:
         return Finding(figure, "pass", reason, details=details)
     after = ctx.cascade([AttackSpec("square", {"queries": 500 if ctx.quick else 5000})], ctx.white_box, "unstable")
     advice = "Average the gradient over more draws, and over points around each iterate; add Square, which needs none."
-    return mitigated(
-        ctx, Finding(figure, "flag", reason, advice, details=details), "Square, which needs no gradient", after
+    return ctx.mitigated(
+        Finding(figure, "flag", reason, advice, details=details), "Square (it needs no gradient)", after
     )
 
 
@@ -139,7 +139,7 @@ def silent_success(ctx: AuditContext) -> Finding:
     after = ctx.white_box.worse_of(best)
     ctx.found.append(after)
     finding = Finding(figure, "flag", reason, "Keep the best point of the path (keep=best).", details=details)
-    return mitigated(ctx, finding, "the best point of the path", after)
+    return ctx.mitigated(finding, "the best point of the path", after)
 
 
 @check(
@@ -165,7 +165,7 @@ def incomplete(ctx: AuditContext) -> Finding:
     after = ctx.cascade([more], ctx.white_box, "more steps")
     advice = f"Give the attack more steps than {options['steps']}."
     finding = Finding(figure, "flag", reason, advice, details={"curve": curve})
-    return mitigated(ctx, finding, f"{more.options['steps']} steps", after)
+    return ctx.mitigated(finding, f"{more.options['steps']} steps", after)
 
 
 def progress_at_end(path: Trace) -> tuple[float, list[float], int]:
@@ -205,7 +205,7 @@ def transfer_failure(ctx: AuditContext) -> Finding:
     after = ctx.cascade(ctx.white, ctx.white_box, "directly", through=ctx.folded)
     advice = "Attack the model itself, or a surrogate whose predictions are the model's."
     finding = Finding(figure, "flag", reason, advice, details=details)
-    return mitigated(ctx, finding, "the model itself, attacked directly", after)
+    return ctx.mitigated(finding, "the model itself, attacked directly", after)
 
 
 @check(
@@ -224,15 +224,3 @@ def unconstrained(ctx: AuditContext) -> Finding:
         return Finding(share, "pass", reason, details=details)
     advice = "The optimisation fails, not the bound: look at the checks gradient and unavailable first."
     return Finding(share, "flag", reason, advice, invalidates=share > GREATLY, details=details)
-
-
-def mitigated(ctx: AuditContext, finding: Finding, mitigation: str, after: Points) -> Finding:
-    """The finding with the accuracy that a mitigation leaves, in its reason, its details and `invalidates`."""
-    before, now, gain = ctx.accuracy(ctx.white_box), ctx.accuracy(after), ctx.gain(ctx.white_box, after)
-    accuracies = {"how": mitigation, "before": before.as_accuracy(), "after": now.as_accuracy()}
-    return replace(
-        finding,
-        reason=f"{finding.reason}; with {mitigation} the accuracy is {now.mean:.1%}, not {before.mean:.1%}",
-        invalidates=finding.invalidates or (gain.mean > GREATLY and gain.low > 0),
-        details=(finding.details or {}) | {"mitigation": accuracies},
-    )

@@ -147,9 +147,7 @@ def _measure_reseeded(ctx: AuditContext, seed: int) -> tuple[Points, Points]:
     step, steps = ctx.eps / 4, ctx.options(ctx.primary_attack).get("steps", 20)
     found = []
     for _, x, y in ctx.batches():
-        x_adv = pgd(
-            known, x, y, eps=ctx.eps, step=step, steps=steps, norm=ctx.norm, stop_broken=False, seed=ctx.seed
-        )
+        x_adv = pgd(known, x, y, eps=ctx.eps, step=step, steps=steps, norm=ctx.norm, stop_broken=False, seed=ctx.seed)
         with torch.no_grad():
             found.append([(known(at).argmax(1) != y).double().cpu().numpy() for at in (x, x_adv)])
     clean, wrong = (np.concatenate(each) for each in zip(*found, strict=True))

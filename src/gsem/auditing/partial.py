@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gsem._io import write_atomically, written_whole
@@ -25,24 +24,12 @@ class Finished:
 
     check: Check
     seconds: float
-    lowest: Float[np.ndarray, "2 n"] | None
-    """Shares of wrong selection and scoring draws of the worst points that it found; None if it sought none."""
+    lowest: list[list[float]] | None
+    """[2][n] shares of wrong selection and scoring draws of the worst points it found; None if it looked for none."""
 
 
-# The metadata of an audit that decide it: two audits that agree in them have the same figures.
-QUESTION = (
-    "fingerprint",
-    "eps",
-    "norm",
-    "draws",
-    "seed",
-    "quick",
-    "batch_size",
-    "only",
-    "options",
-    "source_models",
-    "surrogate",
-)
+# Two audits that agree in all of the question but this have the same figures.
+INCIDENTAL = ("torch", "device")
 
 
 class AnotherAudit(ValueError):
@@ -57,8 +44,8 @@ def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:
         metadata = Audit.load(out).metadata
     except (KeyError, TypeError, AttributeError, ValueError):
         raise AnotherAudit(f"{out} is there already, and is no audit: choose another --out") from None
-    asked = {key: question[key] for key in QUESTION}
-    if other := differences({key: metadata.get(key) for key in QUESTION}, asked):
+    asked = {key: value for key, value in question.items() if key not in INCIDENTAL}
+    if other := differences({key: metadata.get(key) for key in asked}, asked):
         raise AnotherAudit(
             f"{out} is there already, and is an audit of something else. Different are: {'; '.join(other)}. "
             "Choose another --out, or move it away"
@@ -84,15 +71,12 @@ class Partial(Unfinished):
         """The check of this name, if it was finished."""
         try:
             found = json.loads((self.folder / f"check-{name}.json").read_text())
-            lowest = None if found["lowest"] is None else np.array(found["lowest"], dtype=np.float64)
-            return Finished(Check(**found["check"]), float(found["seconds"]), lowest)
+            return Finished(Check(**found.pop("check")), **found)
         except (OSError, KeyError, TypeError, ValueError):  # not there, or damaged
             return None
 
     def write(self, one: Finished) -> None:
-        lowest = None if one.lowest is None else one.lowest.tolist()
-        content = {"check": asdict(one.check), "seconds": one.seconds, "lowest": lowest}
-        text = json.dumps(content, allow_nan=False)
+        text = json.dumps(asdict(one), allow_nan=False)
         write_atomically(self.folder / f"check-{one.check.name}.json", text.encode())
 
     def shared(self, name: str, kind: type[T], make: Callable[[], T]) -> T:

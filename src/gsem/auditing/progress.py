@@ -81,11 +81,10 @@ def planned(ctx: AuditContext, names: Sequence[str]) -> dict[str, float]:
 
 
 class TimeLeft:
-    """An estimate from the planned work and the seconds that finished checks took."""
+    """An estimate from the planned work of each check and the seconds that finished ones took."""
 
-    def __init__(self, plan: Mapping[str, float]):
-        self.plan: dict[str, float] = dict(plan)
-        self.took: dict[str, float] = {}
+    def __init__(self, plan: Mapping[str, float], took: Mapping[str, float]):
+        self.plan, self.took = dict(plan), dict(took)
 
     def ended(self, name: str, seconds: float) -> None:
         self.took[name] = seconds
@@ -110,14 +109,12 @@ class ProgressReporter:
 
     def __init__(self, on_progress: Callable[[Progress], None] | None):
         self.on_progress, self.number, self.name, self.doing = on_progress, 0, "", ""
-        self.time = TimeLeft({})
+        self.time = TimeLeft({}, {})
         self.began = self.reported = time.monotonic()
 
     def expects(self, plan: Mapping[str, float], took: Mapping[str, float]) -> None:
         """The work of each check, and the seconds of those that are finished."""
-        self.time = TimeLeft(plan)
-        for name, seconds in took.items():
-            self.time.ended(name, seconds)
+        self.time = TimeLeft(plan, took)
 
     def begins(self, name: str) -> None:
         self.name, self.number, self.began = name, self.number + 1, time.monotonic()

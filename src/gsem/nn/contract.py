@@ -238,12 +238,17 @@ def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, "
     _check_logits(logits, some)
     _check_classes(y, logits.shape[1], what)
     _check_modes(model, some, logits)
-    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+    if are_probabilities(logits):
         _warn(_PROBABILITIES)
     elif bool(((logits >= 0) & (logits <= 1)).all()):
         _warn(_SQUASHED.format(count=len(some)))
     _warn_of_batch_statistics(model)
     return model
+
+
+def are_probabilities(outputs: Float[Tensor, "b k"]) -> bool:
+    """Whether each row is a distribution over the classes."""
+    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all())
 
 
 def check_gradient(model: nn.Module, x: Float[Tensor, "b c h w"]) -> None:
