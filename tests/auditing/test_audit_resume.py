@@ -1,4 +1,4 @@
-"""An interrupted audit goes on behind its last finished check, to the same audit; how long it will take."""
+"""An interrupted audit resumes after its last finished check, to the same audit; how long it will take."""
 
 import json
 from dataclasses import replace
@@ -64,11 +64,11 @@ def test_an_interrupted_audit_ends_as_an_undisturbed_one(small, undisturbed, tmp
     made = []
     for name, check in CHECKS.items():
         monkeypatch.setitem(CHECKS, name, lambda s, name=name, check=check: (made.append(name), check(s))[1])
-    told: list[Progress] = []
-    found = gsem.audit(*small, ATTACKS, **HOW, save=out, on_progress=told.append)
+    reports: list[Progress] = []
+    found = gsem.audit(*small, ATTACKS, **HOW, save=out, on_progress=reports.append)
     assert made == list(CHECKS)[after:]
     assert same(found, undisturbed) and same(Audit.load(tmp_path / "audit.json"), undisturbed)
-    assert [p.earlier for p in told if p.ended] == [True] * after + [False] * (12 - after)
+    assert [p.earlier for p in reports if p.ended] == [True] * after + [False] * (12 - after)
     assert [path.name for path in tmp_path.iterdir()] == ["audit.json"]
 
 
@@ -159,10 +159,10 @@ def test_the_time_left_is_that_of_the_planned_work():
     assert time.left(None, 0.0) == 0
 
 
-def test_an_audit_tells_the_time_left_and_that_it_is_watched_changes_nothing(small, undisturbed):
-    told: list[Progress] = []
-    found = gsem.audit(*small, ATTACKS, **HOW, on_progress=told.append)
+def test_an_audit_reports_the_time_left_and_the_reports_change_nothing(small, undisturbed):
+    reports: list[Progress] = []
+    found = gsem.audit(*small, ATTACKS, **HOW, on_progress=reports.append)
     assert same(found, undisturbed)
-    left = [p.seconds_left for p in told if p.ended]
+    left = [p.seconds_left for p in reports if p.ended]
     assert left[-1] == 0 and all(s is None or s >= 0 for s in left) and sum(s is None for s in left) < 4
-    assert replace(told[-1], ended=None).check == "noise"
+    assert replace(reports[-1], ended=None).check == "noise"

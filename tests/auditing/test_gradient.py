@@ -58,7 +58,7 @@ def test_a_healthy_network_passes(robust: bool):
 
 
 class Steep(nn.Module):
-    """Bent so strongly that differences over 1/255 say something else than the derivative: no mask."""
+    """Bent so strongly that differences over 1/255 differ from the derivative: no mask."""
 
     def __init__(self, network: nn.Module, steepness: float = 3.0):
         super().__init__()
@@ -77,7 +77,7 @@ def test_curvature_is_no_mask():
     assert check.outcome == "pass"
 
 
-def test_a_pass_tells_the_slope_at_the_image_and_where_else_it_is_outside():
+def test_a_pass_reports_the_slope_at_the_image_and_where_else_it_is_outside():
     check = gradient(Steep(mlp(), 0.5))
     at_1, at_2, at_4 = (p["slope"] for p in check.details["points"])
     assert check.outcome == "pass" and check.figure == at_1 > at_2 > at_4
@@ -149,7 +149,7 @@ def test_what_a_forward_does_behind_its_last_layer_is_not_the_layers(steepness: 
     assert check.details["where"].startswith("the forward of Steep itself, after its layer 'network")
 
 
-def test_an_interval_that_says_nothing_is_no_pass():
+def test_an_interval_too_wide_for_an_answer_is_no_pass():
     """Flat but near a few images, which are the whole of the slope."""
     check = gradient(Steep(mlp(), 300), "apgd:steps=5")
     assert check.outcome == "inconclusive" and "too wide for an answer" in check.reason
@@ -163,7 +163,7 @@ def test_a_constant_model_has_no_answer():
     assert gradient(Constant()).outcome == "inconclusive"
 
 
-def test_few_images_are_told():
+def test_few_images_are_inconclusive():
     x, y = digits(20)
     check = gsem.audit(mlp(), x, y, eps=EPS, only=["gradient"], quick=True)["gradient"]
     assert check.outcome == "inconclusive" and "the check needs 100" in check.reason
