@@ -413,7 +413,7 @@ _SILENT = (
 
 @check(
     name="gradient",
-    question="Is the gradient that attacks follow the loss's own?",
+    question="Do the attacks follow the gradient of the loss?",
     threshold=f"interval outside [{1 - WITHIN:.2f}, {1 + WITHIN:.2f}] at two consecutive h; no derivative",
     reference="section 3 of Athalye et al., ICML 2018 (gradient masking); the comparison is this project's",
 )

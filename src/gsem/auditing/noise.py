@@ -21,7 +21,7 @@ VANISHED = 0.5
 
 @check(
     name="randomness",
-    question="Do two passes over an image give the same logits?",
+    question="Do two passes give the same logits?",
     threshold="outputs differ, and an attack does not average over draws",
     reference="Athalye et al., ICML 2018, section 4.2 (EOT)",
 )
