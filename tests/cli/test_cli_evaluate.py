@@ -124,14 +124,14 @@ def test_balanced_takes_as_many_of_each_class_and_the_same_ones_every_time():
 @pytest.mark.filterwarnings("ignore:fold runs")
 def test_few_draws_say_why_there_is_no_vote(capsys, here):
     out = evaluated(capsys, "halfnet:noisy", "--attacks", "clean", "--draws", "5")
-    assert "(–: a vote needs 11 draws, sent ×10 needs 10)" in out
-    assert "a vote needs" not in evaluated(capsys, "halfnet:noisy", "--attacks", "clean", "--draws", "11")
+    assert "(–: vote needs 11 draws, 10 queries needs 10)" in out
+    assert "vote needs" not in evaluated(capsys, "halfnet:noisy", "--attacks", "clean", "--draws", "11")
 
 
 @pytest.mark.filterwarnings("ignore:fold runs")
 def test_other_models_become_sources_of_transfer(capsys, here):
     out = evaluated(capsys, "halfnet:noisy", "--attacks", "clean,fgsm", "--source", "halfnet:net", "--draws", "20")
-    assert "transfer100-eot20" in out and "sent ×10" in out
+    assert "transfer100-eot20" in out and "10 queries" in out
     assert "needs at least one source" in refused(
         capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--attacks", "transfer", "--out", "t"
     )
@@ -160,15 +160,15 @@ def test_a_finished_evaluation_is_shown_again_and_computed_anew_only_when_asked(
     before = (here / "evaluation.npz").stat().st_mtime_ns
     evaluated(capsys, "halfnet:net", "--attacks", "clean")  # something else, to evaluation-2
 
-    def searched(*args, **how):
+    def searched(*args, **more):
         raise AssertionError("it is computed again")
 
     with monkeypatch.context() as m:
         m.setattr("gsem.attacks.suite.AttackSpec.run", searched)
         for out in ((), ("--out", "evaluation")):
             again = evaluated(capsys, "halfnet:net", "--attacks", "pgd:steps=4", *out)
-            told = "already finished: evaluation.json and evaluation.npz; --again computes it anew\n"
-            assert table in again and again.endswith(told)
+            last = "already finished: evaluation.json and evaluation.npz; --again computes it anew\n"
+            assert table in again and again.endswith(last)
         with pytest.raises(AssertionError):
             main(["--debug", "evaluate", "halfnet:net", "--attacks", "pgd:steps=4", "--data", "images.npz",
                   "--eps", "0.05", "--again"])  # fmt: skip
@@ -186,8 +186,8 @@ def test_a_finished_evaluation_of_something_else_is_not_overwritten(capsys, here
     evaluated(capsys, "halfnet:net", "--attacks", "clean", "--out", "mine")
     before = (here / "mine.npz").read_bytes()
     for words in (("halfnet:normal",), ("halfnet:net", "--seed", "1", "--again"), ("halfnet:net", "--images", "6")):
-        how = ("--attacks", "clean", "--data", "images.npz", "--eps", "0.05", "--out", "mine")
-        err = refused(capsys, "evaluate", *words, *how)
+        rest = ("--attacks", "clean", "--data", "images.npz", "--eps", "0.05", "--out", "mine")
+        err = refused(capsys, "evaluate", *words, *rest)
         assert "mine.npz is there already" in err and "Choose another --out" in err
     assert "Different are: the images; the labels" in err
     assert (here / "mine.npz").read_bytes() == before
@@ -225,7 +225,7 @@ def test_an_unfinished_evaluation_of_another_question_is_not_touched(capsys, her
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("--suite", "hard"), "suite 'hard' is unknown: it is one of quick, standard, paper, paper-code"),
         (("--suite", "quick", "--attacks", "clean"), "give --suite or --attacks, not both"),
@@ -233,8 +233,8 @@ def test_an_unfinished_evaluation_of_another_question_is_not_touched(capsys, her
         (("--attacks", "apgd:loss=hinge"), "loss 'hinge' is unknown"),
     ],
 )
-def test_what_it_refuses(capsys, here, words, told):
-    assert told in refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", *words)
+def test_what_it_refuses(capsys, here, words, message):
+    assert message in refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", *words)
 
 
 @pytest.mark.filterwarnings("default")
@@ -250,11 +250,11 @@ def test_a_warning_is_one_line_for_people(capsys, here):
         "--eps",
         "0.05",
     )
-    assert err == "gsem: note: the targeted DLR loss needs 4 classes, the model has 3: the targeted margin is used\n"
+    assert err == "gsem: warning: the targeted DLR loss needs 4 classes, the model has 3: the targeted margin is used\n"
 
 
 @pytest.mark.parametrize(("number", "stopped"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_evaluation_keeps_what_is_finished_and_says_how_to_go_on(capsys, here, monkeypatch, number, stopped):
+def test_a_stopped_evaluation_keeps_what_is_finished_and_resumes(capsys, here, monkeypatch, number, stopped):
     words = ("evaluate", "halfnet:net", "--data", "images.npz", "--attacks", "pgd:steps=2", "--batch-size", "12")
 
     def stop(bar, progress) -> None:
@@ -266,7 +266,7 @@ def test_a_stopped_evaluation_keeps_what_is_finished_and_says_how_to_go_on(capsy
         m.setattr("gsem.cli.progress.AttackBar.__call__", stop)
         code, _, err = run(capsys, *words)
     assert (code, signal.getsignal(signal.SIGTERM)) == (stopped, before)
-    assert err == "stopped; what is finished is kept: the same command goes on from there\n"
+    assert err == "stopped; what is finished is kept: the same command resumes from there\n"
     assert len(list((here / "evaluation.unfinished").glob("*.npz"))) == 1
     assert not list(here.glob(".*.lock"))
     assert run(capsys, *words)[0] == 0

@@ -14,8 +14,7 @@ import gsem
 from gsem._env import choose_precision
 from gsem.cli import train as cli_train
 from gsem.cli.evaluate import evaluate_command
-from gsem.cli.main import COMMANDS, _scaled, main
-from gsem.cli.options import TrainOptions, parse
+from gsem.cli.main import COMMANDS, main, read
 
 TINY = ["--epochs", "1", "--warmup", "0", "--steps", "1", "--batch-size", "64"]
 
@@ -92,7 +91,7 @@ def test_train_then_evaluate_then_resume(capsys, npz, in_tmp, tmp_path):
     assert gsem.EvaluationResult.load(tmp_path / "r/evaluation").draws == 7  # not overwritten
     assert gsem.EvaluationResult.load(tmp_path / "r/evaluation-2").draws == 100
     code, out, _ = run(capsys, "train", "--resume", "r")
-    assert "this training had ended before: nothing was left to train\n" in out
+    assert "this training is finished: nothing is left to train\n" in out
     assert code == 0  # finished already: says so again, computes nothing
     assert "already holds a run" in refused(capsys, "train", "--data", npz, "--out", "r", *TINY)
 
@@ -136,17 +135,22 @@ def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path):
     ],
 )
 def test_epochs_alone_scale_the_schedule(recipe, words, found):
-    scaled = _scaled(gsem.RECIPES[recipe], words)
-    made = parse(TrainOptions, "train", words, default=TrainOptions(scaled)).recipe
+    made = read("train", [recipe, *words]).recipe
     assert (made.epochs, pytest.approx(made.warmup), made.milestones) == found
 
 
 def test_published_rounds_are_kept():
-    assert _scaled(gsem.RECIPES["gcat-published"], ["--epochs", "15"]).rounds == 5
+    assert read("train", ["gcat-published", "--epochs", "15"]).recipe.rounds == 5
+
+
+def test_a_study_scales_its_schedule_as_train_does():
+    made = read("study", ["ablation", "--epochs=1"])
+    assert (made.study, made.recipe) == ("ablation", gsem.RECIPES["gcat"].scaled(1))
+    assert read("study", ["recipes", "--epochs", "5", "--warmup", "2"]).recipe.warmup == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("evaluat",), "evaluate"),
         (("train", "gcta"), "Did you mean gcat"),
@@ -168,8 +172,8 @@ def test_published_rounds_are_kept():
         (("data", "nowhere/at/all"), "nowhere/at/all"),
     ],
 )
-def test_wrong_words_get_one_line(capsys, in_tmp, words, told):
-    assert told in refused(capsys, *words)
+def test_wrong_words_get_one_line(capsys, in_tmp, words, message):
+    assert message in refused(capsys, *words)
 
 
 def test_a_model_and_images_that_do_not_fit(capsys, npz, in_tmp):
@@ -205,17 +209,17 @@ def test_python_m_gsem_is_the_command(tmp_path):
 
 
 def test_ctrl_c_in_a_study_names_the_study_not_its_training(capsys, in_tmp, monkeypatch):
-    def stop(*args, **how):
+    def stop(*args, **more):
         raise gsem.TrainingInterrupted("runs/study-ablation-digits/plain-seed0")
 
     monkeypatch.setattr("gsem.cli.study.study", stop)
     code, _, err = run(capsys, "study")
     assert code == 130
-    assert err == "stopped; what is finished is kept: the same command goes on from there\n"
+    assert err == "stopped; what is finished is kept: the same command resumes from there\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_training_is_saved_and_says_how_to_go_on(tmp_path, number, code):
+def test_a_stopped_training_is_saved_and_names_the_command_that_resumes_it(tmp_path, number, code):
     """Ctrl-C, and the signal that clusters send before they kill."""
     words = [sys.executable, "-m", "gsem", "train", "--out", "my run", "--epochs", "500"]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -225,7 +229,7 @@ def test_a_stopped_training_is_saved_and_says_how_to_go_on(tmp_path, number, cod
                 break
         _, err = process.communicate(timeout=120)
     assert process.returncode == code
-    assert err == "stopped; saved. Go on with: gsem train --resume 'my run'\n"
+    assert err == "stopped; saved. Resume with: gsem train --resume 'my run'\n"
     assert (tmp_path / "my run/checkpoints/last.safetensors").exists()
     assert not (tmp_path / "my run/.lock").exists()
 

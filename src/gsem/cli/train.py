@@ -1,15 +1,13 @@
 """gsem train and gsem demo: a training with its bar, its heading and what to do next."""
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from gsem._text import duration, percent
 from gsem.cli.evaluate import evaluate_command
-from gsem.cli.options import DemoOptions, EvaluateOptions, TrainOptions
+from gsem.cli.options import DemoOptions, EvaluateOptions, TrainOptions, command_line
 from gsem.cli.progress import Scalars, TrainingBar
 from gsem.cli.report import write_report
 from gsem.nn.models import canonical_name
@@ -27,14 +25,21 @@ AUDIT_SECONDS = 3.5
 def train_command(console: Console, options: TrainOptions) -> None:
     recipe = replace(options.recipe, model=canonical_name(options.recipe.model))
     out = options.out if options.resume is None else options.resume
-    how: dict[str, Any] = {"resume": options.resume is not None, "compiled": options.compile}
-    run = _run(console, recipe, out, options.device, tensorboard=options.tensorboard, **how)
+    run = _run(
+        console,
+        recipe,
+        out,
+        options.device,
+        resume=options.resume is not None,
+        compiled=options.compile,
+        tensorboard=options.tensorboard,
+    )
     best = run.best
     console.print(
         f"best: epoch {best['epoch']}, validation clean {percent(best['clean']).strip()}, "
         f"robust {percent(best['robust']).strip()} (PGD-10 on held-out training images)"
     )
-    console.print(f"saved; next: {shlex.join(['gsem', 'evaluate', str(run.path)])}", soft_wrap=True)
+    console.print(f"saved; next: {command_line('evaluate', run.path)}", soft_wrap=True)
 
 
 def _run(
@@ -63,10 +68,10 @@ def _run(
         try:
             run = train(recipe, out=out, device=device, resume=resume, compiled=compiled, on_progress=report)
         except TrainingInterrupted as stopped:
-            again = shlex.join(["gsem", "train", "--resume", str(stopped)])
-            raise stopped.kind(f"stopped; saved. Go on with: {again}") from None
+            again = command_line("train", resume=str(stopped))
+            raise stopped.kind(f"stopped; saved. Resume with: {again}") from None
     if not begun:
-        console.print("this training had ended before: nothing was left to train")
+        console.print("this training is finished: nothing is left to train")
     return run
 
 
@@ -86,7 +91,7 @@ def _heading(recipe: Recipe, p: Progress) -> str:
 def demo_command(console: Console, o: DemoOptions) -> None:
     run = _run(console, RECIPES["gcat"], o.out, o.device, resume=True)
     options = EvaluateOptions(
-        str(run.path),
+        model=str(run.path),
         attacks="clean,pgd:steps=100",
         images=200,
         frozen=False,
@@ -99,4 +104,4 @@ def demo_command(console: Console, o: DemoOptions) -> None:
     write_report(console, [str(run.path)], [run.path / "report.html"], device=o.device)
     expected = duration(AUDIT_SECONDS * sum(s.seconds for s in result.scores))
     console.print(f"Is that accuracy real? Next, about {expected} on this machine:")
-    console.print(f"  gsem audit {shlex.quote(str(run.path))} --quick", soft_wrap=True)
+    console.print(f"  {command_line('audit', run.path, quick=True)}", soft_wrap=True)
