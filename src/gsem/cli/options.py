@@ -1,14 +1,18 @@
 """The options of each command, their parsing, and the command line that repeats them."""
 
+import ast
 import shlex
+import sys
 from collections.abc import Collection
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fractions import Fraction
+from inspect import getsource
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import tyro
 
@@ -44,104 +48,107 @@ def _fraction(
     )
 
 
-def option(text: str, default: str | None = None, **more: Any) -> Any:
-    """The help of an option, for `Annotated`.
+_CLASSES = {c.name: c.body for c in ast.parse(getsource(sys.modules[__name__])).body if isinstance(c, ast.ClassDef)}
 
-    Args:
-        text: one sentence, or several.
-        default: in words, where the default value itself does not say it.
-        more: of `tyro.conf.arg`.
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def options(kind: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are options, each with the text below it as its help.
+
+    What follows "Default:" there is shown as the default, where the value of the field does not show it (None, ()).
     """
-    return tyro.conf.arg(help=text, help_behavior_hint=None if default is None else f"(default: {default})", **more)
+    for field, below in pairwise(_CLASSES[kind.__name__]):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            name, text = ast.unparse(field.target), " ".join(ast.literal_eval(below.value).split())
+            text, _, default = text.partition(" Default: ")
+            hint = f"(default: {default.removesuffix('.')})" if default else None
+            helped = tyro.conf.arg(help=text, help_behavior_hint=hint)
+            kind.__annotations__[name] = Annotated[kind.__annotations__[name], helped]
+    return dataclass(frozen=True, kw_only=True)(kind)
 
 
-MODEL = "A run directory, a .safetensors checkpoint, a published .pt, or package.module:function."
+def positional(metavar: str, text: str, hint: str | None = None) -> Any:
+    """The help of an argument that stands without the name of an option."""
+    return tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint=hint)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DeviceOptions:
-    device: Annotated[str | None, option("Where to compute: cpu, cuda or cuda:N.", "the GPU if there is one")] = None
+    device: str | None = None
+    """Where to compute: cpu, cuda or cuda:N. Default: the GPU if there is one."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class NetworkOptions:
-    """What gsem must know of a network that is not a run of its own."""
+    """What gsem must know of a network that it did not train."""
 
-    normalize: Annotated[
-        str | None,
-        option(
-            "Mean and std for a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD "
-            "with a number for each channel, like 0.49,0.48,0.45/0.2,0.2,0.2. eps stays in pixels.",
-            "the network takes pixels in [0, 1]",
-        ),
-    ] = None
-    arch: Annotated[
-        str | None,
-        option("Architecture of a published .pt, like GSeMResNet18 (see gsem models).", "none; a .pt needs it"),
-    ] = None
-    num_classes: Annotated[int, option("Number of classes of a published .pt.")] = 10
-    levels: Annotated[int, option("GSeM's levels (the paper's alpha) in a published .pt.")] = 6
-    noise: Annotated[int, option("GSeM's noise (the paper's beta) in a published .pt.")] = 4
+    normalize: str | None = None
+    """Mean and std for a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD with a
+    number for each channel, like 0.49,0.48,0.45/0.2,0.2,0.2. eps stays in pixels. Default: pixels in [0, 1] as they
+    are."""
+    arch: str | None = None
+    """Architecture of a published .pt, like GSeMResNet18 (see gsem models). Default: none; a .pt needs it."""
+    num_classes: int = 10
+    """Number of classes of a published .pt."""
+    levels: int = 6
+    """GSeM's levels (the paper's alpha) in a published .pt."""
+    noise: int = 4
+    """GSeM's noise (the paper's beta) in a published .pt."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DataSourceOptions:
-    data: Annotated[
-        str | None,
-        option(
-            "The data whose test images are used: a data set's name, an image folder, or an .npz file.",
-            "the data that the run or the saved evaluation names",
-        ),
-    ] = None
-    data_path: Annotated[
-        str | None,
-        option("Directory of the data sets that have names (cifar10, cifar100, svhn).", "where gsem downloads them to"),
-    ] = None
+    data: str | None = None
+    """The data whose test images are used: a data set's name, an image folder, or an .npz file. Default: the data that
+    the run or the saved evaluation names."""
+    data_path: str | None = None
+    """Directory of the data sets that have names (cifar10, cifar100, svhn). Default: where gsem downloads them to."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ModelOptions:
     """The model that is attacked, by which attacks."""
 
     model: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="MODEL", help=MODEL, help_behavior_hint="(required, here or as --model)"),
-    ] = ""
-    named_model: Annotated[str, option("The same as MODEL, as an option.", "MODEL", name="model")] = ""
-    suite: Annotated[
-        str | None,
-        option(
-            "A named list of attacks: quick, standard (AutoAttack), paper (its five attacks), or paper-code (the "
-            "budgets that its code ran).",
-            "none",
+        positional(
+            "MODEL",
+            "A run directory, a .safetensors checkpoint, a published .pt, or package.module:function.",
+            "(required, here or as --model)",
         ),
-    ] = None
+    ] = ""
+    named_model: Annotated[
+        str, tyro.conf.arg(name="model", help="The same as MODEL, as an option.", help_behavior_hint="(default: MODEL)")
+    ] = ""
+    suite: str | None = None
+    """A named list of attacks: quick, standard (AutoAttack), paper (its five attacks), or paper-code (the budgets that
+    its code ran). Default: none."""
     attacks: str | None = None
-    source: Annotated[
-        tuple[str, ...],
-        option("More models (as MODEL) whose adversarial examples are tried on this one: the transfer attack.", "none"),
-    ] = ()
+    source: tuple[str, ...] = ()
+    """More models (as MODEL) whose adversarial examples are tried on this one: the transfer attack. Default: none."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ThreatOptions:
     """The images that are attacked, how far, and how."""
 
     images: int | None = None
-    subset: Annotated[
-        Literal["balanced", "first"],
-        option("The images that --images takes: as many of each class, always the same ones, or the first ones."),
-    ] = "balanced"
-    eps: Annotated[
-        float | None,
-        option("Radius of the threat model in pixels of [0, 1], like 8/255.", "the run's own for Linf, 0.5 for L2"),
-    ] = None
-    norm: Annotated[Literal["Linf", "L2"], option("Norm of the perturbation: Linf or L2.")] = "Linf"
-    batch_size: Annotated[int, option("Images attacked at once.")] = 256
-    seed: Annotated[int, option("Seed of all random draws.")] = 0
+    subset: Literal["balanced", "first"] = "balanced"
+    """The images that --images takes: as many of each class, always the same ones, or the first ones."""
+    eps: float | None = None
+    """Radius of the threat model in pixels of [0, 1], like 8/255. Default: the run's own for Linf, 0.5 for L2."""
+    norm: Literal["Linf", "L2"] = "Linf"
+    """Norm of the perturbation: Linf or L2."""
+    batch_size: int = 256
+    """Images attacked at once."""
+    seed: int = 0
+    """Seed of all random draws."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class TaskOptions(DeviceOptions, NetworkOptions, ThreatOptions, DataSourceOptions, ModelOptions):
     """What gsem evaluate and gsem audit share. (Help lists the options from the last base to the first.)"""
 
@@ -151,106 +158,79 @@ class TaskOptions(DeviceOptions, NetworkOptions, ThreatOptions, DataSourceOption
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class EvaluateOptions(TaskOptions):
     """Attack a model, and score it on draws of its noise that no attack has seen.
 
     An interrupted evaluation resumes when the same command is started again.
     """
 
-    attacks: Annotated[
-        str | None,
-        option(
-            "Attacks instead of a suite, with commas between and options behind colons, like "
-            "clean,pgd:steps=500:eot=20,apgd:loss=dlr,apgd:targets=9,cw,fab:targets=9,square,rays,transfer,autoattack.",
-            "clean,pgd:steps=100",
-        ),
-    ] = None
-    images: Annotated[int | None, option("Number of test images.", "all")] = None
-    draws: Annotated[
-        int,
-        option("Scoring draws of the noise for each image and attack; as many others choose the worst attack."),
-    ] = 100
-    frozen: Annotated[
-        bool, option("Attack a stochastic GSeM also with its noise frozen by a known seed, and with its noise off.")
-    ] = True
-    out: Annotated[
-        Path | None,
-        option(
-            "The result is written to OUT.json and OUT.npz.",
-            "RUN/evaluation, or evaluation here; with a number behind it where another evaluation is",
-        ),
-    ] = None
-    again: Annotated[
-        bool, option("Compute an evaluation anew that is finished already, instead of showing its table.")
-    ] = False
-    save_adv: Annotated[bool, option("Keep the adversarial examples in the .npz.")] = False
+    attacks: str | None = None
+    """Attacks instead of a suite, with commas between and options behind colons, like
+    clean,pgd:steps=500:eot=20,apgd:loss=dlr,apgd:targets=9,cw,fab:targets=9,square,rays,transfer,autoattack. Default:
+    clean,pgd:steps=100."""
+    images: int | None = None
+    """Number of test images. Default: all."""
+    draws: int = 100
+    """Scoring draws of the noise for each image and attack; as many others choose the worst attack."""
+    frozen: bool = True
+    """Attack a stochastic GSeM also with its noise frozen by a known seed, and with its noise off."""
+    out: Path | None = None
+    """The result is written to OUT.json and OUT.npz. Default: RUN/evaluation, or evaluation here; with a number behind
+    it where another evaluation is."""
+    again: bool = False
+    """Compute an evaluation anew that is finished already, instead of showing its table."""
+    save_adv: bool = False
+    """Keep the adversarial examples in the .npz."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class AuditOptions(TaskOptions):
     """Is the robust accuracy real? Twelve checks, and a verdict.
 
     An interrupted audit resumes when the same command is started again.
     """
 
-    attacks: Annotated[
-        str | None,
-        option(
-            "The audited attacks instead of a suite, with commas between, like pgd:steps=100,apgd:targets=9.",
-            "APGD on cross-entropy, on the margin and towards nine targets",
-        ),
-    ] = None
-    images: Annotated[int | None, option("Number of test images.", "500, with --quick 128")] = None
-    draws: Annotated[
-        int | None, option("Scoring draws of the noise for each image and attack.", "100, with --quick 20")
-    ] = None
-    only: Annotated[
-        str | None,
-        option(
-            "Run only these checks, with commas between: randomness, gradient, unavailable, unstable, silent_success, "
-            "incomplete, transfer, unconstrained, binarization, sweeps, blackbox, noise.",
-            "all",
-        ),
-    ] = None
-    quick: Annotated[
-        bool,
-        option(
-            "Take fewer images, steps, draws and queries: minutes on a CPU for a small network. Numbers that are "
-            "given as options stay as they are."
-        ),
-    ] = False
-    surrogate: Annotated[
-        str | None, option("A model (as MODEL) whose gradient the attacks follow.", "the audited model")
-    ] = None
-    gradient: Annotated[
-        Literal["corrected", "semi-masked"] | None,
-        option("Gradient of every GSeM in the model.", "the one it was trained with"),
-    ] = None
-    out: Annotated[
-        Path | None,
-        option(
-            "The audit is written to OUT.json.",
-            "RUN/audit.json, or audit.json here; with a number behind it where another audit is",
-        ),
-    ] = None
+    attacks: str | None = None
+    """The audited attacks instead of a suite, with commas between, like pgd:steps=100,apgd:targets=9. Default: APGD on
+    cross-entropy, on the margin and towards nine targets."""
+    images: int | None = None
+    """Number of test images. Default: 500, with --quick 128."""
+    draws: int | None = None
+    """Scoring draws of the noise for each image and attack. Default: 100, with --quick 20."""
+    only: str | None = None
+    """Run only these checks, with commas between: randomness, gradient, unavailable, unstable, silent_success,
+    incomplete, transfer, unconstrained, binarization, sweeps, blackbox, noise. Default: all."""
+    quick: bool = False
+    """Take fewer images, steps, draws and queries: minutes on a CPU for a small network. Numbers that are given as
+    options stay as they are."""
+    surrogate: str | None = None
+    """A model (as MODEL) whose gradient the attacks follow. Default: the audited model."""
+    gradient: Literal["corrected", "semi-masked"] | None = None
+    """Gradient of every GSeM in the model. Default: the one it was trained with."""
+    out: Path | None = None
+    """The audit is written to OUT.json. Default: RUN/audit.json, or audit.json here; with a number behind it where
+    another audit is."""
 
     @property
     def default_images(self) -> int:
         return 128 if self.quick else 500
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class VerifyOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
     """Judge saved adversarial examples again: bounds, labels, fresh draws."""
 
-    result: Annotated[tyro.conf.Positional[str], option("The .npz of gsem evaluate --save-adv.", metavar="RESULT")]
-    model: Annotated[str, option(f"The evaluated model. {MODEL}")]
-    draws: Annotated[int, option("Fresh draws of the noise for each image and attack.")] = 100
-    seed: Annotated[int, option("Seed of the fresh draws.")] = 1
+    result: Annotated[tyro.conf.Positional[str], positional("RESULT", "The .npz of gsem evaluate --save-adv.")]
+    model: str
+    """The evaluated model: a run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
+    draws: int = 100
+    """Fresh draws of the noise for each image and attack."""
+    seed: int = 1
+    """Seed of the fresh draws."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ReportOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
     """One page on one run, or on several side by side.
 
@@ -259,40 +239,34 @@ class ReportOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
 
     runs: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
-        option(
+        positional(
+            "RUN…",
             "Run directories, or the .npz of single evaluations. Of a directory, the latest evaluation and the latest "
             "whole audit are shown.",
-            "none: give one or more",
-            metavar="RUN…",
+            "(required)",
         ),
     ]
     out: Annotated[
         Path | None,
-        option(
-            "File to write: .html, .md (Markdown) or .json (a card with RobustBench's field names).",
-            "RUN/report.html, or report.html here for evaluations and for several runs",
+        tyro.conf.arg(
             aliases=["-o"],
+            help="File to write: .html, .md (Markdown) or .json (a card with RobustBench's field names).",
+            help_behavior_hint="(default: RUN/report.html; report.html here for evaluations and for several runs)",
         ),
     ] = None
-    markdown: Annotated[Path | None, option("Write Markdown to this file too.", "none")] = None
-    json: Annotated[Path | None, option("Write the JSON card to this file too.", "none")] = None
-    model: Annotated[
-        str | None,
-        option(
-            f"The evaluated network, for the pictures of an evaluation (.npz) of one that gsem did not train. {MODEL}",
-            "none: the pictures are those that gsem evaluate --save-adv kept",
-        ),
-    ] = None
-    images: Annotated[
-        int,
-        option(
-            "Test images behind confusion matrix, gallery and loss surface, if the evaluation kept no adversarial "
-            "examples; 0 leaves these pictures out."
-        ),
-    ] = 100
+    markdown: Path | None = None
+    """Write Markdown to this file too. Default: none."""
+    json: Path | None = None
+    """Write the JSON card to this file too. Default: none."""
+    model: str | None = None
+    """The evaluated network (as MODEL of gsem evaluate), for the pictures of an evaluation of one that gsem did not
+    train. Default: none; the pictures are those that gsem evaluate --save-adv kept."""
+    images: int = 100
+    """Test images behind confusion matrix, gallery and loss surface, if the evaluation kept no adversarial examples; 0
+    leaves these pictures out."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class TrainOptions(DeviceOptions):
     """Train by a recipe: gsem train [RECIPE] [OPTIONS].
 
@@ -302,28 +276,21 @@ class TrainOptions(DeviceOptions):
     """
 
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
-    out: Annotated[Path | None, option("Run directory.", "runs/RECIPE-DATA-MODEL-seedN")] = None
-    resume: Annotated[
-        Path | None,
-        option(
-            "Resume the run in this directory, with its own recipe. --data says where its images are now, if they are "
-            "not found.",
-            "a new run",
-        ),
-    ] = None
-    tensorboard: Annotated[
-        Path | None,
-        option("Directory for TensorBoard's event files (needs pip install 'gsem-torch[tensorboard]').", "none"),
-    ] = None
-    compile: Annotated[
-        bool, option("Run the passes by torch.compile, for long trainings on a GPU. The first steps take minutes.")
-    ] = False
+    out: Path | None = None
+    """Run directory. Default: runs/RECIPE-DATA-MODEL-seedN."""
+    resume: Path | None = None
+    """Resume the run in this directory, with its own recipe. --data says where its images are now, if they are not
+    found. Default: a new run."""
+    tensorboard: Path | None = None
+    """Directory for TensorBoard's event files (needs pip install 'gsem-torch[tensorboard]'). Default: none."""
+    compile: bool = False
+    """Run the passes by torch.compile, for long trainings on a GPU. The first steps take minutes."""
 
 
 STUDIES = ("ablation", "recipes")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class StudyOptions(DeviceOptions):
     """Train and evaluate variants over seeds: gsem study [ablation | recipes].
 
@@ -332,43 +299,40 @@ class StudyOptions(DeviceOptions):
     With --epochs, every schedule is scaled to it. A stopped study resumes.
     """
 
-    study: tyro.conf.Suppress[str]
-    """One of STUDIES: it stands in front of the options."""
+    study: tyro.conf.Suppress[str]  # one of STUDIES: it stands in front of the options
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
-    seeds: Annotated[int, option("Trainings of each variant.")] = 3
-    only: Annotated[
-        str | None, option("Names of variants with commas between, as the table shows them.", "all variants")
-    ] = None
-    passes: Annotated[
-        float | None,
-        option(
-            "For gsem study recipes: each recipe gets the epochs, at least one, that bring its attack and training "
-            "passes per image nearest to this number.",
-            "as many epochs for each",
-        ),
-    ] = None
-    attacks: Annotated[str, option("Attacks of the test, with commas between and options behind colons.")] = (
-        "clean,pgd:steps=50"
-    )
-    images: Annotated[int | None, option("Number of test images, from the first.", "all")] = None
-    test_data: Annotated[str | None, option("The data whose test images are used.", "those of --data")] = None
-    out: Annotated[Path | None, option("Directory of the study.", "runs/study-STUDY-DATA")] = None
+    seeds: int = 3
+    """Trainings of each variant."""
+    only: str | None = None
+    """Names of variants with commas between, as the table shows them. Default: all variants."""
+    passes: float | None = None
+    """For gsem study recipes: each recipe gets the epochs, at least one, that bring its attack and training passes per
+    image nearest to this number. Default: as many epochs for each."""
+    attacks: str = "clean,pgd:steps=50"
+    """Attacks of the test, with commas between and options behind colons."""
+    images: int | None = None
+    """Number of test images, from the first. Default: all."""
+    test_data: str | None = None
+    """The data whose test images are used. Default: those of --data."""
+    out: Path | None = None
+    """Directory of the study. Default: runs/study-STUDY-DATA."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DemoOptions(DeviceOptions):
     """Train a small GSeM network on digits, attack it, and write a report."""
 
-    out: Annotated[Path, option("Run directory; a finished or interrupted demo there resumes.")] = Path("runs/demo")
+    out: Path = Path("runs/demo")
+    """Run directory; a finished or interrupted demo there resumes."""
 
 
-@dataclass(frozen=True)
+@options
 class DataOptions:
     """List the data sets, or show what one holds."""
 
     name: Annotated[
         tyro.conf.Positional[str | None],
-        option("A data set's name, an image folder, or an .npz file.", "list the names", metavar="DATA"),
+        positional("DATA", "A data set's name, an image folder, or an .npz file.", "(default: list the names)"),
     ] = None
 
 

@@ -36,7 +36,7 @@ REPORT_EVERY = 0.2  # seconds
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an evaluation stands, for whoever shows it."""
+    """How far an evaluation is."""
 
     name: str
     """Of the attack, with the noise unless it is fresh."""
@@ -131,18 +131,17 @@ def evaluate(
     """
     if not len(x):
         raise ValueError("there are no images to evaluate on")
-    given, others = (
-        model,
-        source_models or {},
-    )  # results are of the networks themselves, without what holds their logits
+    # Fingerprints are of these, not of the wrappers that take the logits out of what they return.
+    given, others = model, dict(source_models or {})
     numbers = _checked_rows(rows, len(x))
     with _rows_named(numbers):
         model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch_size=batch_size)
         source_models = {name: _plain_source(name, source, x, y) for name, source in others.items()}
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
-    chosen = _chosen(attacks, transferable=bool(source_models) or _defended(model))
-    if any(a.name == "transfer" for a in chosen) and not source_models and not _defended(model):
+    transferable = bool(source_models) or _defended(model)
+    chosen = _chosen(attacks, transferable=transferable)
+    if any(a.name == "transfer" for a in chosen) and not transferable:
         raise ValueError(
             "transfer needs at least one source (--source, source_models=): a model whose points are tried here"
         )
@@ -164,11 +163,11 @@ def evaluate(
         "machine": platform.machine(),
         "device": str(x.device),
     } | ({} if about is None else {"about": dict(about)})
+    task = _Task(model, x, y, _ThreatModel(eps, norm), metadata["draws"], modes, seed, batch_size, save_adv)
 
     def scored(ledger: Ledger | None) -> EvaluationResult:
-        evaluation = _Evaluation(model, x, y, eps, norm, seed, batch_size, save_adv, ledger, on_progress)
         with _rows_named(numbers):
-            scores = evaluation.scores(chosen, modes, metadata["draws"], source_models)
+            scores = _scores(task, chosen, source_models, ledger, on_progress)
         return EvaluationResult(scores, y.cpu().numpy(), metadata, numbers)
 
     if save is None:
@@ -185,7 +184,7 @@ def evaluate(
 
 
 def _options(attacks: Sequence[AnyAttack], *, eps: float, norm: Norm, stochastic: bool) -> dict[str, dict[str, Any]]:
-    """What each attack runs with, by its label.
+    """The options that each attack runs with, by its label.
 
     Raises:
         ValueError: the same attack twice, or a step longer than the images' range.
@@ -194,8 +193,8 @@ def _options(attacks: Sequence[AnyAttack], *, eps: float, norm: Norm, stochastic
     if len(set(labels)) < len(labels):
         raise ValueError(f"the same attack twice: {', '.join(labels)}")
     options = {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, attacks, strict=True)}
-    for label, how in options.items():
-        if norm == "Linf" and (step := how.get("step", 0)) > 1:
+    for label, own in options.items():
+        if norm == "Linf" and (step := own.get("step", 0)) > 1:
             raise ValueError(f"attack {label!r}: step = {step:g}, but images lie in [0, 1]: at most 1 (2/255, not 2)")
     return options
 
@@ -257,66 +256,76 @@ def _noisy(model: nn.Module) -> bool:
     return any(isinstance(m, GSeM) and m.noise > 0 for m in model.modules())
 
 
-def _mode(model: nn.Module, mode: str, seed: int, several: bool) -> Any:
-    # (Where only one is evaluated, the model stays as the caller set it.)
-    return noise(model, mode, seed=seed if mode == "frozen" else None) if several else nullcontext()  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _ThreatModel:
+    eps: float
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is evaluated, and how."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    threat: _ThreatModel
+    draws: int
+    modes: Sequence[str]
+    seed: int
+    batch_size: int
+    save_adv: bool
+
+
+def _scores(
+    task: _Task,
+    attacks: Sequence[AnyAttack],
+    source_models: Mapping[str, nn.Module],
+    ledger: Ledger | None,
+    on_progress: Report | None,
+) -> list[AttackScores]:
+    """Every attack in every mode of the noise."""
+    scores: list[AttackScores] = []
+    for mode in task.modes:
+        # Transferred and unbounded points are questions about the model as it is used: with fresh noise.
+        asked = [a for a in attacks if mode == "fresh" or (a.bounded and a.name != "transfer")]
+        transferred = any(a.name == "transfer" for a in asked)
+        as_set: Any = nullcontext()  # one mode only: the model stays as the caller set it
+        if len(task.modes) > 1:
+            as_set = noise(task.model, mode, seed=task.seed if mode == "frozen" else None)  # type: ignore[arg-type]
+        with as_set:
+            sources = undefended(task.model) | dict(source_models) if transferred else {}
+            evaluation = _Evaluation(task, mode, sources, ledger, on_progress)
+            if mode == "fresh" and any(a.follows_gradient for a in asked):
+                check_gradient(evaluation.folded, task.x)
+            scores += [evaluation.score(attack) for attack in asked]
+    return scores
 
 
 class _Evaluation:
-    """The attacks on one model, batch by batch."""
+    """The attacks on one model in one mode of its noise, which is set already, batch by batch."""
 
     def __init__(
         self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        eps: float,
-        norm: Norm,
-        seed: int,
-        batch_size: int,
-        save_adv: bool,
+        task: _Task,
+        mode: str,
+        source_models: Mapping[str, nn.Module],
         ledger: Ledger | None,
         on_progress: Report | None,
     ):
-        self.model, self.x, self.y, self.eps, self.norm, self.seed = model, x, y, eps, norm, seed
-        self.batch_size, self.save_adv, self.ledger, self.on_progress = batch_size, save_adv, ledger, on_progress
-        self.mode, self.draws = "fresh", 1
-        self.folded: nn.Module = model
-        self.source_models: dict[str, nn.Module] = {}
-
-    def scores(
-        self, attacks: Sequence[AnyAttack], modes: Sequence[str], draws: int, source_models: Mapping[str, nn.Module]
-    ) -> list[AttackScores]:
-        """Every attack in every mode of the noise."""
-        scores: list[AttackScores] = []
-        for mode in modes:
-            # What others are broken by, and unbounded points, are questions about the model as it is used.
-            asked = [a for a in attacks if mode == "fresh" or (a.bounded and a.name != "transfer")]
-            with _mode(self.model, mode, self.seed, len(modes) > 1):
-                self.ready(mode, draws, source_models if any(a.name == "transfer" for a in asked) else None)
-                if mode == "fresh" and any(a.follows_gradient for a in asked):
-                    check_gradient(self.folded, self.x)
-                scores += [self.score(attack) for attack in asked]
-        return scores
-
-    def ready(self, mode: str, draws: int, source_models: Mapping[str, nn.Module] | None) -> None:
-        """The noise was set: what follows from it. `sources` is None where nothing is transferred."""
-        self.mode, self.draws = mode, draws if mode == "fresh" else 1
-        self.folded = fold(self.model)
-        every = {} if source_models is None else undefended(self.model) | dict(source_models)
-        self.source_models = {name: fold(source) for name, source in every.items()}
-
-    @property
-    def stochastic(self) -> bool:
-        return self.draws > 1
+        self.task, self.mode, self.ledger, self.on_progress = task, mode, ledger, on_progress
+        self.draws = task.draws if mode == "fresh" else 1
+        self.folded = fold(task.model)
+        self.source_models: dict[str, nn.Module] = {name: fold(source) for name, source in source_models.items()}
 
     def score(self, attack: AnyAttack) -> AttackScores:
         """All images under one attack."""
-        name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
+        task = self.task
+        name = attack_name(attack.label(eps=task.threat.eps, stochastic=self.draws > 1), self.mode)
         parts: list[AttackScores] = []
-        for first in range(0, len(self.x), self.batch_size):
-            size = min(self.batch_size, len(self.x) - first)
-            watch = _Watch(self.on_progress, name, len(self.x), parts, size, self.draws)
+        for first in range(0, len(task.x), task.batch_size):
+            size = min(task.batch_size, len(task.x) - first)
+            watch = _Watch(self.on_progress, name, len(task.x), parts, size, self.draws)
             part = self.ledger.read(name, first) if self.ledger is not None else None
             if part is None:
                 part = self._batch(attack, name, first, watch)
@@ -324,31 +333,33 @@ class _Evaluation:
                     self.ledger.write(name, first, part)
             parts.append(part)
             watch.finished()
-        return joined(parts, save_adv=self.save_adv)
+        return joined(parts, save_adv=task.save_adv)
 
     def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> AttackScores:
-        one = slice(first, first + self.batch_size)
-        x, y = self.x[one], self.y[one]
-        # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
-        names = (name, first)
+        task = self.task
+        x, y = (values[first : first + task.batch_size] for values in (task.x, task.y))
         started = time.monotonic()
         watch.model = counted = counting(self.folded)
-        how: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "stochastic": self.stochastic}
         with _numbered_among_all(name, first):
             x_adv = attack.run(
                 counted,
                 x,
                 y,
-                **how,
-                seed=derive_seed(self.seed, "search", *names),
+                eps=task.threat.eps,
+                norm=task.threat.norm,
+                stochastic=self.draws > 1,
+                # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
+                seed=derive_seed(task.seed, "search", name, first),
                 source_models=self.source_models,
                 on_step=watch.on_step if self.on_progress is not None else None,
             )
             if attack.bounded:
-                check_result(x_adv, x, eps=self.eps, norm=self.norm)
+                check_result(x_adv, x, eps=task.threat.eps, norm=task.threat.norm)
         seconds = time.monotonic() - started
         selection, scoring = (
-            predict_draws(self.model, x_adv, draws=self.draws, seed=derive_seed(self.seed, stream, *names), first=first)
+            predict_draws(
+                task.model, x_adv, draws=self.draws, seed=derive_seed(task.seed, stream, name, first), first=first
+            )
             for stream in ("selection", "scoring")
         )
         linf, l2 = distances(x_adv, x)
@@ -387,7 +398,7 @@ def undefended(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class _Watch:
-    """One batch under one attack, as its observer sees it."""
+    """The progress of one batch under one attack."""
 
     def __init__(
         self, on_progress: Report | None, name: str, images: int, parts: list[AttackScores], size: int, draws: int
@@ -398,26 +409,26 @@ class _Watch:
         self.right = self._right(parts)
         self.seconds = sum(p.seconds for p in parts)
         self.parts = parts
-        self.started = self.told = time.monotonic()
+        self.started = self.reported = time.monotonic()
         self.model: Counting | None = None
 
     def on_step(self, step: Step) -> None:
         now = time.monotonic()
-        if now - self.told >= REPORT_EVERY:
-            self.told = now
-            self._tell(self.done, len(step.rows), (self.right + len(step.rows)) / (self.done + self.size))
+        if now - self.reported >= REPORT_EVERY:
+            self.reported = now
+            self._report(self.done, len(step.rows), (self.right + len(step.rows)) / (self.done + self.size))
 
     def finished(self) -> None:
         """The batch is in `parts` now."""
         done = self.done + self.size
         self.seconds = sum(p.seconds for p in self.parts)
-        self._tell(done, 0, self._right(self.parts) / done)
+        self._report(done, 0, self._right(self.parts) / done)
 
     def _right(self, parts: list[AttackScores]) -> float:
         """Images that are right: each counts with its share of right selection draws, as in an expected accuracy."""
         return sum(float(p.selection.sum()) for p in parts) / self.draws
 
-    def _tell(self, done: int, remaining: int, accuracy: float) -> None:
+    def _report(self, done: int, remaining: int, accuracy: float) -> None:
         if self.on_progress is None:
             return
         passed = max(time.monotonic() - self.started, 1e-9)
