@@ -37,6 +37,9 @@ def normal():
 def noisy():
     return Net(noise=0.02)
 
+def random():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+
 class Bright(Net):
     """NaN for the brighter images."""
     def forward(self, x):
@@ -99,6 +102,17 @@ def test_normalised_input_keeps_eps_in_pixels(capsys, here):
     assert "none of cifar10" in refused(capsys, "evaluate", "halfnet:net", "--data", "images.npz", "--normalize", "x")
 
 
+def test_a_normalisation_for_other_channels_than_the_images_have_is_refused(capsys, here):
+    for command in ("evaluate", "audit"):
+        err = refused(capsys, command, "halfnet:net", "--data", "images.npz", "--normalize", "cifar10")
+        assert "--normalize cifar10 is for 3 channels, but the images have 1" in err
+
+
+def test_one_model_is_given_as_a_word_or_as_an_option(capsys):
+    for words in ([], ["halfnet:net", "--model", "halfnet:normal"]):
+        assert "give one MODEL" in refused(capsys, "evaluate", *words)
+
+
 def test_the_subset_is_balanced_or_the_first_and_says_so(capsys, here):
     out = evaluated(capsys, "halfnet:net", "--attacks", "clean", "--images", "6")
     assert "a fixed, class-balanced subset of 6 of 24 test images" in " ".join(out.split())
@@ -147,6 +161,12 @@ def test_saved_points_are_verified_and_a_changed_one_is_found(capsys, here):
     code, out, err = run(capsys, "verify", "changed.npz", "--model", "halfnet:net")
     assert code == 2 and re.search(r"image 2 \(row \d+ of the data set\) lies", out) and "do not hold" in err
     assert "holds no adversarial examples" in _without_images(capsys)
+
+
+def test_points_are_not_verified_by_another_model(capsys, here):
+    evaluated(capsys, "halfnet:random", "--attacks", "clean", "--save-adv")
+    err = refused(capsys, "verify", "evaluation.npz", "--model", "halfnet:random")
+    assert "this is not the evaluated model: its weights differ (fingerprint" in err
 
 
 def _without_images(capsys) -> str:

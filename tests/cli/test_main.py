@@ -1,10 +1,11 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from gsem._env import choose_precision
 from gsem.cli import train as cli_train
 from gsem.cli.evaluate import evaluate_command
 from gsem.cli.main import COMMANDS, main, read
+from gsem.cli.options import changed, command_line
 
 TINY = ["--epochs", "1", "--warmup", "0", "--steps", "1", "--batch-size", "64"]
 
@@ -216,6 +218,36 @@ def test_ctrl_c_in_a_study_names_the_study_not_its_training(capsys, in_tmp, monk
     code, _, err = run(capsys, "study")
     assert code == 130
     assert err == "stopped; what is finished is kept: the same command resumes from there\n"
+
+
+def test_a_file_that_a_report_writes_is_not_taken_for_a_run(capsys, in_tmp, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    for name in ("card.json", "evaluation.json", "page.html"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "evaluation.npz").touch()
+    assert "gsem report RUN -o card.json" in refused(capsys, "report", "card.json")
+    assert "give evaluation.npz" in refused(capsys, "report", "evaluation.json")
+    assert "page.html cannot be a RUN" in refused(capsys, "report", "runs/x", "page.html")
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_a_printed_command_is_read_as_the_options_it_was_made_of():
+    options = read("audit", ["my run", "--normalize=-0.5/1", "--eps", "8/255", "--source", "a", "b", "--quick"])
+    line = command_line("audit", options.model, **changed(options, "model"))
+    assert line == "gsem audit 'my run' --source a b --eps 8/255 --normalize=-0.5/1 --quick"
+    assert read("audit", shlex.split(line)[2:]) == options
+    assert command_line("evaluate", "r", frozen=False, seed=0, out=None) == "gsem evaluate r --no-frozen --seed 0"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "audit", "verify", "report", "demo", "data"])
+def test_every_option_has_a_sentence_and_a_default(capsys, monkeypatch, command):
+    """And no default is None."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = " ".join(run(capsys, command, "--help")[1].replace("│", " ").split())
+    kind = COMMANDS[command][0]
+    assert "(default: None)" not in text and "(default: )" not in text
+    assert text.count("(default: ") + text.count("(required)") == len(fields(kind))
+    assert len(re.findall(r"\. \((?:default: |required\))", text)) == len(fields(kind))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -295,6 +295,15 @@ def test_chance_is_allowed_and_no_more():
     assert "expected accuracy" in verify(flips, Flipper(0.34), x, y)[0].problems[0]
 
 
+@pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
+def test_another_setting_of_the_model_is_named_where_its_accuracy_does_not_hold():
+    x, y = halves(40)
+    flips = evaluate(Flipper(0.0), x, y, "clean", eps=0.1, save_adv=True)
+    assert verify(flips, Flipper(0.0), x, y)[0].problems == []
+    *_, last = verify(flips, Flipper(1.0), x, y)[0].problems
+    assert "this is not the evaluated model: its layers, settings or normalisation differ" in last
+
+
 def test_a_result_without_images_cannot_be_verified(plain):
     result, how = plain
     without = replace(result, scores=[replace(s, x_adv=None) for s in result.scores])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import tyro
+from tyro.conf import Positional
 
 from gsem._text import pixels
 from gsem.training.recipe import Recipe
@@ -64,15 +65,13 @@ def options(kind: type[T]) -> type[T]:
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
             name, text = ast.unparse(field.target), " ".join(ast.literal_eval(below.value).split())
             text, _, default = text.partition(" Default: ")
-            hint = f"(default: {default.removesuffix('.')})" if default else None
-            helped = tyro.conf.arg(help=text, help_behavior_hint=hint)
+            helped = tyro.conf.arg(
+                help=text,
+                help_behavior_hint=f"(default: {default.removesuffix('.')})" if default else None,
+                metavar=name.upper() if ast.unparse(field.annotation).startswith("Positional") else None,
+            )
             kind.__annotations__[name] = Annotated[kind.__annotations__[name], helped]
     return dataclass(frozen=True, kw_only=True)(kind)
-
-
-def positional(metavar: str, text: str, hint: str | None = None) -> Any:
-    """The help of an argument that stands without the name of an option."""
-    return tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint=hint)
 
 
 @options
@@ -112,17 +111,10 @@ class DataSourceOptions:
 class ModelOptions:
     """The model that is attacked, by which attacks."""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        positional(
-            "MODEL",
-            "A run directory, a .safetensors checkpoint, a published .pt, or package.module:function.",
-            "(required, here or as --model)",
-        ),
-    ] = ""
-    named_model: Annotated[
-        str, tyro.conf.arg(name="model", help="The same as MODEL, as an option.", help_behavior_hint="(default: MODEL)")
-    ] = ""
+    model: Positional[str] = ""
+    """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function. Default: --model."""
+    named_model: Annotated[str, tyro.conf.arg(name="model")] = ""
+    """The same as MODEL, as an option. Default: MODEL."""
     suite: str | None = None
     """A named list of attacks: quick, standard (AutoAttack), paper (its five attacks), or paper-code (the budgets that
     its code ran). Default: none."""
@@ -221,7 +213,8 @@ class AuditOptions(TaskOptions):
 class VerifyOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
     """Judge saved adversarial examples again: bounds, labels, fresh draws."""
 
-    result: Annotated[tyro.conf.Positional[str], positional("RESULT", "The .npz of gsem evaluate --save-adv.")]
+    result: Positional[str]
+    """The .npz of gsem evaluate --save-adv."""
     model: str
     """The evaluated model: a run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
     draws: int = 100
@@ -237,23 +230,12 @@ class ReportOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
     It shows the verdict, accuracies, curves, images and cost.
     """
 
-    runs: Annotated[
-        tyro.conf.Positional[tuple[str, ...]],
-        positional(
-            "RUN…",
-            "Run directories, or the .npz of single evaluations. Of a directory, the latest evaluation and the latest "
-            "whole audit are shown.",
-            "(required)",
-        ),
-    ]
-    out: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            aliases=["-o"],
-            help="File to write: .html, .md (Markdown) or .json (a card with RobustBench's field names).",
-            help_behavior_hint="(default: RUN/report.html; report.html here for evaluations and for several runs)",
-        ),
-    ] = None
+    run: Positional[tuple[str, ...]]
+    """Run directories, or the .npz of single evaluations. Of a directory, the latest evaluation and the latest whole
+    audit are shown. Default: none; give one or more."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """File to write: .html, .md (Markdown) or .json (a card with RobustBench's field names). Default: RUN/report.html;
+    report.html here for evaluations and for several runs."""
     markdown: Path | None = None
     """Write Markdown to this file too. Default: none."""
     json: Path | None = None
@@ -330,10 +312,8 @@ class DemoOptions(DeviceOptions):
 class DataOptions:
     """List the data sets, or show what one holds."""
 
-    name: Annotated[
-        tyro.conf.Positional[str | None],
-        positional("DATA", "A data set's name, an image folder, or an .npz file.", "(default: list the names)"),
-    ] = None
+    data: Positional[str | None] = None
+    """A data set's name, an image folder, or an .npz file. Default: list the names."""
 
 
 @dataclass(frozen=True)

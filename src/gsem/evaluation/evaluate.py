@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,13 @@ def evaluate(
     # Fingerprints are of these, not of the wrappers that take the logits out of what they return.
     given, others = model, dict(source_models or {})
     numbers = _checked_rows(rows, len(x))
-    with _rows_named(numbers):
+    named = partial(with_rows, rows=numbers)
+    source_models = {}
+    with _reworded(named):
         model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch_size=batch_size)
-        source_models = {name: _plain_source(name, source, x, y) for name, source in others.items()}
+        for name, source in others.items():
+            with _reworded(partial("source {!r}: {}".format, name)):
+                source_models[name] = plain_logits(source, x, y)
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
     transferable = bool(source_models) or _defended(model)
@@ -163,10 +168,10 @@ def evaluate(
         "machine": platform.machine(),
         "device": str(x.device),
     } | ({} if about is None else {"about": dict(about)})
-    task = _Task(model, x, y, _ThreatModel(eps, norm), metadata["draws"], modes, seed, batch_size, save_adv)
+    task = _Task(model, x, y, eps, norm, metadata["draws"], modes, seed, batch_size, save_adv)
 
     def scored(ledger: Ledger | None) -> EvaluationResult:
-        with _rows_named(numbers):
+        with _reworded(named):
             scores = _scores(task, chosen, source_models, ledger, on_progress)
         return EvaluationResult(scores, y.cpu().numpy(), metadata, numbers)
 
@@ -199,14 +204,6 @@ def _options(attacks: Sequence[AnyAttack], *, eps: float, norm: Norm, stochastic
     return options
 
 
-def _plain_source(name: str, source: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
-    try:
-        return plain_logits(source, x, y)
-    except ValueError as error:
-        error.args = (f"source {name!r}: {error}", *error.args[1:])
-        raise
-
-
 def _checked_rows(rows: Sequence[int] | Int[np.ndarray, " n"] | None, images: int) -> Int[np.ndarray, " n"]:
     if rows is None:
         return np.arange(images)
@@ -217,25 +214,19 @@ def _checked_rows(rows: Sequence[int] | Int[np.ndarray, " n"] | None, images: in
 
 
 @contextmanager
-def _rows_named(rows: Int[np.ndarray, " n"]) -> Iterator[None]:
-    """An error that names an image by its number names its row in the data set too."""
+def _reworded(change: Callable[[str], str]) -> Iterator[None]:
+    """Within the block, the text of a ValueError is changed, so that it names what the caller knows."""
     try:
         yield
     except ValueError as error:
-        error.args = (with_rows(str(error), rows), *error.args[1:])
+        error.args = (change(str(error)), *error.args[1:])
         raise
 
 
-@contextmanager
-def _numbered_among_all(name: str, first: int) -> Iterator[None]:
-    """An error about an image of a batch names the attack, and the image's number among all."""
-    try:
-        yield
-    except ValueError as error:
-        text = re.sub(r"image (\d+) of the attacked batch", lambda m: f"image {first + int(m[1])}", str(error))
-        if text != str(error):
-            error.args = (f"attack {name!r}: {text}", *error.args[1:])
-        raise
+def _numbered_among_all(text: str, name: str, first: int) -> str:
+    """Of an error about an image of a batch: with the attack's name, and the image's number among all."""
+    changed = re.sub(r"image (\d+) of the attacked batch", lambda m: f"image {first + int(m[1])}", text)
+    return text if changed == text else f"attack {name!r}: {changed}"
 
 
 def _chosen(attacks: AttackLike | Sequence[AttackLike], *, transferable: bool) -> list[AnyAttack]:
@@ -257,19 +248,14 @@ def _noisy(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class _ThreatModel:
-    eps: float
-    norm: Norm
-
-
-@dataclass(frozen=True)
 class _Task:
     """What is evaluated, and how."""
 
     model: nn.Module
     x: Tensor
     y: Tensor
-    threat: _ThreatModel
+    eps: float
+    norm: Norm
     draws: int
     modes: Sequence[str]
     seed: int
@@ -321,18 +307,18 @@ class _Evaluation:
     def score(self, attack: AnyAttack) -> AttackScores:
         """All images under one attack."""
         task = self.task
-        name = attack_name(attack.label(eps=task.threat.eps, stochastic=self.draws > 1), self.mode)
+        name = attack_name(attack.label(eps=task.eps, stochastic=self.draws > 1), self.mode)
+        watch = _Watch(self.on_progress, name, len(task.x), self.draws)
         parts: list[AttackScores] = []
         for first in range(0, len(task.x), task.batch_size):
-            size = min(task.batch_size, len(task.x) - first)
-            watch = _Watch(self.on_progress, name, len(task.x), parts, size, self.draws)
+            watch.begin(min(task.batch_size, len(task.x) - first))
             part = self.ledger.read(name, first) if self.ledger is not None else None
             if part is None:
                 part = self._batch(attack, name, first, watch)
                 if self.ledger is not None:
                     self.ledger.write(name, first, part)
             parts.append(part)
-            watch.finished()
+            watch.finished(part)
         return joined(parts, save_adv=task.save_adv)
 
     def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> AttackScores:
@@ -340,13 +326,13 @@ class _Evaluation:
         x, y = (values[first : first + task.batch_size] for values in (task.x, task.y))
         started = time.monotonic()
         watch.model = counted = counting(self.folded)
-        with _numbered_among_all(name, first):
+        with _reworded(partial(_numbered_among_all, name=name, first=first)):
             x_adv = attack.run(
                 counted,
                 x,
                 y,
-                eps=task.threat.eps,
-                norm=task.threat.norm,
+                eps=task.eps,
+                norm=task.norm,
                 stochastic=self.draws > 1,
                 # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
                 seed=derive_seed(task.seed, "search", name, first),
@@ -354,7 +340,7 @@ class _Evaluation:
                 on_step=watch.on_step if self.on_progress is not None else None,
             )
             if attack.bounded:
-                check_result(x_adv, x, eps=task.threat.eps, norm=task.threat.norm)
+                check_result(x_adv, x, eps=task.eps, norm=task.norm)
         seconds = time.monotonic() - started
         selection, scoring = (
             predict_draws(
@@ -398,40 +384,36 @@ def undefended(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class _Watch:
-    """The progress of one batch under one attack."""
+    """The progress of one attack."""
 
-    def __init__(
-        self, on_progress: Report | None, name: str, images: int, parts: list[AttackScores], size: int, draws: int
-    ):
-        self.on_progress, self.name, self.images, self.size = on_progress, name, images, size
-        self.done = sum(len(p.correct) for p in parts)
-        self.draws = draws
-        self.right = self._right(parts)
-        self.seconds = sum(p.seconds for p in parts)
-        self.parts = parts
-        self.started = self.reported = time.monotonic()
+    def __init__(self, on_progress: Report | None, name: str, images: int, draws: int):
+        self.on_progress, self.name, self.images, self.draws = on_progress, name, images, draws
+        self.done, self.correct, self.seconds = 0, 0, 0.0  # of the finished batches
+        self.begin(0)
+
+    def begin(self, size: int) -> None:
+        """A batch of so many images."""
+        self.size = size
         self.model: Counting | None = None
+        self.started = self.reported = time.monotonic()
 
     def on_step(self, step: Step) -> None:
-        now = time.monotonic()
+        now, remaining = time.monotonic(), len(step.rows)
         if now - self.reported >= REPORT_EVERY:
             self.reported = now
-            self._report(self.done, len(step.rows), (self.right + len(step.rows)) / (self.done + self.size))
+            self._report(remaining, (self.correct / self.draws + remaining) / (self.done + self.size))
 
-    def finished(self) -> None:
-        """The batch is in `parts` now."""
-        done = self.done + self.size
-        self.seconds = sum(p.seconds for p in self.parts)
-        self._report(done, 0, self._right(self.parts) / done)
+    def finished(self, part: AttackScores) -> None:
+        self.done += len(part.selection)
+        # Each image counts with its share of right selection draws, as in an expected accuracy.
+        self.correct += int(part.selection.sum())
+        self.seconds += part.seconds
+        self._report(0, self.correct / self.draws / self.done)
 
-    def _right(self, parts: list[AttackScores]) -> float:
-        """Images that are right: each counts with its share of right selection draws, as in an expected accuracy."""
-        return sum(float(p.selection.sum()) for p in parts) / self.draws
-
-    def _report(self, done: int, remaining: int, accuracy: float) -> None:
+    def _report(self, remaining: int, accuracy: float) -> None:
         if self.on_progress is None:
             return
         passed = max(time.monotonic() - self.started, 1e-9)
         rate = 0.0 if self.model is None else self.model.gradients / passed
-        left = self.seconds / done * (self.images - done) if done else None
-        self.on_progress(Progress(self.name, done, self.images, remaining, accuracy, rate, left))
+        left = self.seconds / self.done * (self.images - self.done) if self.done else None
+        self.on_progress(Progress(self.name, self.done, self.images, remaining, accuracy, rate, left))
