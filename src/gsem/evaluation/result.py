@@ -85,7 +85,7 @@ class EvaluationResult:
     metadata: dict[str, Any]
     """eps, norm, draws, seed, stochastic, images, options of each attack, versions."""
     rows: Int[np.ndarray, " n"] | None = None
-    """Row of each image in the data set's test split, from 0; None in files of earlier versions that do not say."""
+    """Row of each image in the data set's test split, from 0; None where files of earlier versions lack it."""
     _bounds: dict[bytes, tuple[float, float]] = field(default_factory=dict, init=False, compare=False)
     """Bootstrap intervals computed so far, by the values that they are of: at 10,000 images one takes seconds."""
 
