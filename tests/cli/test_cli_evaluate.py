@@ -166,7 +166,7 @@ def test_saved_points_are_verified_and_a_changed_one_is_found(capsys, here):
 def test_points_are_not_verified_by_another_model(capsys, here):
     evaluated(capsys, "halfnet:random", "--attacks", "clean", "--save-adv")
     err = refused(capsys, "verify", "evaluation.npz", "--model", "halfnet:random")
-    assert "this is not the evaluated model: its weights differ (fingerprint" in err
+    assert "this is not the evaluated model. By its fingerprint, different are: the model's weights" in err
 
 
 def _without_images(capsys) -> str:

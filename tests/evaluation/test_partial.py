@@ -301,7 +301,7 @@ def test_another_setting_of_the_model_is_named_where_its_accuracy_does_not_hold(
     flips = evaluate(Flipper(0.0), x, y, "clean", eps=0.1, save_adv=True)
     assert verify(flips, Flipper(0.0), x, y)[0].problems == []
     *_, last = verify(flips, Flipper(1.0), x, y)[0].problems
-    assert "this is not the evaluated model: its layers, settings or normalisation differ" in last
+    assert "this is not the evaluated model. By its fingerprint, different are: the model's layers" in last
 
 
 def test_a_result_without_images_cannot_be_verified(plain):

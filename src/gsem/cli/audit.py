@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +14,7 @@ from gsem.auditing.audit import CHECKS, Progress, audit, told
 from gsem.auditing.check import Audit, Check
 from gsem.auditing.partial import AnotherAudit
 from gsem.cli.options import AuditOptions, changed, command_line
-from gsem.cli.progress import LINE_EVERY, ProgressBar
+from gsem.cli.progress import CountingBar
 from gsem.cli.task import load_network, load_task, numbered
 from gsem.evaluation.result import with_ending
 from gsem.nn.gsem import GSeM
@@ -76,38 +75,23 @@ def _at_a_free_place(audited: Callable[[Path], Audit], out: Path | None, default
     raise AssertionError("there is a free number")
 
 
-class AuditBar(ProgressBar):
-    """A bar on a terminal, elsewhere a line now and then; and in any case one for each check that has ended.
-
-    Args:
-        clock: seconds, as `time.monotonic` counts them.
-    """
+class AuditBar(CountingBar):
+    """A bar on a terminal, elsewhere a line now and then; and in any case one for each check that has ended."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
-        super().__init__(
-            console,
-            TextColumn("{task.description:<13}"),
-            BarColumn(bar_width=8),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[doing]}"),
-        )
-        self.clock, self.printed = clock, clock()
-        self.task = self.bar.add_task("audit", total=len(CHECKS), doing="")
+        super().__init__(console, 13, clock)
+        self.task = self.bar.add_task("audit", total=len(CHECKS), status="")
 
     def __call__(self, p: Progress) -> None:
         left = "" if not p.seconds_left else f"{duration(p.seconds_left)} left"
-        shown = f"{p.doing[:31]:<31} {left}"
-        self.bar.update(self.task, description=p.check, total=p.checks, completed=p.number - 1, doing=shown)
+        status = f"{p.doing[:31]:<31} {left}"
+        self.bar.update(self.task, description=p.check, total=p.checks, completed=p.number - 1, status=status)
         place = f"{p.number:>2}/{p.checks} {p.check:<13}"
         if p.ended is not None:
             line = f"{p.ended.outcome}, finished before" if p.earlier else f"{p.ended.outcome:<12} {left}".rstrip()
-            self._print(f"{place} {line}")
-        elif not self.console.is_terminal and self.clock() - self.printed >= LINE_EVERY:
-            self._print(f"{place} {p.doing}" + (f", {left}" if left else ""))
-
-    def _print(self, line: str) -> None:
-        self.printed = self.clock()
-        self.console.print(line, highlight=False, soft_wrap=True)
+            self.print(f"{place} {line}")
+        elif self.due:
+            self.print(f"{place} {p.doing}" + (f", {left}" if left else ""))
 
 
 def show_audit(console: Console, found: Audit, what: str) -> None:

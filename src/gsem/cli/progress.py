@@ -88,45 +88,56 @@ class Scalars:
             self.writer.flush()
 
 
-class AttackBar(ProgressBar):
-    """A bar for each attack on a terminal. Elsewhere a line now and then, and one when an attack is finished.
+class CountingBar(ProgressBar):
+    """A bar with a count and a status on a terminal; elsewhere a line now and then.
 
     Args:
+        width: of the description.
         clock: seconds, as `time.monotonic` counts them.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, console: Console, width: int, clock: Callable[[], float]):
         super().__init__(
             console,
-            TextColumn("{task.description:<20}"),
+            TextColumn(f"{{task.description:<{width}}}"),
             BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
         )
         self.clock, self.printed = clock, clock()
+
+    @property
+    def due(self) -> bool:
+        return not self.console.is_terminal and self.clock() - self.printed >= LINE_EVERY
+
+    def print(self, line: str) -> None:
+        self.printed = self.clock()
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+class AttackBar(CountingBar):
+    """A bar for each attack on a terminal. Elsewhere a line now and then, and one when an attack is finished."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        super().__init__(console, 20, clock)
         self.tasks: dict[str, TaskID] = {}
         self.started: dict[str, float] = {}
 
     def __call__(self, p: AttackProgress) -> None:
-        if not self.console.is_terminal:
-            self._print(p)
-            return
         if p.name not in self.tasks:
             self.tasks[p.name] = self.bar.add_task(p.name, total=p.images, status="")
-        status = f"{percent(p.accuracy).strip()} so far"
-        if p.done < p.images:
-            status += f", {p.remaining} remain, {p.gradients_per_second:.0f} grad/s"
-            status += "" if p.seconds_left is None else f", {duration(p.seconds_left)}"
-        self.bar.update(self.tasks[p.name], completed=p.done, status=status)
-
-    def _print(self, p: AttackProgress) -> None:
-        now, finished = self.clock(), p.done == p.images
-        started = self.started.setdefault(p.name, now)
-        if now - self.printed < LINE_EVERY and not finished:
-            return
-        self.printed = now
-        passed = duration(now - started)
-        # (How long a batch takes is not known before the first one is finished.)
-        time_left = f"{passed} so far" if p.seconds_left is None else f"{duration(p.seconds_left)} left"
-        line = f"{p.name:<20} {p.done}/{p.images} images, {percent(p.accuracy).strip()}"
-        self.console.print(f"{line}, {passed}" if finished else f"{line} so far, {time_left}", soft_wrap=True)
+            self.started[p.name] = self.clock()
+        accuracy, finished = percent(p.accuracy).strip(), p.done == p.images
+        left = None if p.seconds_left is None else duration(p.seconds_left)
+        status = "" if finished else f", {p.remaining} remain, {p.gradients_per_second:.0f} grad/s"
+        status += f", {left}" if left and not finished else ""
+        self.bar.update(self.tasks[p.name], completed=p.done, status=f"{accuracy} so far{status}")
+        passed, line = (
+            duration(self.clock() - self.started[p.name]),
+            f"{p.name:<20} {p.done}/{p.images} images, {accuracy}",
+        )
+        if finished and not self.console.is_terminal:
+            self.print(f"{line}, {passed}")
+        elif self.due:
+            # (How long a batch takes is not known before the first one is finished.)
+            self.print(f"{line} so far, {f'{left} left' if left else f'{passed} so far'}")

@@ -281,28 +281,29 @@ def _scores(
             as_set = noise(task.model, mode, seed=task.seed if mode == "frozen" else None)  # type: ignore[arg-type]
         with as_set:
             sources = undefended(task.model) | dict(source_models) if transferred else {}
-            evaluation = _Evaluation(task, mode, sources, ledger, on_progress)
+            folded = fold(task.model)
+            folded_sources: dict[str, nn.Module] = {name: fold(source) for name, source in sources.items()}
+            evaluation = _Evaluation(task, mode, folded, folded_sources, ledger, on_progress)
             if mode == "fresh" and any(a.follows_gradient for a in asked):
-                check_gradient(evaluation.folded, task.x)
+                check_gradient(folded, task.x)
             scores += [evaluation.score(attack) for attack in asked]
     return scores
 
 
+@dataclass(frozen=True)
 class _Evaluation:
     """The attacks on one model in one mode of its noise, which is set already, batch by batch."""
 
-    def __init__(
-        self,
-        task: _Task,
-        mode: str,
-        source_models: Mapping[str, nn.Module],
-        ledger: Ledger | None,
-        on_progress: Report | None,
-    ):
-        self.task, self.mode, self.ledger, self.on_progress = task, mode, ledger, on_progress
-        self.draws = task.draws if mode == "fresh" else 1
-        self.folded = fold(task.model)
-        self.source_models: dict[str, nn.Module] = {name: fold(source) for name, source in source_models.items()}
+    task: _Task
+    mode: str
+    folded: nn.Module
+    source_models: dict[str, nn.Module]
+    ledger: Ledger | None
+    on_progress: Report | None
+
+    @property
+    def draws(self) -> int:
+        return self.task.draws if self.mode == "fresh" else 1
 
     def score(self, attack: AnyAttack) -> AttackScores:
         """All images under one attack."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gsem._env import require_float64
 from gsem._fingerprint import model_fingerprint
 from gsem._text import with_rows
+from gsem.evaluation.partial import differences
 from gsem.evaluation.result import AttackScores, EvaluationResult
 from gsem.nn.contract import ImagesLike, LabelsLike, checked
 from gsem.nn.gsem import noise
@@ -75,17 +76,13 @@ def _other_model(result: EvaluationResult, model: nn.Module) -> list[str]:
     Raises:
         ValueError: the weights are others.
     """
-    then, now = result.metadata.get("fingerprint", {}), model_fingerprint(model)
-    differ = [key for key in now if then.get(key, now[key]) != now[key]]
-    if not differ:
+    now = model_fingerprint(model)
+    then = {key: value for key, value in result.metadata.get("fingerprint", {}).items() if key in now}
+    if not then or then == now:
         return []
-    words = {"structure": "layers, settings or normalisation", "weights": "weights"}
-    text = (
-        f"this is not the evaluated model: its {' and '.join(words[key] for key in differ)} differ (fingerprint "
-        f"{', '.join(f'{now[key]} instead of {then[key]}' for key in differ)})"
-    )
+    text = f"this is not the evaluated model. By its fingerprint, different are: {'; '.join(differences(then, now))}"
     # (How layers print may change with torch's version, so that a structure alone is no proof.)
-    if "weights" in differ:
+    if then["weights"] != now["weights"]:
         raise ValueError(text)
     return [text]
 
