@@ -53,8 +53,8 @@ def test_a_run_is_audited_by_its_own_data_into_its_directory(capsys, here):
     words += ["--attacks", "pgd:steps=1:eot=2", "--draws", "2"]
     code, out, err = run(capsys, *words)
     assert code == 0, err
-    assert "a fixed, class-balanced subset of 20 of 500 test images, eps = 0.05 (Linf)" in " ".join(out.split())
     audit = Audit.load(here / "run" / "audit.json")
+    assert audit.metadata["subset"] == {"kind": "balanced", "images": 20} and audit.metadata["eps"] == 0.05
     assert [c.name for c in audit.checks] == ["randomness", "gradient"] and audit.verdict in out
     assert audit["gradient"].outcome == "flag" and audit["gradient"].details["layer"] == "gsem_module"
     # The command that is shown repeats a check, to the same figure.
@@ -112,9 +112,8 @@ def test_draws_that_are_given_are_used_in_the_quick_form_too(capsys, here, words
         "--only",
         "randomness",
     ]
-    code, out, err = run(capsys, "audit", *noisy, "--quick", *words)
+    code, _, err = run(capsys, "audit", *noisy, "--quick", *words)
     assert code == 0, err
-    assert f"10 images, {draws} scoring draws" in out
     metadata = Audit.load("audit.json").metadata
     assert metadata["draws"] == draws
     assert ("--draws" in metadata["command"]) == bool(words)
@@ -135,7 +134,7 @@ def test_an_interrupted_audit_resumes(capsys, here):
     (here / "strict.txt.json").unlink()
     with stopped_at("unavailable"):
         code, out, err = run(capsys, *words)
-    assert code == 130 and "what is finished is kept: the same command resumes from there" in err
+    assert code == 130 and err.count("\n") == 1
     assert "2/3 gradient" in out and not (here / "strict.txt.json").exists()
     code, out, err = run(capsys, *words)
     assert code == 0, err

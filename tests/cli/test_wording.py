@@ -1,6 +1,7 @@
 """The wording of the terminal's tables, in one place: other tests look at numbers and fields."""
 
 import io
+from dataclasses import replace
 from textwrap import dedent
 
 import numpy as np
@@ -87,6 +88,11 @@ def test_an_evaluation():
         plurality of 11; 10 queries: against an attacker who sends the image ten times
         """,
     )
+
+
+def test_the_last_line_where_draws_are_too_few():
+    few = replace(result(), metadata=result().metadata | {"draws": 5})
+    assert shown(show_result, few, "x").splitlines()[-1] == "(–: vote needs 11 draws, 10 queries needs 10)"
 
 
 def test_a_printed_result():
