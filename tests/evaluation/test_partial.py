@@ -295,7 +295,7 @@ def test_chance_is_allowed_and_no_more():
     assert "expected accuracy" in verify(flips, Flipper(0.34), x, y)[0].problems[0]
 
 
-@pytest.mark.filterwarnings("ignore:search_twin runs Flipper")
+@pytest.mark.filterwarnings("ignore:fold runs Flipper")
 def test_another_setting_of_the_model_is_named_where_its_accuracy_does_not_hold():
     x, y = halves(40)
     flips = evaluate(Flipper(0.0), x, y, "clean", eps=0.1, save_adv=True)
