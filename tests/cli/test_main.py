@@ -1,10 +1,11 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ import gsem
 from gsem._env import choose_precision
 from gsem.cli import train as cli_train
 from gsem.cli.evaluate import evaluate_command
-from gsem.cli.main import COMMANDS, _scaled, main
-from gsem.cli.options import TrainOptions, parse
+from gsem.cli.main import COMMANDS, main, read
+from gsem.cli.options import changed, command_line
 
 TINY = ["--epochs", "1", "--warmup", "0", "--steps", "1", "--batch-size", "64"]
 
@@ -92,8 +93,7 @@ def test_train_then_evaluate_then_resume(capsys, npz, in_tmp, tmp_path):
     assert gsem.EvaluationResult.load(tmp_path / "r/evaluation").draws == 7  # not overwritten
     assert gsem.EvaluationResult.load(tmp_path / "r/evaluation-2").draws == 100
     code, out, _ = run(capsys, "train", "--resume", "r")
-    assert "this training had ended before: nothing was left to train\n" in out
-    assert code == 0  # finished already: says so again, computes nothing
+    assert code == 0 and "finished" in out and "epoch" not in out.split("best:")[0]  # computes nothing
     assert "already holds a run" in refused(capsys, "train", "--data", npz, "--out", "r", *TINY)
 
 
@@ -136,17 +136,22 @@ def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path):
     ],
 )
 def test_epochs_alone_scale_the_schedule(recipe, words, found):
-    scaled = _scaled(gsem.RECIPES[recipe], words)
-    made = parse(TrainOptions, "train", words, default=TrainOptions(scaled)).recipe
+    made = read("train", [recipe, *words]).recipe
     assert (made.epochs, pytest.approx(made.warmup), made.milestones) == found
 
 
 def test_published_rounds_are_kept():
-    assert _scaled(gsem.RECIPES["gcat-published"], ["--epochs", "15"]).rounds == 5
+    assert read("train", ["gcat-published", "--epochs", "15"]).recipe.rounds == 5
+
+
+def test_a_study_scales_its_schedule_as_train_does():
+    made = read("study", ["ablation", "--epochs=1"])
+    assert (made.study, made.recipe) == ("ablation", gsem.RECIPES["gcat"].scaled(1))
+    assert read("study", ["recipes", "--epochs", "5", "--warmup", "2"]).recipe.warmup == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("evaluat",), "evaluate"),
         (("train", "gcta"), "Did you mean gcat"),
@@ -168,8 +173,8 @@ def test_published_rounds_are_kept():
         (("data", "nowhere/at/all"), "nowhere/at/all"),
     ],
 )
-def test_wrong_words_get_one_line(capsys, in_tmp, words, told):
-    assert told in refused(capsys, *words)
+def test_wrong_words_get_one_line(capsys, in_tmp, words, message):
+    assert message in refused(capsys, *words)
 
 
 def test_a_model_and_images_that_do_not_fit(capsys, npz, in_tmp):
@@ -205,17 +210,47 @@ def test_python_m_gsem_is_the_command(tmp_path):
 
 
 def test_ctrl_c_in_a_study_names_the_study_not_its_training(capsys, in_tmp, monkeypatch):
-    def stop(*args, **how):
+    def stop(*args, **more):
         raise gsem.TrainingInterrupted("runs/study-ablation-digits/plain-seed0")
 
     monkeypatch.setattr("gsem.cli.study.study", stop)
     code, _, err = run(capsys, "study")
     assert code == 130
-    assert err == "stopped; what is finished is kept: the same command goes on from there\n"
+    assert err.startswith("stopped") and "study-ablation-digits" not in err
+
+
+def test_a_file_that_a_report_writes_is_not_taken_for_a_run(capsys, in_tmp, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    for name in ("card.json", "evaluation.json", "page.html"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "evaluation.npz").touch()
+    assert "gsem report RUN -o card.json" in refused(capsys, "report", "card.json")
+    assert "give evaluation.npz" in refused(capsys, "report", "evaluation.json")
+    assert "page.html cannot be a RUN" in refused(capsys, "report", "runs/x", "page.html")
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_a_printed_command_is_read_as_the_options_it_was_made_of():
+    options = read("audit", ["my run", "--normalize=-0.5/1", "--eps", "8/255", "--source", "a", "b", "--quick"])
+    line = command_line("audit", options.model, **changed(options, "model"))
+    assert line == "gsem audit 'my run' --source a b --eps 8/255 --normalize=-0.5/1 --quick"
+    assert read("audit", shlex.split(line)[2:]) == options
+    assert command_line("evaluate", "r", frozen=False, seed=0, out=None) == "gsem evaluate r --no-frozen --seed 0"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "audit", "verify", "report", "demo", "data"])
+def test_every_option_has_a_sentence_and_a_default(capsys, monkeypatch, command):
+    """And no default is None."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = " ".join(run(capsys, command, "--help")[1].replace("│", " ").split())
+    kind = COMMANDS[command][0]
+    assert "(default: None)" not in text and "(default: )" not in text
+    assert text.count("(default: ") + text.count("(required)") == len(fields(kind))
+    assert len(re.findall(r"\. \((?:default: |required\))", text)) == len(fields(kind))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_training_is_saved_and_says_how_to_go_on(tmp_path, number, code):
+def test_a_stopped_training_is_saved_and_names_the_command_that_resumes_it(tmp_path, number, code):
     """Ctrl-C, and the signal that clusters send before they kill."""
     words = [sys.executable, "-m", "gsem", "train", "--out", "my run", "--epochs", "500"]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -225,7 +260,7 @@ def test_a_stopped_training_is_saved_and_says_how_to_go_on(tmp_path, number, cod
                 break
         _, err = process.communicate(timeout=120)
     assert process.returncode == code
-    assert err == "stopped; saved. Go on with: gsem train --resume 'my run'\n"
+    assert err == "stopped; saved. Resume with: gsem train --resume 'my run'\n"
     assert (tmp_path / "my run/checkpoints/last.safetensors").exists()
     assert not (tmp_path / "my run/.lock").exists()
 

@@ -153,4 +153,4 @@ def test_a_stopped_script_says_how_to_go_on(capsys, monkeypatch, number, code):
     monkeypatch.setattr("sys.argv", ["train_gsem.py"])
     monkeypatch.setattr("gsem.cli.paper.run_training", stop)
     assert train_main("gcat-published") == code
-    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
+    assert capsys.readouterr().err == "stopped; the same command resumes from here\n"

@@ -181,13 +181,13 @@ def test_is_stochastic_tells_them_apart_and_leaves_chance_alone():
 @pytest.mark.filterwarnings("ignore:fold runs Flipper")
 def test_the_same_seed_gives_the_same_result_and_the_callers_chance_is_left():
     x, y = halves(30)
-    how = {"attacks": ["clean", "pgd:steps=2:eot=2"], "eps": 0.1, "draws": 20, "save_adv": True}
+    kwargs = {"attacks": ["clean", "pgd:steps=2:eot=2"], "eps": 0.1, "draws": 20, "save_adv": True}
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = evaluate(Flipper(), x, y, **how)
+    first = evaluate(Flipper(), x, y, **kwargs)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    again, other = (evaluate(Flipper(), x, y, **how, seed=seed) for seed in (0, 1))
+    again, other = (evaluate(Flipper(), x, y, **kwargs, seed=seed) for seed in (0, 1))
     for a, b, c in zip(first.scores, again.scores, other.scores, strict=True):
         assert (a.correct == b.correct).all() and (a.x_adv == b.x_adv).all()
         assert (a.correct != c.correct).any()
@@ -198,8 +198,8 @@ def test_the_same_seed_gives_the_same_result_and_the_callers_chance_is_left():
 def test_scoring_draws_do_not_depend_on_the_search(monkeypatch):
     x, y = halves(60)
 
-    def another(model, x, y, **how):
-        torch.rand(5, generator=rng(how["seed"]))
+    def another(model, x, y, **kwargs):
+        torch.rand(5, generator=rng(kwargs["seed"]))
         for _ in range(3):
             model(x)
         return x.clone()
@@ -239,16 +239,16 @@ def test_no_scoring_draw_was_seen_by_a_search():
 def test_options_reach_the_attack(monkeypatch):
     seen = []
 
-    def spy(model, x, y, **how):
-        seen.append(how)
-        return pgd(model, x, y, **how)
+    def spy(model, x, y, **kwargs):
+        seen.append(kwargs)
+        return pgd(model, x, y, **kwargs)
 
     replace_pgd(monkeypatch, spy)
     x, y = halves(6)
     options = {"steps": 3, "step": 0.02, "restarts": 2, "eot": 1, "loss": "dlr", "keep": "last"}
     text = "pgd:" + ":".join(f"{k}={v}" for k, v in options.items())
     result = evaluate(small_net(), x, y, [text], eps=0.1, batch_size=4)
-    assert len(seen) == 2 and all(how.items() >= options.items() for how in seen)
+    assert len(seen) == 2 and all(kwargs.items() >= options.items() for kwargs in seen)
     assert seen[0]["seed"] != seen[1]["seed"]
     _, label = result.metadata["options"]
     assert label == "pgd3-eot1-dlr-x2-last-step0.02" and result.metadata["options"][label] == options
@@ -320,7 +320,7 @@ def test_errors_name_the_row_in_the_data_set(monkeypatch):
     with pytest.raises(ValueError, match=r"^image 7 \(row 77 of the data set\) has label 5"):
         evaluate(Halves(), x, torch.where(torch.arange(10) == 7, 5, y), ["clean"], eps=0.1, rows=rows)
 
-    def broken(model, x, y, **how):
+    def broken(model, x, y, **kwargs):
         return torch.where((torch.arange(len(x)) == 2)[:, None, None, None], torch.nan, x)
 
     replace_pgd(monkeypatch, broken)
@@ -337,21 +337,21 @@ def test_rows_that_are_none_are_refused(rows):
 
 def test_a_finished_result_is_returned_and_not_computed_again(tmp_path, monkeypatch):
     x, y = halves(10)
-    how = {"attacks": ["clean", "pgd:steps=2"], "eps": 0.1, "save": tmp_path / "r"}
-    first = evaluate(Halves(), x, y, **how, rows=range(5, 15))
+    kwargs = {"attacks": ["clean", "pgd:steps=2"], "eps": 0.1, "save": tmp_path / "r"}
+    first = evaluate(Halves(), x, y, **kwargs, rows=range(5, 15))
     assert first.rows.tolist() == list(range(5, 15)) and evaluate(Halves(), x, y, "clean", eps=0.1).rows[-1] == 9
-    told: list[Progress] = []
-    again = evaluate(Halves(), x, y, **how, on_progress=told.append)
-    assert told == [] and again.to_dict() == first.to_dict() and again.rows.tolist() == first.rows.tolist()
-    evaluate(Halves(), x, y, **how, rows=range(5, 15), on_progress=told.append, again=True)
-    assert [p.name for p in told] == ["clean", "pgd2-eot1"]
+    reports: list[Progress] = []
+    again = evaluate(Halves(), x, y, **kwargs, on_progress=reports.append)
+    assert reports == [] and again.to_dict() == first.to_dict() and again.rows.tolist() == first.rows.tolist()
+    evaluate(Halves(), x, y, **kwargs, rows=range(5, 15), on_progress=reports.append, again=True)
+    assert [p.name for p in reports] == ["clean", "pgd2-eot1"]
     for change, different in (({"seed": 1}, "seed"), ({"rows": range(10)}, "the rows of the images")):
         with pytest.raises(AnotherQuestion, match=rf"r\.npz is there already.*{different}"):
-            evaluate(Halves(), x, y, **how | change, again=True)
+            evaluate(Halves(), x, y, **kwargs | change, again=True)
 
 
 def test_an_attack_that_cheats_is_caught(monkeypatch):
-    replace_pgd(monkeypatch, lambda model, x, y, **how: (x + 1.01 * how["eps"]).clamp(0, 1))
+    replace_pgd(monkeypatch, lambda model, x, y, **kwargs: (x + 1.01 * kwargs["eps"]).clamp(0, 1))
     x, y = halves(4)
     with pytest.raises(ValueError, match=r"farther than eps = 0\.1"):
         evaluate(Halves(), x, y, ["pgd"], eps=0.1)
@@ -361,9 +361,9 @@ def test_the_model_is_left_as_it_was_and_progress_is_reported():
     model = small_net()
     before, flags = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     x, y = halves(10)
-    told: list[Progress] = []
-    result = evaluate(model, x, y, ["clean", "pgd:steps=1"], eps=0.1, batch_size=4, on_progress=told.append)
-    ends = [p for p in told if p.remaining == 0]
+    reports: list[Progress] = []
+    result = evaluate(model, x, y, ["clean", "pgd:steps=1"], eps=0.1, batch_size=4, on_progress=reports.append)
+    ends = [p for p in reports if p.remaining == 0]
     assert [(p.name, p.done, p.images) for p in ends] == [
         (label, done, 10) for label in ("clean", "pgd1-eot1") for done in (4, 8, 10)
     ]

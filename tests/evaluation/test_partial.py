@@ -26,8 +26,8 @@ from planted import Flipper, Halves, halves, small_net
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 
-def gsem_net(**how) -> torch.nn.Module:
-    return gsem.create_model("gsem-resnet10x16", num_classes=3, in_channels=1, **how).eval()
+def gsem_net(**kwargs) -> torch.nn.Module:
+    return gsem.create_model("gsem-resnet10x16", num_classes=3, in_channels=1, **kwargs).eval()
 
 
 def table(result: EvaluationResult) -> list:
@@ -118,7 +118,7 @@ def test_a_half_written_piece_counts_as_not_written(tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "difference"),
     [
         ({"eps": 0.2}, "eps (0.1 then, 0.2 now)"),
         ({"draws": 13}, "draws (12 then, 13 now)"),
@@ -136,20 +136,20 @@ def test_a_half_written_piece_counts_as_not_written(tmp_path, uninterrupted):
         ({"y": 2 - halves(24)[1]}, "the labels"),
     ],
 )
-def test_another_question_does_not_touch_what_is_there_and_is_told_what_differs(tmp_path, change, told):
+def test_another_question_does_not_touch_what_is_there_and_the_error_names_what_differs(tmp_path, change, difference):
     def stop(p) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(**question(), save=tmp_path / "r", on_progress=stop)
     before = {p: p.read_bytes() for p in (tmp_path / "r.unfinished").iterdir()}
-    with pytest.raises(ValueError, match=rf"Different are: {re.escape(told)}.*\. Repeat that command"):
+    with pytest.raises(ValueError, match=rf"Different are: {re.escape(difference)}.*\. Repeat that command"):
         evaluate(**question() | change, save=tmp_path / "r")
     assert {p: p.read_bytes() for p in (tmp_path / "r.unfinished").iterdir()} == before
 
 
 def test_an_evaluation_that_finished_nothing_leaves_the_place_free(tmp_path, monkeypatch):
-    def crash(*args, **how):
+    def crash(*args, **kwargs):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as m:
@@ -165,35 +165,35 @@ def test_an_evaluation_that_finished_nothing_leaves_the_place_free(tmp_path, mon
 
 def test_a_result_of_something_else_is_not_overwritten(tmp_path):
     x, y = halves(6)
-    how = {"x": x, "y": y, "attacks": "clean", "eps": 0.1}
-    evaluate(small_net(), **how, save=tmp_path / "r")
-    evaluate(small_net(), **how, save=tmp_path / "r.json")  # the same once more
+    kwargs = {"x": x, "y": y, "attacks": "clean", "eps": 0.1}
+    evaluate(small_net(), **kwargs, save=tmp_path / "r")
+    evaluate(small_net(), **kwargs, save=tmp_path / "r.json")  # the same once more
     before = (tmp_path / "r.npz").read_bytes()
-    for model, change, told in (
+    for model, change, difference in (
         (Halves(), {}, "the model's layers"),
         (small_net(), {"eps": 0.2}, r"eps \(0\.1 then"),
         (small_net(), {"x": x[:4], "y": y[:4]}, "the images"),
     ):
-        with pytest.raises(ValueError, match=rf"r\.npz is there already.*Different are: {told}.*another --out"):
-            evaluate(model, **how | change, save=tmp_path / "r")
+        with pytest.raises(ValueError, match=rf"r\.npz is there already.*Different are: {difference}.*another --out"):
+            evaluate(model, **kwargs | change, save=tmp_path / "r")
     (tmp_path / "other.npz").write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"other\.npz is there already"):
-        evaluate(small_net(), **how, save=tmp_path / "other")
+        evaluate(small_net(), **kwargs, save=tmp_path / "other")
     assert (tmp_path / "r.npz").read_bytes() == before and (tmp_path / "other.npz").read_bytes() == b"mine"
 
 
 def test_two_evaluations_into_one_place_do_not_run_at_once(tmp_path):
     x, y = halves(6)
-    how = {"model": Halves(), "x": x, "y": y, "attacks": "pgd:steps=3", "eps": 0.1, "save": tmp_path / "r"}
+    kwargs = {"model": Halves(), "x": x, "y": y, "attacks": "pgd:steps=3", "eps": 0.1, "save": tmp_path / "r"}
     refused = []
 
     def second(p) -> None:
         if not refused:
             with pytest.raises(ValueError, match=r"is evaluating into .*r, since .*: wait for its end") as error:
-                evaluate(**how)
+                evaluate(**kwargs)
             refused.append(error)
 
-    result = evaluate(**how, on_progress=second)
+    result = evaluate(**kwargs, on_progress=second)
     assert refused and table(EvaluationResult.load(tmp_path / "r")) == table(result)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.npz"]
 
@@ -259,21 +259,21 @@ def changed(result: EvaluationResult, number: int, **change) -> EvaluationResult
 @pytest.fixture
 def plain() -> tuple[EvaluationResult, dict]:
     x, y = halves(40, contrast=0.15)
-    how = {"model": Halves(), "x": x, "y": y}
-    return evaluate(**how, attacks="clean,pgd:steps=9", eps=0.05, save_adv=True), how
+    kwargs = {"model": Halves(), "x": x, "y": y}
+    return evaluate(**kwargs, attacks="clean,pgd:steps=9", eps=0.05, save_adv=True), kwargs
 
 
 def test_planted_lies_are_found(plain):
-    result, how = plain
+    result, kwargs = plain
     scores = result.scores[1]
     x_adv = scores.x_adv
 
     def problems(number: int = 1, **change) -> str:
-        return " ".join(verify(changed(result, number, **change), **how)[number].problems)
+        return " ".join(verify(changed(result, number, **change), **kwargs)[number].problems)
 
     assert problems() == ""
     far = x_adv.copy()
-    far[3] = (how["x"][3] + 1.01 * 0.05).clamp(0, 1).numpy()
+    far[3] = (kwargs["x"][3] + 1.01 * 0.05).clamp(0, 1).numpy()
     assert "image 3 lies 0.0505 away (Linf), farther than eps = 0.05" in problems(x_adv=far)
     outside = x_adv.copy()
     outside[5, 0, 0, 0] = 1.2
@@ -283,7 +283,7 @@ def test_planted_lies_are_found(plain):
     moved = result.scores[0].x_adv + 0.001
     assert "the clean images are not those given" in problems(0, x_adv=moved)
     other = replace(result, y=1 - result.y)
-    assert "40 labels differ from the saved ones" in verify(other, **how)[0].problems
+    assert "40 labels differ from the saved ones" in verify(other, **kwargs)[0].problems
 
 
 @pytest.mark.filterwarnings("ignore:fold runs Flipper")
@@ -295,17 +295,26 @@ def test_chance_is_allowed_and_no_more():
     assert "expected accuracy" in verify(flips, Flipper(0.34), x, y)[0].problems[0]
 
 
+@pytest.mark.filterwarnings("ignore:fold runs Flipper")
+def test_another_setting_of_the_model_is_named_where_its_accuracy_does_not_hold():
+    x, y = halves(40)
+    flips = evaluate(Flipper(0.0), x, y, "clean", eps=0.1, save_adv=True)
+    assert verify(flips, Flipper(0.0), x, y)[0].problems == []
+    *_, last = verify(flips, Flipper(1.0), x, y)[0].problems
+    assert "this is not the evaluated model. By its fingerprint, different are: the model's layers" in last
+
+
 def test_a_result_without_images_cannot_be_verified(plain):
-    result, how = plain
+    result, kwargs = plain
     without = replace(result, scores=[replace(s, x_adv=None) for s in result.scores])
     with pytest.raises(ValueError, match=r"holds no adversarial examples.*save_adv"):
-        verify(without, **how)
+        verify(without, **kwargs)
     with pytest.raises(ValueError, match="the result is of images"):
-        verify(result, how["model"], how["x"][:3], how["y"][:3])
+        verify(result, kwargs["model"], kwargs["x"][:3], kwargs["y"][:3])
 
 
 def test_a_saved_result_is_verified_from_its_file(tmp_path, plain):
-    result, how = plain
+    result, kwargs = plain
     result.save(tmp_path / "r")
     shutil.move(tmp_path / "r.npz", tmp_path / "moved.npz")
-    assert verify(EvaluationResult.load(tmp_path / "moved.npz"), **how)[1].problems == []
+    assert verify(EvaluationResult.load(tmp_path / "moved.npz"), **kwargs)[1].problems == []

@@ -91,9 +91,9 @@ def fragile() -> tuple[nn.Module, Tensor, Tensor]:
 
 def test_a_killed_gradient_stops_pgd_and_neither_random_search_nor_labels_only(fragile):
     network, x, y = fragile
-    how = {"eps": FRAGILE, "batch_size": 100}
-    assert evaluate(network, x, y, "pgd:steps=20", **how).expected("worst").mean < 0.05  # it is not robust at all
-    result = evaluate(Killed(network), x, y, "pgd:steps=20,square:queries=1000,rays:queries=1500", **how)
+    kwargs = {"eps": FRAGILE, "batch_size": 100}
+    assert evaluate(network, x, y, "pgd:steps=20", **kwargs).expected("worst").mean < 0.05  # it is not robust at all
+    result = evaluate(Killed(network), x, y, "pgd:steps=20,square:queries=1000,rays:queries=1500", **kwargs)
     clean, pgd, square, rays = (result.expected(s.name).mean for s in result.scores)
     assert clean == 1 and pgd > 0.9
     assert square < 0.05 and rays < 0.05
@@ -115,9 +115,9 @@ class Quantised(nn.Module):
 @pytest.mark.filterwarnings("ignore:fold runs Quantised")
 def test_quantise_and_noise_holds_against_plain_pgd_only(fragile):
     network, x, y = fragile
-    how = {"eps": FRAGILE, "batch_size": 100}
+    kwargs = {"eps": FRAGILE, "batch_size": 100}
     listed = "pgd:steps=20:eot=1,square:queries=300:eot=5,transfer:steps=30:eot=5"
-    result = evaluate(Quantised(network).eval(), x, y, listed, **how, source_models={"bare": network})
+    result = evaluate(Quantised(network).eval(), x, y, listed, **kwargs, source_models={"bare": network})
     assert result.metadata["stochastic"]
     _, pgd, square, transfer = (result.expected(s.name).mean for s in result.scores)
     assert pgd > 0.9 and transfer < 0.05 and square < 0.15

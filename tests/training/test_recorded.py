@@ -234,7 +234,7 @@ def test_one_training_at_a_time(mine):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--epochs", "5"), "--epochs cannot be given with --resume: r goes on with its own recipe"),
+        (("--epochs", "5"), "--epochs cannot be given with --resume: r resumes with its own recipe"),
         (("--lr", "0.2", "--batch-size", "3"), "--batch-size, --lr cannot"),
         (("--out", "s"), "--out cannot"),
         (("--warmup", "0.5"), "--warmup cannot"),

@@ -13,11 +13,11 @@ from gsem.evaluation.statistics import Interval
 
 
 def show_result(console: Console, result: EvaluationResult, what: str) -> None:
-    """The accuracies of every attack, the worst cases, and what stands beside them."""
+    """The accuracies of every attack and of the worst cases, and what the columns mean."""
     metadata = result.metadata
     console.print(f"\n{what}, eps = {pixels(metadata['eps'])} ({metadata['norm']})")
     several = result.draws > 1
-    headings = ("expected", "95% interval", *(("vote", "sent ×10") if several else ()), "passes", "time")
+    headings = ("expected", "95% interval", *(("vote", "10 queries") if several else ()), "passes/image", "time")
     fresh = [name for name in result.names if "@" not in name]
     _show_attacks(console, result, headings, fresh, several)
     for s in result.scores:
@@ -26,17 +26,17 @@ def show_result(console: Console, result: EvaluationResult, what: str) -> None:
     known = [name for mode in ("frozen", "off") for name in result.names if name.endswith(f"@{mode}")]
     if known:
         console.print("\nwith the noise known to the attacker: @frozen by a seed, @off without noise")
-        _show_attacks(console, result, ("expected", "95% interval", "passes", "time"), known, False)
-    console.print(f"{metadata['images']} images, seed {metadata['seed']}; accuracy in per cent, passes per image")
+        _show_attacks(console, result, ("expected", "95% interval", "passes/image", "time"), known, False)
+    console.print(f"{metadata['images']} images, seed {metadata['seed']}; accuracy in per cent")
     if len(fresh) > 2:
-        console.print("worst: each image under the attack that is the worst for it")
+        console.print("worst case: each image under the attack that is worst for it")
     if several:
         console.print(
-            f"{result.draws} scoring draws. expected: of one answer; vote: of the plurality of 11;\n"
-            "sent ×10: against someone who sends the image ten times"
+            f"{result.draws} scoring draws. expected: accuracy of one prediction; vote: of the\n"
+            f"plurality of {VOTERS}; 10 queries: against an attacker who sends the image ten times"
         )
         if result.draws < VOTERS:
-            console.print(f"(–: a vote needs {VOTERS} draws, sent ×10 needs 10)")
+            console.print(f"(–: vote needs {VOTERS} draws, 10 queries needs 10)")
     else:
         console.print("deterministic, one draw")
 
@@ -84,7 +84,7 @@ def _show_unbounded(console: Console, result: EvaluationResult, s: AttackScores)
 
 
 def show_as_published(console: Console, result: EvaluationResult) -> None:
-    """The block that stands beside the honest figures, and is no estimate of robustness."""
+    """The accuracies that the released evaluation would print, which are no estimate of robustness."""
     cells = [
         f"{s.name} {percent(result.as_published(s.name).mean).strip()}"
         for s in result.scores
@@ -100,7 +100,7 @@ def study_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("variant")
     # (Per image and epoch; the time is that of the whole training.)
-    for heading in (*rows[0]["accuracy"], "passes", "epochs", "training"):
+    for heading in (*rows[0]["accuracy"], "passes/image", "epochs", "training"):
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [f"{100 * mean:.1f} ±{100 * (high - low) / 2:4.1f}" for mean, low, high in row["accuracy"].values()]

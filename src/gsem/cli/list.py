@@ -31,12 +31,11 @@ def models_command(console: Console, o: NoOptions) -> None:
 
 
 def data_command(console: Console, o: DataOptions) -> None:
-    name = o.name
-    if name is None:
+    if o.data is None:
         show_list(console, "data", DATASETS)
         console.print("\nA path of an image folder or of an .npz file is a name too.")
         return
-    source = load(name)
+    source = load(o.data)
     shape = "×".join(map(str, source.shape))
     console.print(f"{source.name}: {source.description}")
     console.print(

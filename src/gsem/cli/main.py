@@ -4,13 +4,11 @@ The words are read first, which needs neither torch nor scipy; the module of a c
 """
 
 import os
-import shlex
 import sys
 import warnings
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -26,9 +24,12 @@ from gsem.cli.options import (
     NoOptions,
     ReportOptions,
     StudyOptions,
+    TaskOptions,
     TrainOptions,
     VerifyOptions,
+    command_line,
     parse,
+    parse_recipe,
     unknown,
 )
 from gsem.training.recipe import Recipe
@@ -37,7 +38,7 @@ from gsem.training.recipes import RECIPES
 HELP = """\
 gsem: image classifiers trained by gradient semi-masking, measured honestly.
 
-usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help tells its options)
+usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help lists its options)
 
   demo       train a small GSeM network on digits, attack it, write a report
   train      train by a recipe:      gsem train gcat --data digits
@@ -48,7 +49,7 @@ usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help tells its options)
   recipes    list the named recipes, and what they cost
   models     list the networks
   study      compare variants over seeds: gsem study ablation
-  data       list the data sets, or tell what one holds: gsem data PATH
+  data       list the data sets, or show what one holds: gsem data PATH
 
   --debug    anywhere: show the traceback of an error
   --version  print the version
@@ -88,10 +89,13 @@ def read(command: str, words: list[str]) -> Any:
         name, words = _name_first(words, "ablation")
         if name not in STUDIES:
             raise ValueError(unknown("study", name, STUDIES))
-        return parse(StudyOptions, f"study {name}", words, default=StudyOptions(name, RECIPES["gcat"]))
-    if command in ("evaluate", "audit"):
-        words = _model_first(words)
-    return parse(COMMANDS[command][0], command, words)
+        return parse_recipe(StudyOptions, f"study {name}", words, RECIPES["gcat"], study=name)
+    options = parse(COMMANDS[command][0], command, words)
+    if isinstance(options, TaskOptions):
+        if bool(options.model) == bool(options.named_model):
+            raise ValueError(f"give one MODEL: gsem {command} MODEL, or --model MODEL")
+        return replace(options, model=options.model or options.named_model, named_model="")
+    return options
 
 
 def _name_first(words: list[str], default: str) -> tuple[str, list[str]]:
@@ -99,55 +103,37 @@ def _name_first(words: list[str], default: str) -> tuple[str, list[str]]:
     return (words[0], words[1:]) if words and not words[0].startswith("-") else (default, words)
 
 
-def _model_first(words: list[str]) -> list[str]:
-    """The words with MODEL in front, where it is given as an option: --model package.module:function."""
-    if "--model" not in words[:-1]:
-        return words
-    at = words.index("--model")
-    return [words[at + 1], *words[:at], *words[at + 2 :]]
-
-
 def _read_train(words: list[str]) -> TrainOptions:
     name, words = _name_first(words, "")
     if name and name not in RECIPES:
         raise ValueError(unknown("recipe", name, RECIPES))
-    recipe = RECIPES[name or "gcat"]
-    options: TrainOptions = parse(TrainOptions, "train", words, default=TrainOptions(_scaled(recipe, words)))
+    options: TrainOptions = parse_recipe(TrainOptions, "train", words, RECIPES[name or "gcat"])
     if options.resume is None:
         return options
     former = import_module("gsem.training.run").resume_recipe(options.resume)
-    # (Scaled only so that --epochs is refused for itself, and not for a warm-up that does not fit.)
-    scaled = _scaled(former, words)
-    options = parse(TrainOptions, "train", words, default=TrainOptions(scaled))
-    _refuse_changes(options, former, scaled, name)
+    options = parse_recipe(TrainOptions, "train", words, former)
+    _refuse_changes(options, former, name)
     return replace(options, recipe=replace(former, data=options.recipe.data, data_path=options.recipe.data_path))
 
 
-def _refuse_changes(o: TrainOptions, former: Recipe, scaled: Recipe, name: str) -> None:
+def _refuse_changes(o: TrainOptions, former: Recipe, name: str) -> None:
     """Raise a ValueError if what is given beside --resume is not what the run has. Its data may lie elsewhere now."""
-    now, then = o.recipe.to_dict(), scaled.to_dict() | {"epochs": former.epochs}
+    # (The schedule that --epochs scaled is not a change of its own.)
+    now, then = o.recipe.to_dict(), former.scaled(o.recipe.epochs).to_dict() | {"epochs": former.epochs}
     place = ("data", "data_path")
     changed = [f"--{key.replace('_', '-')}" for key in now if now[key] != then[key] and key not in place]
     changed += [f"the recipe {name}"] if name not in ("", former.name) else []
     changed += ["--out"] if o.out not in (None, o.resume) else []
     if changed:
-        start = shlex.join(["gsem", "train", "--init-from", str(o.resume)])
         raise ValueError(
-            f"{', '.join(changed)} cannot be given with --resume: {o.resume} goes on with its own recipe "
+            f"{', '.join(changed)} cannot be given with --resume: {o.resume} resumes with its own recipe "
             f"({former.name}), whose schedule spans its {former.epochs} epochs. For other settings start a new run "
-            f"from its weights: {start} …"
+            f"from its weights: {command_line('train', init_from=str(o.resume))} …"
         )
 
 
-def _scaled(recipe: Recipe, words: list[str]) -> Recipe:
-    """The recipe with its schedule scaled to `--epochs`. What is given of the schedule itself is read afterwards."""
-    given = dict(pairwise(words)) | dict(w.split("=", 1) for w in words if "=" in w)
-    epochs = given.get("--epochs", "")
-    return recipe.scaled(int(epochs)) if epochs.isdigit() and int(epochs) >= 1 else recipe
-
-
-def _note(message: Warning | str, *where: Any) -> None:
-    errors.print(f"gsem: note: {' '.join(str(message).split())}", soft_wrap=True)
+def _warning(message: Warning | str, *where: Any) -> None:
+    errors.print(f"gsem: warning: {' '.join(str(message).split())}", soft_wrap=True)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -166,11 +152,11 @@ def main(words: list[str] | None = None) -> int:
         options = read(command, rest)
         module, function = COMMANDS[command][1].split(":")
         with warnings.catch_warnings(), sigterm_raises():
-            warnings.showwarning = _note  # type: ignore[assignment]  # (who warned is not for people)
+            warnings.showwarning = _warning  # type: ignore[assignment]  # (the line of code that warned is not shown)
             getattr(import_module(module), function)(console, options)
         return 0
     except KeyboardInterrupt as stopped:
-        kept = "; what is finished is kept: the same command goes on from there" if command in RESUMED else ""
+        kept = "; what is finished is kept: the same command resumes from there" if command in RESUMED else ""
         errors.print(str(stopped) or f"stopped{kept}", soft_wrap=True)
         return exit_code(stopped)
     except SystemExit as stop:  # --help

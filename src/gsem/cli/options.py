@@ -1,16 +1,23 @@
-"""The options of each command, and their parsing."""
+"""The options of each command, their parsing, and the command line that repeats them."""
 
+import ast
+import shlex
+import sys
 from collections.abc import Collection
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fractions import Fraction
+from inspect import getsource
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import tyro
+from tyro.conf import Positional
 
+from gsem._text import pixels
 from gsem.training.recipe import Recipe
 
 # Every number may be written as a fraction: 8/255 is how the field writes an eps.
@@ -31,7 +38,7 @@ def _fraction(
             try:
                 return float(words[0])
             except ValueError:
-                raise ValueError(f"{words[0]!r} is no number: 0.03 and 8/255 are") from None
+                raise ValueError(f"{words[0]!r} is not a number, like 0.03 or 8/255") from None
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -42,262 +49,271 @@ def _fraction(
     )
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """Train by a recipe: `gsem train [RECIPE] [OPTIONS]`. Every field of the recipe can be overridden.
+_CLASSES = {c.name: c.body for c in ast.parse(getsource(sys.modules[__name__])).body if isinstance(c, ast.ClassDef)}
+
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def options(kind: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are options, each with the text below it as its help.
+
+    What follows "Default:" there is shown as the default, where the value of the field does not show it (None, ()).
+    """
+    for field, below in pairwise(_CLASSES[kind.__name__]):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            name, text = ast.unparse(field.target), " ".join(ast.literal_eval(below.value).split())
+            text, _, default = text.partition(" Default: ")
+            helped = tyro.conf.arg(
+                help=text,
+                help_behavior_hint=f"(default: {default.removesuffix('.')})" if default else None,
+                metavar=name.upper() if ast.unparse(field.annotation).startswith("Positional") else None,
+            )
+            kind.__annotations__[name] = Annotated[kind.__annotations__[name], helped]
+    return dataclass(frozen=True, kw_only=True)(kind)
+
+
+@options
+class DeviceOptions:
+    device: str | None = None
+    """Where to compute: cpu, cuda or cuda:N. Default: the GPU if there is one."""
+
+
+@options
+class NetworkOptions:
+    """What gsem must know of a network that it did not train."""
+
+    normalize: str | None = None
+    """Mean and std for a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD with a
+    number for each channel, like 0.49,0.48,0.45/0.2,0.2,0.2. eps stays in pixels. Default: pixels in [0, 1] as they
+    are."""
+    arch: str | None = None
+    """Architecture of a published .pt, like GSeMResNet18 (see gsem models). Default: none; a .pt needs it."""
+    num_classes: int = 10
+    """Number of classes of a published .pt."""
+    levels: int = 6
+    """GSeM's levels (the paper's alpha) in a published .pt."""
+    noise: int = 4
+    """GSeM's noise (the paper's beta) in a published .pt."""
+
+
+@options
+class DataSourceOptions:
+    data: str | None = None
+    """The data whose test images are used: a data set's name, an image folder, or an .npz file. Default: the data that
+    the run or the saved evaluation names."""
+    data_path: str | None = None
+    """Directory of the data sets that have names (cifar10, cifar100, svhn). Default: where gsem downloads them to."""
+
+
+@options
+class ModelOptions:
+    """The model that is attacked, by which attacks."""
+
+    model: Positional[str] = ""
+    """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function. Default: --model."""
+    named_model: Annotated[str, tyro.conf.arg(name="model")] = ""
+    """The same as MODEL, as an option. Default: MODEL."""
+    suite: str | None = None
+    """A named list of attacks: quick, standard (AutoAttack), paper (its five attacks), or paper-code (the budgets that
+    its code ran). Default: none."""
+    attacks: str | None = None
+    source: tuple[str, ...] = ()
+    """More models (as MODEL) whose adversarial examples are tried on this one: the transfer attack. Default: none."""
+
+
+@options
+class ThreatOptions:
+    """The images that are attacked, how far, and how."""
+
+    images: int | None = None
+    subset: Literal["balanced", "first"] = "balanced"
+    """The images that --images takes: as many of each class, always the same ones, or the first ones."""
+    eps: float | None = None
+    """Radius of the threat model in pixels of [0, 1], like 8/255. Default: the run's own for Linf, 0.5 for L2."""
+    norm: Literal["Linf", "L2"] = "Linf"
+    """Norm of the perturbation: Linf or L2."""
+    batch_size: int = 256
+    """Images attacked at once."""
+    seed: int = 0
+    """Seed of all random draws."""
+
+
+@options
+class TaskOptions(DeviceOptions, NetworkOptions, ThreatOptions, DataSourceOptions, ModelOptions):
+    """What gsem evaluate and gsem audit share. (Help lists the options from the last base to the first.)"""
+
+    @property
+    def default_images(self) -> int | None:
+        """Test images without --images; None for all."""
+        return None
+
+
+@options
+class EvaluateOptions(TaskOptions):
+    """Attack a model, and score it on draws of its noise that no attack has seen.
+
+    An interrupted evaluation resumes when the same command is started again.
+    """
+
+    attacks: str | None = None
+    """Attacks instead of a suite, with commas between and options behind colons, like
+    clean,pgd:steps=500:eot=20,apgd:loss=dlr,apgd:targets=9,cw,fab:targets=9,square,rays,transfer,autoattack. Default:
+    clean,pgd:steps=100."""
+    images: int | None = None
+    """Number of test images. Default: all."""
+    draws: int = 100
+    """Scoring draws of the noise for each image and attack; as many others choose the worst attack."""
+    frozen: bool = True
+    """Attack a stochastic GSeM also with its noise frozen by a known seed, and with its noise off."""
+    out: Path | None = None
+    """The result is written to OUT.json and OUT.npz. Default: RUN/evaluation, or evaluation here; with a number behind
+    it where another evaluation is."""
+    again: bool = False
+    """Compute an evaluation anew that is finished already, instead of showing its table."""
+    save_adv: bool = False
+    """Keep the adversarial examples in the .npz."""
+
+
+@options
+class AuditOptions(TaskOptions):
+    """Is the robust accuracy real? Twelve checks, and a verdict.
+
+    An interrupted audit resumes when the same command is started again.
+    """
+
+    attacks: str | None = None
+    """The audited attacks instead of a suite, with commas between, like pgd:steps=100,apgd:targets=9. Default: APGD on
+    cross-entropy, on the margin and towards nine targets."""
+    images: int | None = None
+    """Number of test images. Default: 500, with --quick 128."""
+    draws: int | None = None
+    """Scoring draws of the noise for each image and attack. Default: 100, with --quick 20."""
+    only: str | None = None
+    """Run only these checks, with commas between: randomness, gradient, unavailable, unstable, silent_success,
+    incomplete, transfer, unconstrained, binarization, sweeps, blackbox, noise. Default: all."""
+    quick: bool = False
+    """Take fewer images, steps, draws and queries: minutes on a CPU for a small network. Numbers that are given as
+    options stay as they are."""
+    surrogate: str | None = None
+    """A model (as MODEL) whose gradient the attacks follow. Default: the audited model."""
+    gradient: Literal["corrected", "semi-masked"] | None = None
+    """Gradient of every GSeM in the model. Default: the one it was trained with."""
+    out: Path | None = None
+    """The audit is written to OUT.json. Default: RUN/audit.json, or audit.json here; with a number behind it where
+    another audit is."""
+
+    @property
+    def default_images(self) -> int:
+        return 128 if self.quick else 500
+
+
+@options
+class VerifyOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
+    """Judge saved adversarial examples again: bounds, labels, fresh draws."""
+
+    result: Positional[str]
+    """The .npz of gsem evaluate --save-adv."""
+    model: str
+    """The evaluated model: a run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
+    draws: int = 100
+    """Fresh draws of the noise for each image and attack."""
+    seed: int = 1
+    """Seed of the fresh draws."""
+
+
+@options
+class ReportOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
+    """One page on one run, or on several side by side.
+
+    It shows the verdict, accuracies, curves, images and cost.
+    """
+
+    run: Positional[tuple[str, ...]]
+    """Run directories, or the .npz of single evaluations. Of a directory, the latest evaluation and the latest whole
+    audit are shown. Default: none; give one or more."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """File to write: .html, .md (Markdown) or .json (a card with RobustBench's field names). Default: RUN/report.html;
+    report.html here for evaluations and for several runs."""
+    markdown: Path | None = None
+    """Write Markdown to this file too. Default: none."""
+    json: Path | None = None
+    """Write the JSON card to this file too. Default: none."""
+    model: str | None = None
+    """The evaluated network (as MODEL of gsem evaluate), for the pictures of an evaluation of one that gsem did not
+    train. Default: none; the pictures are those that gsem evaluate --save-adv kept."""
+    images: int = 100
+    """Test images behind confusion matrix, gallery and loss surface, if the evaluation kept no adversarial examples; 0
+    leaves these pictures out."""
+
+
+@options
+class TrainOptions(DeviceOptions):
+    """Train by a recipe: gsem train [RECIPE] [OPTIONS].
+
+    Every field of the recipe can be set by its option.
 
     With --epochs alone, milestones and warm-up are scaled with it.
     """
 
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
     out: Path | None = None
-    """Run directory; default: runs/RECIPE-DATA-MODEL-seedN."""
+    """Run directory. Default: runs/RECIPE-DATA-MODEL-seedN."""
     resume: Path | None = None
-    """Go on with the run in this directory. Its recipe stays as it is; --data says where its images are now, if they
-    are not found."""
+    """Resume the run in this directory, with its own recipe. --data says where its images are now, if they are not
+    found. Default: a new run."""
     tensorboard: Path | None = None
-    """Directory for TensorBoard's event files (needs the extra: pip install 'gsem-torch[tensorboard]')."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
+    """Directory for TensorBoard's event files (needs pip install 'gsem-torch[tensorboard]'). Default: none."""
     compile: bool = False
-    """Run the passes by torch.compile: for long trainings on a GPU. The first steps take minutes."""
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Attack a trained model and score it on draws of its noise that no attack has seen.
-
-    An interrupted evaluation goes on when the same command is started again; a finished one is shown again.
-    """
-
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
-    suite: str | None = None
-    """quick, standard (AutoAttack), paper (its five attacks), or paper-code (the budgets that its code ran)."""
-    attacks: str | None = None
-    """Instead of a suite: attacks with commas between, options behind colons, like
-    clean,pgd:steps=500:eot=20,apgd:loss=dlr,apgd:targets=9,cw,fab:targets=9,square,rays,transfer,autoattack."""
-    source: tuple[str, ...] = ()
-    """More models (as MODEL) whose adversarial examples are tried on this one: adds the transfer attack."""
-    data: str | None = None
-    """Whose test images: a data set's name, an image folder, or an .npz file. The run's own data by default."""
-    data_path: str | None = None
-    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
-    images: int | None = None
-    """Number of test images. Default: all."""
-    subset: Literal["balanced", "first"] = "balanced"
-    """Which test images --images takes: as many of each class, the same in every run, or the first ones."""
-    eps: float | None = None
-    """Radius, like 8/255. The run's own by default (L-infinity), 0.5 for L2."""
-    norm: Literal["Linf", "L2"] = "Linf"
-    """Norm of the perturbation: Linf or L2."""
-    draws: int = 100
-    """Scoring draws of the noise, for each image and attack; as many others choose the worst attack."""
-    frozen: bool = True
-    """Attack a stochastic GSeM also with its noise frozen by a known seed, and with its noise off."""
-    batch_size: int = 256
-    """Images attacked at once."""
-    seed: int = 0
-    out: Path | None = None
-    """Where the result goes, as OUT.json and OUT.npz; default: RUN/evaluation, or evaluation here, with a number behind
-    it where there is one of something else."""
-    again: bool = False
-    """Compute the evaluation anew where it is finished already; by default, the saved table is shown."""
-    save_adv: bool = False
-    """Keep the adversarial examples in the .npz."""
-    normalize: str | None = None
-    """For a network that wants normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD with commas between
-    channels, like 0.49,0.48,0.45/0.2,0.2,0.2. eps stays in pixels."""
-    arch: str | None = None
-    """Of a published .pt: which network it is, like GSeMResNet18."""
-    num_classes: int = 10
-    """Of a published .pt."""
-    levels: int = 6
-    """Of a published .pt: GSeM's alpha."""
-    noise: int = 4
-    """Of a published .pt: GSeM's beta."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
-
-
-@dataclass(frozen=True)
-class AuditOptions:
-    """Is the robust accuracy real? Twelve checks, each with a figure, and a verdict: TRUSTED, SUSPECT or INVALID.
-
-    An interrupted audit resumes after its last finished check when the same command is started again.
-    """
-
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
-    attacks: str | None = None
-    """The audited attacks, with commas between, like pgd:steps=100,apgd:targets=9. Default: APGD on cross-entropy, on
-    the margin and towards nine targets."""
-    suite: str | None = None
-    """Instead: quick, standard, paper or paper-code."""
-    only: str | None = None
-    """Only these checks, with commas between: randomness, gradient, unavailable, unstable, silent, unfinished,
-    transfer, unconstrained, binarization, sweeps, blackbox, noise."""
-    quick: bool = False
-    """Other defaults: 128 images, fewer steps, draws and queries: minutes on a CPU for a small network. What is given
-    as an option is used as it is."""
-    source: tuple[str, ...] = ()
-    """More models (as MODEL) whose adversarial examples are tried on this one."""
-    surrogate: str | None = None
-    """A model (as MODEL) through which the attacks go instead of this one."""
-    gradient: Literal["corrected", "semi-masked"] | None = None
-    """Gradient of every GSeM in the model; default: as it was trained."""
-    data: str | None = None
-    """Whose test images: a data set's name, an image folder, or an .npz file. Default: the run's own data."""
-    data_path: str | None = None
-    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
-    images: int | None = None
-    """Number of test images. Default: 500, with --quick 128."""
-    subset: Literal["balanced", "first"] = "balanced"
-    """Which test images --images takes: as many of each class, the same in every run, or the first ones."""
-    eps: float | None = None
-    """Radius, like 8/255. The run's own by default (L-infinity), 0.5 for L2."""
-    norm: Literal["Linf", "L2"] = "Linf"
-    """Norm of the perturbation: Linf or L2."""
-    draws: int | None = None
-    """Scoring draws of the noise for each point. Default: 100, with --quick 20."""
-    batch_size: int = 256
-    """Images attacked at once."""
-    seed: int = 0
-    out: Path | None = None
-    """Where the audit goes, as OUT.json. Default: RUN/audit.json, or audit.json here; with a number behind it where
-    there is one already."""
-    normalize: str | None = None
-    """For a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD."""
-    arch: str | None = None
-    """Of a published .pt: which network it is, like GSeMResNet18."""
-    num_classes: int = 10
-    """Of a published .pt: its number of classes."""
-    levels: int = 6
-    """Of a published .pt: GSeM's levels (the paper's alpha)."""
-    noise: int = 4
-    """Of a published .pt: GSeM's noise (the paper's beta)."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """Judge saved adversarial examples again: bounds, labels, fresh draws."""
-
-    result: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULT")]
-    """The .npz of gsem evaluate --save-adv."""
-    model: str
-    """The evaluated model: a run directory, a checkpoint, a published .pt, or package.module:function."""
-    data: str | None = None
-    """Whose test images; default: those that the result names."""
-    data_path: str | None = None
-    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
-    draws: int = 100
-    """Fresh draws of the noise, for each image and attack."""
-    seed: int = 1
-    """Of these draws."""
-    normalize: str | None = None
-    """For a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD."""
-    arch: str | None = None
-    """Of a published .pt: which network it is, like GSeMResNet18."""
-    num_classes: int = 10
-    """Of a published .pt: its number of classes."""
-    levels: int = 6
-    """Of a published .pt: GSeM's levels (the paper's alpha)."""
-    noise: int = 4
-    """Of a published .pt: GSeM's noise (the paper's beta)."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """One page for people, of one run or of several side by side: verdict, accuracies, curves, images, cost."""
-
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN…")]
-    """Run directories, or the .npz of single evaluations. Of a directory, the latest evaluation and the latest whole
-    audit are shown."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """File to write: .html, .md (Markdown) or .json (a card with RobustBench's field names). RUN/report.html, or
-    report.html for several runs, by default."""
-    markdown: Path | None = None
-    """Write Markdown to this file too."""
-    json: Path | None = None
-    """Write the JSON card to this file too."""
-    model: str | None = None
-    """The network that an evaluation (.npz) is of, where gsem did not train it: as MODEL of gsem evaluate. Pictures
-    need it; without it the gallery shows what gsem evaluate --save-adv kept."""
-    data: str | None = None
-    """Whose test images the pictures are made of. Default: those that the evaluation or the run
-    names."""
-    data_path: str | None = None
-    """Directory of the data sets that have names (cifar10, cifar100, svhn)."""
-    normalize: str | None = None
-    """For a network of --model that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD."""
-    arch: str | None = None
-    """Of a published .pt: which network it is, like GSeMResNet18."""
-    num_classes: int = 10
-    """Of a published .pt."""
-    levels: int = 6
-    """Of a published .pt: GSeM's alpha."""
-    noise: int = 4
-    """Of a published .pt: GSeM's beta."""
-    images: int = 100
-    """Test images that confusion, gallery and loss surface are computed of, where the evaluation kept no adversarial
-    examples (--save-adv); 0 leaves them out."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
+    """Run the passes by torch.compile, for long trainings on a GPU. The first steps take minutes."""
 
 
 STUDIES = ("ablation", "recipes")
 
 
-@dataclass(frozen=True)
-class StudyOptions:
-    """Train and evaluate variants over seeds: `gsem study ablation` or `gsem study recipes`.
+@options
+class StudyOptions(DeviceOptions):
+    """Train and evaluate variants over seeds: gsem study [ablation | recipes].
 
-    The ablation takes GSeM apart; recipes trains every named recipe, its schedule scaled to --epochs. What is
-    finished is not computed again: start the same command to go on.
+    The ablation takes GSeM apart; recipes trains every named recipe.
+
+    With --epochs, every schedule is scaled to it. A stopped study resumes.
     """
 
-    study: tyro.conf.Suppress[str]
-    """One of STUDIES: it stands in front of the options."""
+    study: tyro.conf.Suppress[str]  # one of STUDIES: it stands in front of the options
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
     seeds: int = 3
     """Trainings of each variant."""
     only: str | None = None
-    """Names of variants with commas between, as the table shows them; all by default."""
+    """Names of variants with commas between, as the table shows them. Default: all variants."""
     passes: float | None = None
-    """Of `study recipes`: equal cost instead of equal epochs. Each recipe gets the epochs, at least one, that bring
-    its attack and training passes per image nearest to this number."""
+    """For gsem study recipes: each recipe gets the epochs, at least one, that bring its attack and training passes per
+    image nearest to this number. Default: as many epochs for each."""
     attacks: str = "clean,pgd:steps=50"
-    """Attacks with commas between, options behind colons."""
+    """Attacks of the test, with commas between and options behind colons."""
     images: int | None = None
-    """Only the first so many test images."""
+    """Number of test images, from the first. Default: all."""
     test_data: str | None = None
-    """Whose test images; those of --data by default."""
+    """The data whose test images are used. Default: those of --data."""
     out: Path | None = None
-    """Directory of the study; default: runs/study-NAME-DATA."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
+    """Directory of the study. Default: runs/study-STUDY-DATA."""
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """Train the small GSeM network on digits by GCAT, evaluate it clean and under PGD-100, write a report."""
+@options
+class DemoOptions(DeviceOptions):
+    """Train a small GSeM network on digits, attack it, and write a report."""
 
     out: Path = Path("runs/demo")
-    """Run directory; a finished or interrupted demo there goes on where it stopped."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one."""
+    """Run directory; a finished or interrupted demo there resumes."""
 
 
-@dataclass(frozen=True)
+@options
 class DataOptions:
-    """List the data sets, or tell what one holds."""
+    """List the data sets, or show what one holds."""
 
-    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
-    """digits, an image folder, or an .npz file."""
+    data: Positional[str | None] = None
+    """A data set's name, an image folder, or an .npz file. Default: list the names."""
 
 
 @dataclass(frozen=True)
@@ -305,19 +321,34 @@ class NoOptions:
     """This command takes no options."""
 
 
+@dataclass(frozen=True)
+class _Epochs:
+    """The one option that other defaults follow from."""
+
+    epochs: int | None = None
+
+
 def unknown(kind: str, name: str, known: Collection[str]) -> str:
-    """What is said of a name that does not exist: the names like it, and all there are."""
+    """The error for a name that does not exist: the names like it, and all there are."""
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"{kind} {name!r} is unknown.{hint} Possible are: {', '.join(known)}"
 
 
-def parse(kind: Any, command: str, words: list[str], **how: Any) -> Any:
+def parse(kind: Any, command: str, words: list[str], **more: Any) -> Any:
+    """The options of a command from its words.
+
+    Args:
+        kind: the class of the options. more: of `tyro.cli`.
+
+    Raises:
+        ValueError: words that the command does not take, in one line. SystemExit: its help was printed.
+    """
     boxed = StringIO()
     config = (tyro.conf.DisallowNone,)  # no "{None}|" before what an option takes
     try:
         with redirect_stderr(boxed):
-            return tyro.cli(kind, prog=f"gsem {command}", args=words, registry=registry, config=config, **how)
+            return tyro.cli(kind, prog=f"gsem {command}", args=words, registry=registry, config=config, **more)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -325,4 +356,42 @@ def parse(kind: Any, command: str, words: list[str], **how: Any) -> Any:
         lines = [line.strip("│ ") for line in boxed.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
         text = " ".join(line for line in lines if line.strip("─-") and not line.startswith("For full helptext"))
         text = text.split(" Argument helptext:")[0]
-        raise ValueError(f"{text} (gsem {command} --help tells the options)") from None
+        raise ValueError(f"{text} (gsem {command} --help lists the options)") from None
+
+
+def parse_recipe(kind: Any, command: str, words: list[str], recipe: Recipe, **more: Any) -> Any:
+    """Options with a recipe: `recipe`, its schedule scaled to --epochs, with what else is given.
+
+    Args:
+        more: further defaults of the options.
+    """
+    given, _ = parse(_Epochs, command, words, add_help=False, return_unknown_args=True)
+    scaled = recipe if given.epochs is None or given.epochs < 1 else recipe.scaled(given.epochs)
+    return parse(kind, command, words, default=kind(recipe=scaled, **more))
+
+
+def command_line(command: str, *arguments: object, **options: Any) -> str:
+    """The command line of parsed options, quoted for a shell. An option that is None is left out."""
+    words = ["gsem", command, *map(str, arguments)]
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            text = _number(value) if isinstance(value, float) else str(value)
+            # The form with = is for values like -0.5/1, which would be taken for an option.
+            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+    return shlex.join(words)
+
+
+def changed(options: Any, *without: str) -> dict[str, Any]:
+    """The options that are not at their defaults, but for those `without`."""
+    values = {f.name: (getattr(options, f.name), f.default) for f in fields(options) if f.name not in without}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def _number(value: float) -> str:
+    """The shortest text that is read as this number: 8/255, or 0.3."""
+    return min((t for t in (repr(value), pixels(value)) if float(Fraction(t)) == value), key=len)

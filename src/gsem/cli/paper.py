@@ -1,7 +1,7 @@
 """What the paper's commands do: the same names of files, run by this package's published recipes.
 
 Differences from the released code: the best epoch is chosen on held-out training images instead of the test set;
-`--milestones`, `--use_amp` can be set; `--device N` without a GPU runs on the CPU and says so; MART corrects the
+`--milestones`, `--use_amp` can be set; `--device N` without a GPU runs on the CPU, with a message; MART corrects the
 gradient of both branches.
 """
 
@@ -81,7 +81,7 @@ def recipe_of(options: TrainOptions, published: str) -> Recipe:
 
 
 def device_of(word: str) -> str:
-    """`cuda:N` for the number of a GPU that is there; else the CPU, and a line that says so."""
+    """`cuda:N` for the number of a GPU that is there; else the CPU, with a message."""
     if word == "cpu":
         return "cpu"
     if not word.isdigit():

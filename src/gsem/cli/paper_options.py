@@ -82,7 +82,7 @@ def _main(kind: Any, function: str, *more: str) -> int:
             getattr(import_module("gsem.cli.paper"), function)(options, *more)
         return 0
     except KeyboardInterrupt as stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes from here", file=sys.stderr)
         kind = getattr(stopped, "kind", type(stopped))  # (a training keeps which signal stopped it)
         return exit_code(kind())
     except (ValueError, OSError, RuntimeError) as error:

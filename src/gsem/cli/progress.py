@@ -3,10 +3,18 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from gsem._text import duration, percent
 from gsem.evaluation.evaluate import Progress as AttackProgress
@@ -17,28 +25,33 @@ OVERFITTING = 0.02
 LINE_EVERY = 30.0  # seconds between lines of an evaluation that writes to a file or a pipe
 
 
-class TrainingBar:
+class ProgressBar:
+    """A bar on a terminal that vanishes at the end; elsewhere none."""
+
+    def __init__(self, console: Console, *columns: ProgressColumn):
+        self.console = console
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+
+class TrainingBar(ProgressBar):
     """A bar on a terminal, and in any case one line for each epoch."""
 
     def __init__(self, console: Console):
-        self.console = console
-        self.bar = Progress(
+        super().__init__(
+            console,
             TextColumn("{task.description}"),
             BarColumn(bar_width=12),
             TextColumn("{task.fields[rate]:>7.0f} img/s"),
             TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("starting", total=None, rate=0.0)
-
-    def __enter__(self) -> "TrainingBar":
-        self.bar.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.stop()
 
     def __call__(self, p: TrainingProgress) -> None:
         accuracies = f"clean {percent(p.clean)} robust {percent(p.robust)}"
@@ -75,55 +88,56 @@ class Scalars:
             self.writer.flush()
 
 
-class AttackBar:
-    """A bar for each attack on a terminal. Elsewhere a line now and then, and one when an attack is finished.
+class CountingBar(ProgressBar):
+    """A bar with a count and a status on a terminal; elsewhere a line now and then.
 
     Args:
+        width: of the description.
         clock: seconds, as `time.monotonic` counts them.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
-        self.console, self.clock = console, clock
-        self.bar = Progress(
-            TextColumn("{task.description:<20}"),
+    def __init__(self, console: Console, width: int, clock: Callable[[], float]):
+        super().__init__(
+            console,
+            TextColumn(f"{{task.description:<{width}}}"),
             BarColumn(bar_width=8),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[news]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
+            TextColumn("{task.fields[status]}"),
         )
+        self.clock, self.printed = clock, clock()
+
+    @property
+    def due(self) -> bool:
+        return not self.console.is_terminal and self.clock() - self.printed >= LINE_EVERY
+
+    def print(self, line: str) -> None:
+        self.printed = self.clock()
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+class AttackBar(CountingBar):
+    """A bar for each attack on a terminal. Elsewhere a line now and then, and one when an attack is finished."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        super().__init__(console, 20, clock)
         self.tasks: dict[str, TaskID] = {}
-        self.printed = clock()
         self.started: dict[str, float] = {}
 
-    def __enter__(self) -> "AttackBar":
-        self.bar.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.stop()
-
     def __call__(self, p: AttackProgress) -> None:
-        if not self.console.is_terminal:
-            self._print(p)
-            return
         if p.name not in self.tasks:
-            self.tasks[p.name] = self.bar.add_task(p.name, total=p.images, news="")
-        news = f"{percent(p.accuracy).strip()} so far"
-        if p.done < p.images:
-            news += f", {p.remaining} stand, {p.gradients_per_second:.0f} grad/s"
-            news += "" if p.seconds_left is None else f", {duration(p.seconds_left)}"
-        self.bar.update(self.tasks[p.name], completed=p.done, news=news)
-
-    def _print(self, p: AttackProgress) -> None:
-        now, finished = self.clock(), p.done == p.images
-        started = self.started.setdefault(p.name, now)
-        if now - self.printed < LINE_EVERY and not finished:
-            return
-        self.printed = now
-        passed = f"{duration(now - started)}"
-        # (How long a batch takes is not known before the first one is finished.)
-        time_left = f"{passed} so far" if p.seconds_left is None else f"{duration(p.seconds_left)} left"
-        line = f"{p.name:<20} {p.done}/{p.images} images, {percent(p.accuracy).strip()}"
-        self.console.print(f"{line}, {passed}" if finished else f"{line} so far, {time_left}", soft_wrap=True)
+            self.tasks[p.name] = self.bar.add_task(p.name, total=p.images, status="")
+            self.started[p.name] = self.clock()
+        accuracy, finished = percent(p.accuracy).strip(), p.done == p.images
+        left = None if p.seconds_left is None else duration(p.seconds_left)
+        status = "" if finished else f", {p.remaining} remain, {p.gradients_per_second:.0f} grad/s"
+        status += f", {left}" if left and not finished else ""
+        self.bar.update(self.tasks[p.name], completed=p.done, status=f"{accuracy} so far{status}")
+        passed, line = (
+            duration(self.clock() - self.started[p.name]),
+            f"{p.name:<20} {p.done}/{p.images} images, {accuracy}",
+        )
+        if finished and not self.console.is_terminal:
+            self.print(f"{line}, {passed}")
+        elif self.due:
+            # (How long a batch takes is not known before the first one is finished.)
+            self.print(f"{line} so far, {f'{left} left' if left else f'{passed} so far'}")

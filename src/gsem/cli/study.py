@@ -42,7 +42,7 @@ def study_command(console: Console, o: StudyOptions) -> None:
             on_progress=report,
         )
     except TrainingInterrupted as stopped:
-        raise stopped.kind from None  # the study goes on, not this training of it
+        raise stopped.kind from None  # the study is resumed, not this one training
     console.print()
     console.print(study_table(rows))
     interval = "t-interval over seeds" if o.seeds > 1 else "bootstrap interval over images"

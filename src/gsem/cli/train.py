@@ -1,15 +1,12 @@
 """gsem train and gsem demo: a training with its bar, its heading and what to do next."""
 
-import shlex
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from gsem._text import duration, percent
 from gsem.cli.evaluate import evaluate_command
-from gsem.cli.options import DemoOptions, EvaluateOptions, TrainOptions
+from gsem.cli.options import DemoOptions, EvaluateOptions, TrainOptions, command_line
 from gsem.cli.progress import Scalars, TrainingBar
 from gsem.cli.report import write_report
 from gsem.nn.models import canonical_name
@@ -24,49 +21,40 @@ from gsem.training.trainer import train
 AUDIT_SECONDS = 3.5
 
 
-def train_command(console: Console, options: TrainOptions) -> None:
-    recipe = replace(options.recipe, model=canonical_name(options.recipe.model))
-    out = options.out if options.resume is None else options.resume
-    how: dict[str, Any] = {"resume": options.resume is not None, "compiled": options.compile}
-    run = _run(console, recipe, out, options.device, tensorboard=options.tensorboard, **how)
+def train_command(console: Console, o: TrainOptions) -> None:
+    """Train, or resume a run, and print its best epoch."""
+    recipe = replace(o.recipe, model=canonical_name(o.recipe.model))
+    run = _run(console, replace(o, recipe=recipe, out=o.resume or o.out), resume=o.resume is not None)
     best = run.best
     console.print(
         f"best: epoch {best['epoch']}, validation clean {percent(best['clean']).strip()}, "
         f"robust {percent(best['robust']).strip()} (PGD-10 on held-out training images)"
     )
-    console.print(f"saved; next: {shlex.join(['gsem', 'evaluate', str(run.path)])}", soft_wrap=True)
+    console.print(f"saved; next: {command_line('evaluate', run.path)}", soft_wrap=True)
 
 
-def _run(
-    console: Console,
-    recipe: Recipe,
-    out: Path | None,
-    device: str | None,
-    *,
-    resume: bool,
-    compiled: bool = False,
-    tensorboard: Path | None = None,
-) -> Run:
-    scalars = Scalars(tensorboard) if tensorboard is not None else None
+def _run(console: Console, o: TrainOptions, *, resume: bool) -> Run:
+    """The run in `o.out`, with its bar and heading."""
+    scalars = Scalars(o.tensorboard) if o.tensorboard is not None else None
     with TrainingBar(console) as bar:
         begun = False
 
         def report(p: Progress) -> None:
             nonlocal begun
             if not begun:  # not before the run is known to begin
-                console.print(_heading(recipe, p))
+                console.print(_heading(o.recipe, p))
                 begun = True
             bar(p)
             if scalars is not None:
                 scalars(p)
 
         try:
-            run = train(recipe, out=out, device=device, resume=resume, compiled=compiled, on_progress=report)
+            run = train(o.recipe, out=o.out, device=o.device, resume=resume, compiled=o.compile, on_progress=report)
         except TrainingInterrupted as stopped:
-            again = shlex.join(["gsem", "train", "--resume", str(stopped)])
-            raise stopped.kind(f"stopped; saved. Go on with: {again}") from None
+            command = command_line("train", resume=str(stopped))
+            raise stopped.kind(f"stopped; saved. Resume with: {command}") from None
     if not begun:
-        console.print("this training had ended before: nothing was left to train")
+        console.print("this training is finished: nothing is left to train")
     return run
 
 
@@ -84,9 +72,9 @@ def _heading(recipe: Recipe, p: Progress) -> str:
 
 
 def demo_command(console: Console, o: DemoOptions) -> None:
-    run = _run(console, RECIPES["gcat"], o.out, o.device, resume=True)
+    run = _run(console, TrainOptions(recipe=RECIPES["gcat"], out=o.out, device=o.device), resume=True)
     options = EvaluateOptions(
-        str(run.path),
+        model=str(run.path),
         attacks="clean,pgd:steps=100",
         images=200,
         frozen=False,
@@ -99,4 +87,4 @@ def demo_command(console: Console, o: DemoOptions) -> None:
     write_report(console, [str(run.path)], [run.path / "report.html"], device=o.device)
     expected = duration(AUDIT_SECONDS * sum(s.seconds for s in result.scores))
     console.print(f"Is that accuracy real? Next, about {expected} on this machine:")
-    console.print(f"  gsem audit {shlex.quote(str(run.path))} --quick", soft_wrap=True)
+    console.print(f"  {command_line('audit', run.path, quick=True)}", soft_wrap=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ REPORT_EVERY = 0.2  # seconds
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an evaluation stands, for whoever shows it."""
+    """How far an evaluation is."""
 
     name: str
     """Of the attack, with the noise unless it is fresh."""
@@ -131,18 +132,21 @@ def evaluate(
     """
     if not len(x):
         raise ValueError("there are no images to evaluate on")
-    given, others = (
-        model,
-        source_models or {},
-    )  # results are of the networks themselves, without what holds their logits
+    # Fingerprints are of these, not of the wrappers that take the logits out of what they return.
+    given, others = model, dict(source_models or {})
     numbers = _checked_rows(rows, len(x))
-    with _rows_named(numbers):
+    named = partial(with_rows, rows=numbers)
+    source_models = {}
+    with _reworded(named):
         model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch_size=batch_size)
-        source_models = {name: _plain_source(name, source, x, y) for name, source in others.items()}
+        for name, source in others.items():
+            with _reworded(partial("source {!r}: {}".format, name)):
+                source_models[name] = plain_logits(source, x, y)
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
-    chosen = _chosen(attacks, transferable=bool(source_models) or _defended(model))
-    if any(a.name == "transfer" for a in chosen) and not source_models and not _defended(model):
+    transferable = bool(source_models) or _defended(model)
+    chosen = _chosen(attacks, transferable=transferable)
+    if any(a.name == "transfer" for a in chosen) and not transferable:
         raise ValueError(
             "transfer needs at least one source (--source, source_models=): a model whose points are tried here"
         )
@@ -164,11 +168,11 @@ def evaluate(
         "machine": platform.machine(),
         "device": str(x.device),
     } | ({} if about is None else {"about": dict(about)})
+    task = _Task(model, x, y, eps, norm, metadata["draws"], modes, seed, batch_size, save_adv)
 
     def scored(ledger: Ledger | None) -> EvaluationResult:
-        evaluation = _Evaluation(model, x, y, eps, norm, seed, batch_size, save_adv, ledger, on_progress)
-        with _rows_named(numbers):
-            scores = evaluation.scores(chosen, modes, metadata["draws"], source_models)
+        with _reworded(named):
+            scores = _scores(task, chosen, source_models, ledger, on_progress)
         return EvaluationResult(scores, y.cpu().numpy(), metadata, numbers)
 
     if save is None:
@@ -185,7 +189,7 @@ def evaluate(
 
 
 def _options(attacks: Sequence[AnyAttack], *, eps: float, norm: Norm, stochastic: bool) -> dict[str, dict[str, Any]]:
-    """What each attack runs with, by its label.
+    """The options that each attack runs with, by its label.
 
     Raises:
         ValueError: the same attack twice, or a step longer than the images' range.
@@ -194,18 +198,10 @@ def _options(attacks: Sequence[AnyAttack], *, eps: float, norm: Norm, stochastic
     if len(set(labels)) < len(labels):
         raise ValueError(f"the same attack twice: {', '.join(labels)}")
     options = {lb: a.resolved(eps=eps, stochastic=stochastic) for lb, a in zip(labels, attacks, strict=True)}
-    for label, how in options.items():
-        if norm == "Linf" and (step := how.get("step", 0)) > 1:
+    for label, own in options.items():
+        if norm == "Linf" and (step := own.get("step", 0)) > 1:
             raise ValueError(f"attack {label!r}: step = {step:g}, but images lie in [0, 1]: at most 1 (2/255, not 2)")
     return options
-
-
-def _plain_source(name: str, source: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
-    try:
-        return plain_logits(source, x, y)
-    except ValueError as error:
-        error.args = (f"source {name!r}: {error}", *error.args[1:])
-        raise
 
 
 def _checked_rows(rows: Sequence[int] | Int[np.ndarray, " n"] | None, images: int) -> Int[np.ndarray, " n"]:
@@ -218,25 +214,19 @@ def _checked_rows(rows: Sequence[int] | Int[np.ndarray, " n"] | None, images: in
 
 
 @contextmanager
-def _rows_named(rows: Int[np.ndarray, " n"]) -> Iterator[None]:
-    """An error that names an image by its number names its row in the data set too."""
+def _reworded(change: Callable[[str], str]) -> Iterator[None]:
+    """Within the block, the text of a ValueError is changed, so that it names what the caller knows."""
     try:
         yield
     except ValueError as error:
-        error.args = (with_rows(str(error), rows), *error.args[1:])
+        error.args = (change(str(error)), *error.args[1:])
         raise
 
 
-@contextmanager
-def _numbered_among_all(name: str, first: int) -> Iterator[None]:
-    """An error about an image of a batch names the attack, and the image's number among all."""
-    try:
-        yield
-    except ValueError as error:
-        text = re.sub(r"image (\d+) of the attacked batch", lambda m: f"image {first + int(m[1])}", str(error))
-        if text != str(error):
-            error.args = (f"attack {name!r}: {text}", *error.args[1:])
-        raise
+def _numbered_among_all(text: str, name: str, first: int) -> str:
+    """Of an error about an image of a batch: with the attack's name, and the image's number among all."""
+    changed = re.sub(r"image (\d+) of the attacked batch", lambda m: f"image {first + int(m[1])}", text)
+    return text if changed == text else f"attack {name!r}: {changed}"
 
 
 def _chosen(attacks: AttackLike | Sequence[AttackLike], *, transferable: bool) -> list[AnyAttack]:
@@ -257,98 +247,106 @@ def _noisy(model: nn.Module) -> bool:
     return any(isinstance(m, GSeM) and m.noise > 0 for m in model.modules())
 
 
-def _mode(model: nn.Module, mode: str, seed: int, several: bool) -> Any:
-    # (Where only one is evaluated, the model stays as the caller set it.)
-    return noise(model, mode, seed=seed if mode == "frozen" else None) if several else nullcontext()  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Task:
+    """What is evaluated, and how."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float
+    norm: Norm
+    draws: int
+    modes: Sequence[str]
+    seed: int
+    batch_size: int
+    save_adv: bool
 
 
+def _scores(
+    task: _Task,
+    attacks: Sequence[AnyAttack],
+    source_models: Mapping[str, nn.Module],
+    ledger: Ledger | None,
+    on_progress: Report | None,
+) -> list[AttackScores]:
+    """Every attack in every mode of the noise."""
+    scores: list[AttackScores] = []
+    for mode in task.modes:
+        # Transferred and unbounded points are questions about the model as it is used: with fresh noise.
+        asked = [a for a in attacks if mode == "fresh" or (a.bounded and a.name != "transfer")]
+        transferred = any(a.name == "transfer" for a in asked)
+        as_set: Any = nullcontext()  # one mode only: the model stays as the caller set it
+        if len(task.modes) > 1:
+            as_set = noise(task.model, mode, seed=task.seed if mode == "frozen" else None)  # type: ignore[arg-type]
+        with as_set:
+            sources = undefended(task.model) | dict(source_models) if transferred else {}
+            folded = fold(task.model)
+            folded_sources: dict[str, nn.Module] = {name: fold(source) for name, source in sources.items()}
+            evaluation = _Evaluation(task, mode, folded, folded_sources, ledger, on_progress)
+            if mode == "fresh" and any(a.follows_gradient for a in asked):
+                check_gradient(folded, task.x)
+            scores += [evaluation.score(attack) for attack in asked]
+    return scores
+
+
+@dataclass(frozen=True)
 class _Evaluation:
-    """The attacks on one model, batch by batch."""
+    """The attacks on one model in one mode of its noise, which is set already, batch by batch."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        eps: float,
-        norm: Norm,
-        seed: int,
-        batch_size: int,
-        save_adv: bool,
-        ledger: Ledger | None,
-        on_progress: Report | None,
-    ):
-        self.model, self.x, self.y, self.eps, self.norm, self.seed = model, x, y, eps, norm, seed
-        self.batch_size, self.save_adv, self.ledger, self.on_progress = batch_size, save_adv, ledger, on_progress
-        self.mode, self.draws = "fresh", 1
-        self.folded: nn.Module = model
-        self.source_models: dict[str, nn.Module] = {}
-
-    def scores(
-        self, attacks: Sequence[AnyAttack], modes: Sequence[str], draws: int, source_models: Mapping[str, nn.Module]
-    ) -> list[AttackScores]:
-        """Every attack in every mode of the noise."""
-        scores: list[AttackScores] = []
-        for mode in modes:
-            # What others are broken by, and unbounded points, are questions about the model as it is used.
-            asked = [a for a in attacks if mode == "fresh" or (a.bounded and a.name != "transfer")]
-            with _mode(self.model, mode, self.seed, len(modes) > 1):
-                self.ready(mode, draws, source_models if any(a.name == "transfer" for a in asked) else None)
-                if mode == "fresh" and any(a.follows_gradient for a in asked):
-                    check_gradient(self.folded, self.x)
-                scores += [self.score(attack) for attack in asked]
-        return scores
-
-    def ready(self, mode: str, draws: int, source_models: Mapping[str, nn.Module] | None) -> None:
-        """The noise was set: what follows from it. `sources` is None where nothing is transferred."""
-        self.mode, self.draws = mode, draws if mode == "fresh" else 1
-        self.folded = fold(self.model)
-        every = {} if source_models is None else undefended(self.model) | dict(source_models)
-        self.source_models = {name: fold(source) for name, source in every.items()}
+    task: _Task
+    mode: str
+    folded: nn.Module
+    source_models: dict[str, nn.Module]
+    ledger: Ledger | None
+    on_progress: Report | None
 
     @property
-    def stochastic(self) -> bool:
-        return self.draws > 1
+    def draws(self) -> int:
+        return self.task.draws if self.mode == "fresh" else 1
 
     def score(self, attack: AnyAttack) -> AttackScores:
         """All images under one attack."""
-        name = attack_name(attack.label(eps=self.eps, stochastic=self.stochastic), self.mode)
+        task = self.task
+        name = attack_name(attack.label(eps=task.eps, stochastic=self.draws > 1), self.mode)
+        watch = _Watch(self.on_progress, name, len(task.x), self.draws)
         parts: list[AttackScores] = []
-        for first in range(0, len(self.x), self.batch_size):
-            size = min(self.batch_size, len(self.x) - first)
-            watch = _Watch(self.on_progress, name, len(self.x), parts, size, self.draws)
+        for first in range(0, len(task.x), task.batch_size):
+            watch.begin(min(task.batch_size, len(task.x) - first))
             part = self.ledger.read(name, first) if self.ledger is not None else None
             if part is None:
                 part = self._batch(attack, name, first, watch)
                 if self.ledger is not None:
                     self.ledger.write(name, first, part)
             parts.append(part)
-            watch.finished()
-        return joined(parts, save_adv=self.save_adv)
+            watch.finished(part)
+        return joined(parts, save_adv=task.save_adv)
 
     def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> AttackScores:
-        one = slice(first, first + self.batch_size)
-        x, y = self.x[one], self.y[one]
-        # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
-        names = (name, first)
+        task = self.task
+        x, y = (values[first : first + task.batch_size] for values in (task.x, task.y))
         started = time.monotonic()
         watch.model = counted = counting(self.folded)
-        how: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "stochastic": self.stochastic}
-        with _numbered_among_all(name, first):
+        with _reworded(partial(_numbered_among_all, name=name, first=first)):
             x_adv = attack.run(
                 counted,
                 x,
                 y,
-                **how,
-                seed=derive_seed(self.seed, "search", *names),
+                eps=task.eps,
+                norm=task.norm,
+                stochastic=self.draws > 1,
+                # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
+                seed=derive_seed(task.seed, "search", name, first),
                 source_models=self.source_models,
                 on_step=watch.on_step if self.on_progress is not None else None,
             )
             if attack.bounded:
-                check_result(x_adv, x, eps=self.eps, norm=self.norm)
+                check_result(x_adv, x, eps=task.eps, norm=task.norm)
         seconds = time.monotonic() - started
         selection, scoring = (
-            predict_draws(self.model, x_adv, draws=self.draws, seed=derive_seed(self.seed, stream, *names), first=first)
+            predict_draws(
+                task.model, x_adv, draws=self.draws, seed=derive_seed(task.seed, stream, name, first), first=first
+            )
             for stream in ("selection", "scoring")
         )
         linf, l2 = distances(x_adv, x)
@@ -387,40 +385,36 @@ def undefended(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class _Watch:
-    """One batch under one attack, as its observer sees it."""
+    """The progress of one attack."""
 
-    def __init__(
-        self, on_progress: Report | None, name: str, images: int, parts: list[AttackScores], size: int, draws: int
-    ):
-        self.on_progress, self.name, self.images, self.size = on_progress, name, images, size
-        self.done = sum(len(p.correct) for p in parts)
-        self.draws = draws
-        self.right = self._right(parts)
-        self.seconds = sum(p.seconds for p in parts)
-        self.parts = parts
-        self.started = self.told = time.monotonic()
+    def __init__(self, on_progress: Report | None, name: str, images: int, draws: int):
+        self.on_progress, self.name, self.images, self.draws = on_progress, name, images, draws
+        self.done, self.correct, self.seconds = 0, 0, 0.0  # of the finished batches
+        self.begin(0)
+
+    def begin(self, size: int) -> None:
+        """A batch of so many images."""
+        self.size = size
         self.model: Counting | None = None
+        self.started = self.reported = time.monotonic()
 
     def on_step(self, step: Step) -> None:
-        now = time.monotonic()
-        if now - self.told >= REPORT_EVERY:
-            self.told = now
-            self._tell(self.done, len(step.rows), (self.right + len(step.rows)) / (self.done + self.size))
+        now, remaining = time.monotonic(), len(step.rows)
+        if now - self.reported >= REPORT_EVERY:
+            self.reported = now
+            self._report(remaining, (self.correct / self.draws + remaining) / (self.done + self.size))
 
-    def finished(self) -> None:
-        """The batch is in `parts` now."""
-        done = self.done + self.size
-        self.seconds = sum(p.seconds for p in self.parts)
-        self._tell(done, 0, self._right(self.parts) / done)
+    def finished(self, part: AttackScores) -> None:
+        self.done += len(part.selection)
+        # Each image counts with its share of right selection draws, as in an expected accuracy.
+        self.correct += int(part.selection.sum())
+        self.seconds += part.seconds
+        self._report(0, self.correct / self.draws / self.done)
 
-    def _right(self, parts: list[AttackScores]) -> float:
-        """Images that are right: each counts with its share of right selection draws, as in an expected accuracy."""
-        return sum(float(p.selection.sum()) for p in parts) / self.draws
-
-    def _tell(self, done: int, remaining: int, accuracy: float) -> None:
+    def _report(self, remaining: int, accuracy: float) -> None:
         if self.on_progress is None:
             return
         passed = max(time.monotonic() - self.started, 1e-9)
         rate = 0.0 if self.model is None else self.model.gradients / passed
-        left = self.seconds / done * (self.images - done) if done else None
-        self.on_progress(Progress(self.name, done, self.images, remaining, accuracy, rate, left))
+        left = self.seconds / self.done * (self.images - self.done) if self.done else None
+        self.on_progress(Progress(self.name, self.done, self.images, remaining, accuracy, rate, left))

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from gsem._io import write_atomically, written_whole
 from gsem._lock import locked
 from gsem._text import pixels
-from gsem.evaluation.result import ARRAYS, FIELDS, AttackScores, EvaluationResult, with_ending
+from gsem.evaluation.result import ARRAYS, FIELDS, AttackScores, EvaluationResult, saved_metadata, with_ending
 from gsem.rng import derive_seed
 
 # The metadata of a result that decide it: two results that agree in them have the same figures.
@@ -151,10 +151,12 @@ class AnotherQuestion(ValueError):
 
 def refuse_to_overwrite(out: str | Path, asked: Mapping[str, Any]) -> None:
     """Raise AnotherQuestion if at `out` there is the result of another question."""
-    metadata = EvaluationResult.saved_metadata(out)
+    metadata = saved_metadata(out)
     if metadata is None:
         return
-    other = differences(question(metadata), asked) if "fingerprint" in metadata else ["it does not say what it is of"]
+    other = (
+        differences(question(metadata), asked) if "fingerprint" in metadata else ["it does not record what it is of"]
+    )
     if other:
         raise AnotherQuestion(Path(out), other)
 

@@ -74,7 +74,7 @@ class EvaluationResult:
     metadata: dict[str, Any]
     """eps, norm, draws, seed, stochastic, images, options of each attack, versions."""
     rows: Int[np.ndarray, " n"] | None = None
-    """Row of each image in the data set's test split, from 0; None in files of earlier versions that do not say."""
+    """Row of each image in the data set's test split, from 0; None where files of earlier versions lack it."""
     _bounds: dict[bytes, tuple[float, float]] = field(default_factory=dict, init=False, compare=False)
     """Bootstrap intervals computed so far, by the values that they are of: at 10,000 images one takes seconds."""
 
@@ -99,21 +99,7 @@ class EvaluationResult:
 
     def __repr__(self) -> str:
         """A table of the attacks with the noise fresh and of the worst cases: expected accuracy, 95% interval."""
-        metadata, names = self.metadata, [s.name for s in self.scores if s.noise == "fresh"]
-        worst = [name for name in self.names if name.split("@")[0] == "worst"]
-        cut = names[: SHOWN if len(names) <= SHOWN else SHOWN - 1]
-        table = [("attack", "expected", "95% interval")]
-        for name in [*cut, *(worst if len(self.scores) > 1 else [])]:
-            mean, low, high = self.expected(name)
-            bounded = self[name].bounded
-            table.append((name, percent(mean), between(low, high)) if bounded else (name, "–", "no bound"))
-        lines = columns(table)
-        if len(names) > len(cut):
-            lines.insert(1 + len(cut), f"and {len(names) - len(cut)} more (result.names lists all)")
-        said = [f"{len(self.y)} images"]
-        said += [f"eps = {pixels(metadata['eps'])} ({metadata.get('norm', 'Linf')})"] if "eps" in metadata else []
-        said += [f"{self.draws} scoring draws" if self.draws > 1 else "deterministic", f"seed {metadata['seed']}"]
-        return "\n".join([", ".join(said), *lines])
+        return _table(self)
 
     def draws_of(self, scores: AttackScores) -> int:
         """Scoring draws behind these scores: one where the noise was frozen or off."""
@@ -237,19 +223,7 @@ class EvaluationResult:
         Returns:
             PATH without an ending.
         """
-        path = with_ending(path, "")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, np.ndarray] = {"y": self.y} if self.rows is None else {"y": self.y, "rows": self.rows}
-        for s in self.scores:
-            arrays |= {f"{s.name}.{array}": getattr(s, array) for array in ARRAYS}
-            if s.x_adv is not None:
-                arrays[f"{s.name}.x_adv"] = s.x_adv
-        summary = self.to_dict()
-        arrays["meta"] = np.array(json.dumps(summary))
-        with written_whole(with_ending(path, ".npz")) as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # (its stub takes them for its flag)
-        write_atomically(with_ending(path, ".json"), json.dumps(summary, indent=2).encode())
-        return path
+        return _save(self, with_ending(path, ""))
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationResult":
@@ -258,51 +232,87 @@ class EvaluationResult:
         Raises:
             ValueError: an .npz file that holds no result.
         """
-        path = with_ending(path, ".npz")
-        if path.exists() and not zipfile.is_zipfile(path):  # numpy would advise unpickling it
-            raise ValueError(f"{path} is not an .npz file, or is damaged")
-        with np.load(path, allow_pickle=False) as file:
-            if "meta" not in file:
-                raise ValueError(f"{path} holds no result of gsem evaluate")
-            meta = json.loads(str(file["meta"]))
-            scores = []
-            for number, row in enumerate(meta["attacks"]):
-                # Earlier versions named an attack without its noise, and its arrays by its number.
-                noise = row["noise"]
-                name = attack_name(row["attack"].removesuffix(f"@{noise}"), noise)
-                named = name if f"{name}.correct" in file else str(number)
-                arrays = {array: file[f"{named}.{array}"] for array in ARRAYS}
-                metadata = {what: row[what] for what in FIELDS}
-                scores.append(AttackScores(name=name, **arrays, **metadata, x_adv=file.get(f"{named}.x_adv")))
-            rows = file["rows"] if "rows" in file else _former_rows(meta["metadata"], len(file["y"]))
-            result = cls(scores, file["y"], meta["metadata"], rows)
-        result._take_bounds(meta)
-        return result
+        return _load(with_ending(path, ".npz"))
 
-    def _take_bounds(self, meta: dict[str, Any]) -> None:
-        """The intervals of a summary, so that they are not computed again."""
-        known = {s.name: row | {"expected": row} for s, row in zip(self.scores, meta["attacks"], strict=True)}
-        # (Of earlier versions, the worst cases are under fresh, frozen and off.)
-        known |= {attack_name("worst", noise): meta["worst"].get(noise, {}) for noise in NOISES}
-        known |= {name: found for name, found in meta["worst"].items() if name not in NOISES}
-        for name in self.names:
-            for accuracy in ACCURACIES:
-                saved, values = known[name].get(accuracy), self._values(name, accuracy)
-                if saved is not None and values is not None:
-                    self._bounds[values.tobytes()] = (saved["low"], saved["high"])
 
-    @classmethod
-    def saved_metadata(cls, path: str | Path) -> dict[str, Any] | None:
-        """The metadata of the result saved there, {} of a file that holds none; None where there is no file."""
-        file = with_ending(path, ".npz")
-        if not file.exists():
-            return None
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                metadata = json.loads(str(arrays["meta"]))["metadata"]
-        except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile):
-            return {}
-        return metadata if isinstance(metadata, dict) else {}
+def saved_metadata(path: str | Path) -> dict[str, Any] | None:
+    """The metadata of the result saved there, {} of a file that holds none; None where there is no file."""
+    file = with_ending(path, ".npz")
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            metadata = json.loads(str(arrays["meta"]))["metadata"]
+    except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _table(result: EvaluationResult) -> str:
+    metadata, names = result.metadata, [s.name for s in result.scores if s.noise == "fresh"]
+    worst = [name for name in result.names if name.split("@")[0] == "worst"]
+    cut = names[: SHOWN if len(names) <= SHOWN else SHOWN - 1]
+    rows = [("attack", "expected", "95% interval")]
+    for name in [*cut, *(worst if len(result.scores) > 1 else [])]:
+        mean, low, high = result.expected(name)
+        bounded = result[name].bounded
+        rows.append((name, percent(mean), between(low, high)) if bounded else (name, "–", "no bound"))
+    lines = columns(rows)
+    if len(names) > len(cut):
+        lines.insert(1 + len(cut), f"and {len(names) - len(cut)} more (result.names lists all)")
+    first = [f"{len(result.y)} images"]
+    first += [f"eps = {pixels(metadata['eps'])} ({metadata.get('norm', 'Linf')})"] if "eps" in metadata else []
+    first += [f"{result.draws} scoring draws" if result.draws > 1 else "deterministic", f"seed {metadata['seed']}"]
+    return "\n".join([", ".join(first), *lines])
+
+
+def _save(result: EvaluationResult, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, np.ndarray] = {"y": result.y} if result.rows is None else {"y": result.y, "rows": result.rows}
+    for s in result.scores:
+        arrays |= {f"{s.name}.{array}": getattr(s, array) for array in ARRAYS}
+        if s.x_adv is not None:
+            arrays[f"{s.name}.x_adv"] = s.x_adv
+    summary = result.to_dict()
+    arrays["meta"] = np.array(json.dumps(summary))
+    with written_whole(with_ending(path, ".npz")) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # (its stub takes them for its flag)
+    write_atomically(with_ending(path, ".json"), json.dumps(summary, indent=2).encode())
+    return path
+
+
+def _load(path: Path) -> EvaluationResult:
+    if path.exists() and not zipfile.is_zipfile(path):  # numpy would advise unpickling it
+        raise ValueError(f"{path} is not an .npz file, or is damaged")
+    with np.load(path, allow_pickle=False) as file:
+        if "meta" not in file:
+            raise ValueError(f"{path} holds no result of gsem evaluate")
+        meta = json.loads(str(file["meta"]))
+        scores = []
+        for number, row in enumerate(meta["attacks"]):
+            # Earlier versions named an attack without its noise, and its arrays by its number.
+            noise = row["noise"]
+            name = attack_name(row["attack"].removesuffix(f"@{noise}"), noise)
+            key = name if f"{name}.correct" in file else str(number)
+            values = {array: file[f"{key}.{array}"] for array in ARRAYS} | {field: row[field] for field in FIELDS}
+            scores.append(AttackScores(name=name, **values, x_adv=file.get(f"{key}.x_adv")))
+        rows = file["rows"] if "rows" in file else _former_rows(meta["metadata"], len(file["y"]))
+        result = EvaluationResult(scores, file["y"], meta["metadata"], rows)
+    _take_bounds(result, meta)
+    return result
+
+
+def _take_bounds(result: EvaluationResult, meta: dict[str, Any]) -> None:
+    """The intervals of a summary, so that they are not computed again."""
+    known = {s.name: row | {"expected": row} for s, row in zip(result.scores, meta["attacks"], strict=True)}
+    # (Of earlier versions, the worst cases are under fresh, frozen and off.)
+    known |= {attack_name("worst", noise): meta["worst"].get(noise, {}) for noise in NOISES}
+    known |= {name: found for name, found in meta["worst"].items() if name not in NOISES}
+    for name in result.names:
+        for accuracy in ACCURACIES:
+            saved, values = known[name].get(accuracy), result._values(name, accuracy)
+            if saved is not None and values is not None:
+                result._bounds[values.tobytes()] = (saved["low"], saved["high"])
 
 
 def _former_rows(metadata: dict[str, Any], images: int) -> Int[np.ndarray, " n"] | None:

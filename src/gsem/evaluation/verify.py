@@ -1,14 +1,16 @@
 """Check saved adversarial examples again: bounds, labels, and accuracy on fresh draws."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gsem._env import require_float64
+from gsem._fingerprint import model_fingerprint
 from gsem._text import with_rows
+from gsem.evaluation.partial import differences
 from gsem.evaluation.result import AttackScores, EvaluationResult
 from gsem.nn.contract import ImagesLike, LabelsLike, checked
 from gsem.nn.gsem import noise
@@ -54,15 +56,35 @@ def verify(
         seed: of these draws; they are disjoint from the evaluation's whatever its seed was.
 
     Raises:
-        ValueError: the result keeps no images, or is of another number or shape of images.
+        ValueError: the result keeps no images, or is of another number or shape of images, or of other weights.
     """
+    given = model
     model, x, y, _ = checked(model, x, y, eps=result.metadata["eps"], norm=result.metadata["norm"])
     require_float64(x.device, "verify")
     if any(s.x_adv is None for s in result.scores):
         raise ValueError("the result holds no adversarial examples: evaluate with --save-adv (save_adv=True)")
     if tuple(result.scores[0].x_adv.shape) != tuple(x.shape):  # type: ignore[union-attr]
         raise ValueError(f"the result is of images {result.scores[0].x_adv.shape}, not {tuple(x.shape)}")  # type: ignore[union-attr]
-    return [_judged(result, scores, model, x, y, draws, seed) for scores in result.scores]
+    other = _other_model(result, given)
+    found = [_judged(result, scores, model, x, y, draws, seed) for scores in result.scores]
+    return [replace(v, problems=[*v.problems, *other]) if v.problems else v for v in found]
+
+
+def _other_model(result: EvaluationResult, model: nn.Module) -> list[str]:
+    """In what the model differs from the evaluated one although the weights are the same, as a sentence.
+
+    Raises:
+        ValueError: the weights are others.
+    """
+    now = model_fingerprint(model)
+    then = {key: value for key, value in result.metadata.get("fingerprint", {}).items() if key in now}
+    if not then or then == now:
+        return []
+    text = f"this is not the evaluated model. By its fingerprint, different are: {'; '.join(differences(then, now))}"
+    # (How layers print may change with torch's version, so that a structure alone is no proof.)
+    if then["weights"] != now["weights"]:
+        raise ValueError(text)
+    return [text]
 
 
 def _judged(
@@ -72,9 +94,8 @@ def _judged(
     problems = _out_of_bounds(result, scores, x_adv, x)
     if not np.array_equal(result.y, y.cpu().numpy()):
         problems.append(f"{int((result.y != y.cpu().numpy()).sum())} labels differ from the saved ones")
-    several = len(result.metadata["noise"]) > 1
     as_then: AbstractContextManager[None] = nullcontext()
-    if several:
+    if len(result.metadata["noise"]) > 1:
         frozen = result.metadata["seed"] if scores.noise == "frozen" else None
         as_then = noise(model, scores.noise, seed=frozen)  # type: ignore[arg-type]
     count = draws if result.metadata["stochastic"] and scores.noise == "fresh" else 1
