@@ -24,7 +24,7 @@ module = net[2][1]  # the layer became Sequential(layer, GSeM)
 print(f"GSeM({module.extra_repr()})")
 print(f"parameters: {before:,} before, {after:,} after")
 
-# The noise is fresh at every call, unless a `with` block says otherwise.
+# The noise is fresh at every call, except inside a `with gsem.noise` block.
 print("two calls agree:", torch.equal(net(x), net(x)))
 with gsem.noise(net, "frozen", seed=1):
     print("two calls agree, noise frozen:", torch.equal(net(x), net(x)))

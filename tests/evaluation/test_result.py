@@ -110,47 +110,16 @@ def test_one_name_is_the_key_in_the_api_in_the_files_and_in_the_table(tmp_path):
     ]
 
 
-def as_before(result: EvaluationResult, file, about: dict) -> None:
-    """The npz of an earlier version: no name of the noise in an attack's, arrays by number, no rows."""
-    meta = result.to_dict() | {"metadata": result.metadata | about}
-    meta["attacks"] = [row | {"attack": row["attack"].split("@")[0]} for row in meta["attacks"]]
-    meta["worst"] = {name.partition("@")[2] or "fresh": found for name, found in meta["worst"].items()}
-    arrays = {f"{i}.{key}": getattr(s, key) for i, s in enumerate(result.scores) for key in ARRAYS}
-    np.savez(file, y=result.y, meta=np.array(json.dumps(meta)), **arrays)
-
-
-@pytest.mark.parametrize(
-    ("about", "rows"),
-    [
-        ({}, list(range(30))),
-        ({"about": {"subset": {"kind": "first", "images": 30}}}, list(range(30))),
-        ({"about": {"subset": {"kind": "balanced", "images": 30}}}, None),
-    ],
-)
-def test_files_of_earlier_versions_are_read(tmp_path, about, rows):
-    result = with_noises()
-    as_before(result, tmp_path / "r.npz", about)
-    again = EvaluationResult.load(tmp_path / "r")
-    assert again.names == result.names
-    assert again.to_dict() == result.to_dict() | {"metadata": result.metadata | about}
-    assert (None if again.rows is None else again.rows.tolist()) == rows
-
-
 def test_a_loaded_result_draws_no_resamples_again(tmp_path, monkeypatch):
     result = with_noises()
-    result.save(tmp_path / "new")
-    as_before(result, tmp_path / "old.npz", {})
+    result.save(tmp_path / "saved")
     summary = result.to_dict()
 
     def drawn(*args, **kwargs):
         raise AssertionError("the interval is in the file")
 
     monkeypatch.setattr(module, "bootstrap_mean", drawn)
-    assert (
-        EvaluationResult.load(tmp_path / "new").to_dict()
-        == EvaluationResult.load(tmp_path / "old").to_dict()
-        == summary
-    )
+    assert EvaluationResult.load(tmp_path / "saved").to_dict() == summary
 
 
 # --- as text -----------------------------------------------------------------------------------------------------

@@ -261,8 +261,8 @@ class TrainOptions(DeviceOptions):
     out: Path | None = None
     """Run directory. Default: runs/RECIPE-DATA-MODEL-seedN."""
     resume: Path | None = None
-    """Resume the run in this directory, with its own recipe. --data says where its images are now, if they are not
-    found. Default: a new run."""
+    """Resume the run in this directory, with its own recipe. --data gives the present place of its images, if they are
+    not found. Default: a new run."""
     tensorboard: Path | None = None
     """Directory for TensorBoard's event files (needs pip install 'gsem-torch[tensorboard]'). Default: none."""
     compile: bool = False
@@ -281,7 +281,7 @@ class StudyOptions(DeviceOptions):
     With --epochs, every schedule is scaled to it. A stopped study resumes.
     """
 
-    study: tyro.conf.Suppress[str]  # one of STUDIES: it stands in front of the options
+    study: tyro.conf.Suppress[str]  # one of STUDIES: it comes before the options
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
     seeds: int = 3
     """Trainings of each variant."""

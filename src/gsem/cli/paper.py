@@ -105,7 +105,7 @@ def export(state: dict[str, torch.Tensor], options: TrainOptions, accuracy: floa
 
 
 def run_training(options: TrainOptions, published: str) -> Path | None:
-    """Train, or go on with the same training; export the best weights. The path of the .pt, or None."""
+    """Train, or resume the same training; export the best weights. The path of the .pt, or None."""
     o = options
     recipe, device = recipe_of(o, published), device_of(o.device)
     directory = Path(o.model_save_path) / o.dataset_name / f"{o.classifier_name}_{o.alpha}_{o.beta}_{published}"

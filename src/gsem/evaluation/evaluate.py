@@ -47,8 +47,8 @@ class Progress:
     remaining: int
     """Images of the current batch that this attack still works on."""
     accuracy: float | None
-    """Expected accuracy so far, 0 to 1, on the selection draws; images of the current batch that still stand count as
-    right."""
+    """Expected accuracy so far, 0 to 1, on the selection draws; images of the current batch that are not
+    broken yet count as right."""
     gradients_per_second: float
     """Image rows forward and back, in the current batch."""
     seconds_left: float | None

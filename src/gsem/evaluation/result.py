@@ -74,7 +74,7 @@ class EvaluationResult:
     metadata: dict[str, Any]
     """eps, norm, draws, seed, stochastic, images, options of each attack, versions."""
     rows: Int[np.ndarray, " n"] | None = None
-    """Row of each image in the data set's test split, from 0; None where files of earlier versions lack it."""
+    """Row of each image in the data set's test split, from 0; None where it is not known."""
     _bounds: dict[bytes, tuple[float, float]] = field(default_factory=dict, init=False, compare=False)
     """Bootstrap intervals computed so far, by the values that they are of: at 10,000 images one takes seconds."""
 
@@ -227,7 +227,7 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationResult":
-        """What `save` wrote, also in earlier versions.
+        """What `save` wrote.
 
         Raises:
             ValueError: an .npz file that holds no result.
@@ -289,15 +289,11 @@ def _load(path: Path) -> EvaluationResult:
             raise ValueError(f"{path} holds no result of gsem evaluate")
         meta = json.loads(str(file["meta"]))
         scores = []
-        for number, row in enumerate(meta["attacks"]):
-            # Earlier versions named an attack without its noise, and its arrays by its number.
-            noise = row["noise"]
-            name = attack_name(row["attack"].removesuffix(f"@{noise}"), noise)
-            key = name if f"{name}.correct" in file else str(number)
-            values = {array: file[f"{key}.{array}"] for array in ARRAYS} | {field: row[field] for field in FIELDS}
-            scores.append(AttackScores(name=name, **values, x_adv=file.get(f"{key}.x_adv")))
-        rows = file["rows"] if "rows" in file else _former_rows(meta["metadata"], len(file["y"]))
-        result = EvaluationResult(scores, file["y"], meta["metadata"], rows)
+        for row in meta["attacks"]:
+            name = row["attack"]
+            values = {array: file[f"{name}.{array}"] for array in ARRAYS} | {field: row[field] for field in FIELDS}
+            scores.append(AttackScores(name=name, **values, x_adv=file.get(f"{name}.x_adv")))
+        result = EvaluationResult(scores, file["y"], meta["metadata"], file.get("rows"))
     _take_bounds(result, meta)
     return result
 
@@ -305,20 +301,12 @@ def _load(path: Path) -> EvaluationResult:
 def _take_bounds(result: EvaluationResult, meta: dict[str, Any]) -> None:
     """The intervals of a summary, so that they are not computed again."""
     known = {s.name: row | {"expected": row} for s, row in zip(result.scores, meta["attacks"], strict=True)}
-    # (Of earlier versions, the worst cases are under fresh, frozen and off.)
-    known |= {attack_name("worst", noise): meta["worst"].get(noise, {}) for noise in NOISES}
-    known |= {name: found for name, found in meta["worst"].items() if name not in NOISES}
+    known |= meta["worst"]
     for name in result.names:
         for accuracy in ACCURACIES:
             saved, values = known[name].get(accuracy), result._values(name, accuracy)
             if saved is not None and values is not None:
                 result._bounds[values.tobytes()] = (saved["low"], saved["high"])
-
-
-def _former_rows(metadata: dict[str, Any], images: int) -> Int[np.ndarray, " n"] | None:
-    """Of a file of an earlier version: known where its images were the first of the data, or all."""
-    kind = metadata.get("about", {}).get("subset", {}).get("kind", "first")
-    return None if kind == "balanced" else np.arange(images)
 
 
 def joined(parts: list[AttackScores], *, save_adv: bool) -> AttackScores:

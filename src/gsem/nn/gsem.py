@@ -168,7 +168,7 @@ class GSeM(nn.Module):
         channels: c, of the input and of the output.
         levels: quantisation levels per unit of the feature (the paper's α).
         noise: the largest noise offset, in levels (the paper's β).
-        gradient: what flows back through q. `"semi-masked"`: nothing, as plain differentiation of `round` says.
+        gradient: what flows back through q. `"semi-masked"`: nothing, as in plain differentiation of `round`.
             `"corrected"`: the gradient at q is added, unchanged, to that of x (dq/dx = I). The attribute can be
             set at any time; the output does not depend on it.
         quantiser: False leaves `round` out, for ablations: q = x + n / levels, whose gradient needs no correction.

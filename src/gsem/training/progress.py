@@ -1,4 +1,4 @@
-"""Where a training stands: the place of a step in the schedule, what is counted, and what a caller is shown."""
+"""The progress of a training: the place of a step in the schedule, what is counted, and what a callback gets."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from gsem.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, for whoever shows it."""
+    """The progress of a run, for a callback."""
 
     epoch: int
     epochs: int

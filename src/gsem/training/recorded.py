@@ -58,7 +58,7 @@ def training_data(recipe: Recipe, data: Dataset | None, former: Mapping[str, Any
         run: the run directory.
 
     Raises:
-        ValueError, FileNotFoundError: they are not found; the message says where they were looked for.
+        ValueError, FileNotFoundError: they are not found; the message names the places.
     """
     if former is None:
         source = data or load(recipe.data, recipe.data_path)
@@ -89,8 +89,8 @@ def find(metadata: Mapping[str, Any], run: Path) -> Dataset:
         run: its directory.
 
     Raises:
-        ValueError, FileNotFoundError: they are not found, or are others; the message says where they were looked
-            for and that --data (data= in Python) helps.
+        ValueError, FileNotFoundError: they are not found, or are others; the message names the places where they
+            were looked for, and that --data (data= in Python) helps.
     """
     recipe, data = metadata["recipe"], metadata["data"]
     if data.get("passed"):
