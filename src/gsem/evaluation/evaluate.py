@@ -144,12 +144,7 @@ def evaluate(
                 source_models[name] = plain_logits(source, x, y)
     if norm == "Linf" and eps > 1:
         raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
-    transferable = bool(source_models) or _defended(model)
-    chosen = _chosen(attacks, transferable=transferable)
-    if any(a.name == "transfer" for a in chosen) and not transferable:
-        raise ValueError(
-            "transfer needs at least one source (--source, source_models=): a model whose points are tried here"
-        )
+    chosen = _chosen(attacks, transferable=bool(source_models) or _defended(model))
     stochastic = is_stochastic(model, x[:batch_size])
     modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
     metadata: dict[str, Any] = {
@@ -236,6 +231,10 @@ def _chosen(attacks: AttackLike | Sequence[AttackLike], *, transferable: bool) -
             chosen.append(AttackSpec("transfer"))
         return chosen
     chosen = listed(attacks)
+    if any(a.name == "transfer" for a in chosen) and not transferable:
+        raise ValueError(
+            "transfer needs at least one source (--source, source_models=): a model whose points are tried here"
+        )
     return chosen if any(a.name == "clean" for a in chosen) else [AttackSpec("clean"), *chosen]
 
 
