@@ -349,3 +349,11 @@ def test_the_checkpoint_kept_is_that_of_the_best_epoch(tmp_path, few_digits):
         run = train(replace(recipe, epochs=4), out=tmp_path / str(recipe.adversarial_fraction), data=few_digits)
         _, meta = read_checkpoint(run.path / "checkpoints/best.safetensors")
         assert meta["metrics"] == run.best
+
+
+def test_a_training_in_l2_leaves_the_linf_radius_to_evaluations(tmp_path, few_digits):
+    recipe = replace(TINY, norm="L2", eps=1.5, epochs=1)
+    run = train(recipe, out=tmp_path / "run", data=few_digits, device="cpu")
+    metadata = json.loads((run.path / "recipe.json").read_text())
+    assert (metadata["recipe"]["norm"], metadata["recipe"]["eps"]) == ("L2", 1.5)
+    assert metadata["data"]["eps"] == few_digits.eps

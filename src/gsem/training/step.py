@@ -39,7 +39,7 @@ class Average:
 
     # torch's AveragedModel differs: its first update copies the weights and its decay has no warm-up.
 
-    def __init__(self, model: nn.Module, averaged: nn.Module, *, decay: float, equal: bool):
+    def __init__(self, model: nn.Module, averaged: nn.Module, decay: float, equal: bool):
         self.model, self.decay, self.equal = averaged, decay, equal
         mine = [*averaged.parameters(), *averaged.buffers()]
         theirs = [*model.parameters(), *model.buffers()]

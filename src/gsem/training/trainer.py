@@ -108,9 +108,10 @@ class Trainer:
         self.recipe, self.path, self.device = recipe, path, device
         source = data.source
         eps = recipe.radius(source.eps)
-        self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=eps)
+        linf = eps if recipe.norm == "Linf" else source.eps  # the radius of an evaluation that gives none
+        self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=linf)
         training, validation, metadata = data.read(recipe.seed)
-        self.meta |= {"data": metadata | {"eps": eps}, "places": data.places}
+        self.meta |= {"data": metadata | {"eps": linf}, "places": data.places}
         self.real = len(training)
         if data.extra is not None:
             extra = read_extra(data.extra, source.shape, source.classes)
@@ -121,9 +122,8 @@ class Trainer:
         self.last, self.best = path / LAST, path / BEST
         reseed(derive_seed(recipe.seed, "weights"), device)
         model = self._new_model()
-        average = None
-        if recipe.ema or recipe.swa_from is not None:
-            average = Average(model, self._new_model(), decay=recipe.ema, equal=recipe.swa_from is not None)
+        equal = recipe.swa_from is not None
+        average = Average(model, self._new_model(), recipe.ema, equal) if recipe.ema or equal else None
         self.stepper = Stepper(replace(recipe, **used), source, eps, model, average, compiled=compiled)
         chosen = self.stepper.used.items()
         self.meta["precision"] = {field: {"asked": getattr(recipe, field), "used": value} for field, value in chosen}
@@ -131,8 +131,8 @@ class Trainer:
         self.counters = Counters()
 
     def _new_model(self) -> nn.Module:
-        # (torch's stubs do not know memory_format for modules.)
         model = create_model(**self.meta["model"])
+        # (torch's stubs lack memory_format for modules.)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def begin_or_restore(self, resume: bool) -> None:
@@ -156,9 +156,8 @@ class Trainer:
         weights = self.stepper.model.state_dict()
         if self.recipe.init_from is not None:
             of_model = {key: self.meta["model"][key] for key in ("name", "num_classes", "levels", "noise")}
-            found = load_model(self.recipe.init_from, **of_model)[0].state_dict()
-            check_weights(found, weights, f"init_from {self.recipe.init_from} does not fit {self.recipe.model}")
-            weights = found
+            ours, weights = weights, load_model(self.recipe.init_from, **of_model)[0].state_dict()
+            check_weights(weights, ours, f"init_from {self.recipe.init_from} does not fit {self.recipe.model}")
         self.stepper.load_weights(weights)
         metadata = self.meta | {"gsem_torch": torch.__version__, "machine": platform.machine()}
         metadata |= {"device": str(self.device), "training_images": self.real, "gsem": release(), "commit": commit()}
