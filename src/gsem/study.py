@@ -1,7 +1,7 @@
 """Studies: the same training and the same evaluation for several variants and seeds, in one table.
 
-A study answers one question by a matched comparison. `ablation` asks what of GSeM helps: {plain, its convolutions
-only, quantiser only, noise only, all of it} × {noise on, off at test}. `recipes` asks which training helps.
+`ablation` compares the parts of GSeM: {plain, its convolutions only, quantiser only, noise only, all of it} × {noise
+on, off at test}. `recipes` compares the named recipes.
 """
 
 import json

@@ -44,12 +44,12 @@ class Schedule:
 
     @property
     def epochs(self) -> int:
-        """Of all rounds together."""
+        """Epochs of all rounds together."""
         return self.recipe.epochs * self.recipe.rounds
 
     @property
     def steps(self) -> int:
-        """Of all rounds together."""
+        """Steps of all rounds together."""
         return self.steps_per_epoch * self.epochs
 
     def place(self, step: int) -> tuple[int, int, int]:
@@ -83,7 +83,7 @@ def epoch_order(recipe: Recipe, real: int, extra: int, batch: int, round_: int, 
 
 
 def rank(recipe: Recipe, metrics: dict[str, Any]) -> tuple[float, float]:
-    """By what epochs are compared: the most robust is best, of equals the cleanest.
+    """The key by which epochs are compared: the most robust is best, among equals the one of highest clean accuracy.
 
     Many tie on a small validation set. A training without attacks is judged by its clean accuracy: its robust one
     is highest where nothing was learnt yet.

@@ -122,7 +122,7 @@ def find_named(name: str, root: str | None, places: Places, folder: Path) -> Dat
         return load(_located("data", name, places, folder))
     if root is None and "data_path" not in places:
         return load(name)
-    # (Of a data set that can be downloaded the folder may be missing.)
+    # (The folder of a data set that can be downloaded may be missing.)
     return load(name, _located("data_path", root or str(ROOT), places, folder, needed=name in ("folder", "npz")))
 
 
