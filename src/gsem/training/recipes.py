@@ -33,7 +33,8 @@ GCAT = Recipe(
     nesterov=True,
     ema=0.995,
 )
-GCAT_FAST = replace(GCAT, name="gcat-fast", steps=1, attack_init="noise", collapse=0.5)
+# On digits a noise of eps keeps more clean and robust accuracy than N-FGSM's 2 eps, which is made for 8/255.
+GCAT_FAST = replace(GCAT, name="gcat-fast", steps=1, attack_init="noise", noise_radius=1.0, collapse=0.5)
 
 # The baselines, with the values their papers used, on the plain network. Madry-style training as Rice et al. (2020)
 # run it; TRADES of Zhang et al. (2019), CIFAR-10; MART of Wang et al. (2020), ResNet-18; AWP of Wu et al. (2020).
