@@ -32,12 +32,12 @@ def device_named(name: str | None) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device {name!r} is unknown: it is cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here: use --device cpu")
+        raise ValueError(f"device {name!r} is not available: torch sees no GPU here: use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ValueError(f"device {name!r} was asked for, but torch sees {count} GPUs here: cuda:0 to cuda:{count - 1}")
+        raise ValueError(f"device {name!r} is not available: torch sees {count} GPUs here: cuda:0 to cuda:{count - 1}")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' was asked for, but torch sees no Apple GPU here: use --device cpu")
+        raise ValueError("device 'mps' is not available: torch sees no Apple GPU here: use --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device {name!r} is not supported: it is cpu, cuda, cuda:N or mps")
     return device

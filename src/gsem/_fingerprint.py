@@ -42,7 +42,7 @@ def data_fingerprint(*parts: tuple[Tensor, Tensor]) -> dict[str, str]:
 
 
 def _add(digest: Any, value: Any) -> None:
-    """Of quantized modules a state holds tuples and types too."""
+    """Add a value of a state dict: a tensor, or in quantized modules also a tuple or a type."""
     if isinstance(value, (tuple, list)):
         for one in value:
             _add(digest, one)

@@ -111,7 +111,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the process is known to have ended. Of another host nothing is known."""
+    """Whether the process is known to have ended. On another host that is never known."""
     if holder["host"] != socket.gethostname() or os.name == "nt":
         return False
     try:
@@ -121,7 +121,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     except PermissionError:  # it lives, as somebody else's
         pass
     now = _started(int(holder["pid"]))
-    # "": it has ended, and its parent has not asked yet. Another start: the number was given to another process.
+    # "": it has ended, but its parent has not waited for it. Another start: the number was given to another process.
     return now == "" or (now is not None and holder.get("started") not in (None, now))
 
 

@@ -90,24 +90,28 @@ def divergence_from(logits: Logits) -> Loss:
     return loss
 
 
-def mart(logits_adv: Logits, logits: Logits, y: Labels, weight: float = 5.0) -> Values:
+def mart(logits_adv: Logits, logits: Logits, y: Labels, weight: float = 5.0, smoothing: float = 0.0) -> Values:
     """MART (Wang et al., ICLR 2020): boosted cross-entropy and a divergence weighted by how wrong the image is.
 
         −log p'_y − log(1.0001 − max_{k ≠ y} p'_k + 1e-12)
             + weight · (1.0000001 − p_y) · Σ_j p_j (log p_j − log(p'_j + 1e-12))
 
-    with p' the softmax on the adversarial image, p that on the clean one. No branch is detached.
+    with p' the softmax on the adversarial image, p that on the clean one. No branch is detached. `smoothing` enters
+    the first term, −log p'_y, as in `cross_entropy`.
     """
     p_adv, p = F.softmax(logits_adv, 1), F.softmax(logits, 1)
     wrong = p_adv.scatter(1, y[:, None], -1.0).amax(1)
-    boosted = cross_entropy(logits_adv, y) - torch.log(1.0001 - wrong + 1e-12)
+    boosted = cross_entropy(logits_adv, y, smoothing) - torch.log(1.0001 - wrong + 1e-12)
     kl = (p * (F.log_softmax(logits, 1) - torch.log(p_adv + 1e-12))).sum(1)
     return boosted + weight * (1.0000001 - p.gather(1, y[:, None])[:, 0]) * kl
 
 
-def trades(logits_adv: Logits, logits: Logits, y: Labels, weight: float = 6.0) -> Values:
-    """TRADES (Zhang et al., ICML 2019, equation 5): −log p_y + weight · KL(p ‖ p')."""
-    return cross_entropy(logits, y) + weight * divergence(logits, logits_adv)
+def trades(logits_adv: Logits, logits: Logits, y: Labels, weight: float = 6.0, smoothing: float = 0.0) -> Values:
+    """TRADES (Zhang et al., ICML 2019, equation 5): −log p_y + weight · KL(p ‖ p').
+
+    `smoothing` enters the first term as in `cross_entropy`; the divergence is as it is.
+    """
+    return cross_entropy(logits, y, smoothing) + weight * divergence(logits, logits_adv)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}

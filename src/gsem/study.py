@@ -1,7 +1,7 @@
 """Studies: the same training and the same evaluation for several variants and seeds, in one table.
 
-A study answers one question by a matched comparison. `ablation` asks what of GSeM helps: {plain, its convolutions
-only, quantiser only, noise only, all of it} × {noise on, off at test}. `recipes` asks which training helps.
+`ablation` compares the parts of GSeM: {plain, its convolutions only, quantiser only, noise only, all of it} × {noise
+on, off at test}. `recipes` compares the named recipes.
 """
 
 import json
@@ -66,16 +66,21 @@ def ablation(base: Recipe) -> list[Variant]:
 def recipes(base: Recipe, passes: float | None = None) -> list[Variant]:
     """Every named recipe, its schedule scaled to `base`'s epochs, on its data: GSeM ones on its model, others plain.
 
+    Recipes with generated images are left out where `base` has none.
+
     Args:
         passes: compare at equal cost instead: each recipe gets the epochs, at least one, that bring its passes per
             image nearest to this number.
     """
     variants = []
     for recipe in RECIPES.values():
+        if recipe.extra_share > 0 and base.extra_data is None:
+            continue
+        extra = base.extra_data if recipe.extra_share > 0 else None
         gsem = recipe.model.startswith("gsem-")
         model = base.model if gsem else base.model.removeprefix("gsem-")
         epochs = base.epochs if passes is None else max(1, round(passes / sum(recipe.passes)))
-        scaled = replace(recipe.scaled(epochs), rounds=1)
+        scaled = replace(recipe.scaled(epochs), rounds=1, extra_data=extra, steps_per_epoch=base.steps_per_epoch)
         variants.append(Variant(recipe.name, replace(scaled, data=base.data, model=model, eps=base.eps)))
     return variants
 
@@ -157,15 +162,16 @@ def _evaluated(
     source = load(test_data) if test_data else find(read_metadata(run.path), run.path)
     test = source.test()
     x, y = to_float(test.x[:images]).to(device), test.y[:images].to(device)
-    eps = run.recipe.eps or source.eps
+    eps = run.recipe.radius(source.eps)
     asked = {"attacks": attacks, "images": len(x), "eps": eps, "data": test_data or run.recipe.data}
+    asked |= {"norm": run.recipe.norm} if run.recipe.norm != "Linf" else {}
     path, question = run.path / f"test-{mode}", run.path / f"test-{mode}.question.json"
     if question.exists() and json.loads(question.read_text()) == asked:
         return EvaluationResult.load(path)
     begin()
     model = run.model().to(device)
     with noise(model, mode):
-        result = evaluate(model, x, y, attacks, eps=eps, seed=run.recipe.seed, frozen=False)
+        result = evaluate(model, x, y, attacks, eps=eps, norm=run.recipe.norm, seed=run.recipe.seed, frozen=False)
     result.save(path)
     write_atomically(question, json.dumps(asked).encode())
     return result

@@ -264,7 +264,7 @@ class Functional(nn.Module):
     [
         (nn.Dropout(0.5), r"Dropout layer '0' is in train mode.*model.eval\(\)"),
         (nn.Dropout2d(0.5), r"Dropout2d layer '0' is in train mode"),
-        (Functional(), r"layer '0' \(Functional\) is in train mode, and answers otherwise than in eval mode"),
+        (Functional(), r"layer '0' \(Functional\) is in train mode, where its output differs"),
     ],
 )
 def test_a_layer_in_train_mode_that_drops_features_is_named(layer, message):

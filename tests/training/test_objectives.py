@@ -44,6 +44,16 @@ def test_values_are_the_formula(logits, loss, formula, weight):
     assert loss(adv, clean, y, weight).tolist() == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.parametrize(("loss", "branch"), [(mart, 0), (trades, 1)])
+def test_smoothing_enters_the_cross_entropy_of_one_branch(logits, loss, branch):
+    adv, clean, y = logits
+    found = loss(adv, clean, y, 3.0, 0.2) - loss(adv, clean, y, 3.0)
+    # 0.2 of the target moves from the label to all five classes alike
+    log_p = torch.log_softmax((adv, clean)[branch], 1)
+    wanted = 0.2 * (log_p.gather(1, y[:, None])[:, 0] - log_p.mean(1))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("loss", "formula", "weight"), [(mart, mart_of, 5.0), (trades, trades_of, 6.0)])
 def test_gradients_are_the_formula_s_in_both_branches(logits, loss, formula, weight):
     adv, clean, y = (t.clone() for t in logits)

@@ -13,9 +13,11 @@ import torch
 import gsem
 from gsem._io import read_checkpoint
 from gsem.data import Split
+from gsem.training.progress import epoch_order
 from gsem.training.run import Run, TrainingDiverged, TrainingInterrupted
-from gsem.training.step import attacked_rows
+from gsem.training.step import Stepper, attacked_rows
 from gsem.training.trainer import train
+from gsem.training.validation import Validator
 from killed_training import RECIPE
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -110,6 +112,31 @@ def test_ctrl_c_saves_the_step_and_resume_ends_the_same(tmp_path, few_digits):
     assert same(state(run.path), state(whole.path))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "lr": 0.002},
+        {"norm": "L2", "schedule": "onecycle", "warmup": 1.0, "steps_per_epoch": 2},
+        {"attack_init": "noise", "steps": 1, "collapse": 0.9, "label_smoothing": 0.1},
+        {"objective": "trades", "adversarial_fraction": 1.0, "norm": "L2", "attack_init": "gaussian"},
+    ],
+    ids=["adamw", "l2-onecycle", "noise", "trades-l2"],
+)
+def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_bits(tmp_path, few_digits, changes):
+    recipe = replace(TINY, epochs=2, **changes)
+    whole = train(recipe, out=tmp_path / "whole", data=few_digits, device="cpu")
+
+    def interrupt(progress):
+        if progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted):
+        train(recipe, out=tmp_path / "run", data=few_digits, device="cpu", on_progress=interrupt)
+    run = train(recipe, out=tmp_path / "run", data=few_digits, device="cpu", resume=True)
+    assert timeless(run.metrics) == timeless(whole.metrics)
+    assert same(state(run.path), state(whole.path))
+
+
 def test_training_works_outside_the_main_thread(tmp_path, few_digits):
     runs = []
     work = threading.Thread(
@@ -159,7 +186,9 @@ def test_every_recipe_trains_every_kind_of_model(tmp_path, few_digits, recipe, m
         milestones=(),
         warmup=0.0,
         awp_warmup=0.0,
-        steps=2,
+        steps=1 if gsem.RECIPES[recipe].attack_init == "noise" else 2,
+        steps_per_epoch=None,
+        extra_share=0.0,
         eot=2,
         draws=2,
     )
@@ -218,6 +247,65 @@ def test_equal_averaging_is_the_mean():
     assert averaged.weight.item() == pytest.approx(4.0)
 
 
+@pytest.mark.parametrize("steps", [2, 3, 10])
+def test_an_epoch_has_the_steps_it_is_given(tmp_path, few_digits, steps):
+    run = train(replace(TINY, steps_per_epoch=steps, epochs=2), out=tmp_path / "run", data=few_digits, device="cpu")
+    assert [m["step"] for m in run.metrics] == [steps, 2 * steps]
+
+
+def test_a_long_epoch_sees_every_image_before_one_comes_again():
+    recipe = replace(TINY, steps_per_epoch=7)
+    order = epoch_order(recipe, 24, 0, 8, 0, 1)
+    assert order.shape == (7, 8)
+    for first in (0, 3):
+        assert order[first : first + 3].flatten().sort().values.tolist() == list(range(24))
+    assert not torch.equal(order[:3], order[3:6])
+    # the first pass is that of an epoch without a given length
+    assert torch.equal(order[:3], epoch_order(replace(recipe, steps_per_epoch=None), 24, 0, 8, 0, 1))
+
+
+def collapsing(robust: list[float], training: list[float]) -> list[dict]:
+    pairs = zip(robust, training, strict=True)
+    return [{"epoch": i, "clean": 0.9, "robust": r, "training_robust": t} for i, (r, t) in enumerate(pairs, 1)]
+
+
+@pytest.mark.parametrize(
+    ("robust", "training", "collapsed"),
+    [
+        ([0.3, 0.4, 0.1], [0.3, 0.4, 0.9], True),
+        ([0.3, 0.4, 0.1], [0.3, 0.4, 0.2], False),  # both fall: the training diverges, it does not overfit
+        ([0.3, 0.4, 0.3], [0.3, 0.4, 0.9], False),  # robust overfitting: slow, and not of this kind
+    ],
+)
+def test_catastrophic_overfitting_is_a_fall_in_validation_alone(robust, training, collapsed):
+    run = Run(Path("x"), replace(gsem.RECIPES["fast-at"]), collapsing(robust, training))
+    assert run.collapsed is collapsed
+    assert ("catastrophic overfitting" in repr(run)) is collapsed
+    assert run.best["epoch"] == 2
+
+
+def test_the_training_stops_at_catastrophic_overfitting_and_keeps_the_best_weights(tmp_path, few_digits, monkeypatch):
+    robust = iter([0.3, 0.5, 0.1])
+    monkeypatch.setattr(Validator, "_accuracies", lambda self, model: {"clean": 0.6, "robust": next(robust)})
+    monkeypatch.setattr(Stepper, "training_robust", lambda self: 0.7)
+    recipe = replace(gsem.RECIPES["fast-at"], model="resnet10x16", epochs=9, warmup=2.0, batch_size=32)
+    with pytest.warns(UserWarning, match=r"catastrophic overfitting: by epoch 3"):
+        run = train(recipe, out=tmp_path / "run", data=few_digits, device="cpu")
+    assert len(run.metrics) == 3 and run.collapsed
+    assert read_checkpoint(run.path / "checkpoints/best.safetensors")[1]["metrics"]["epoch"] == 2
+    # nothing is left to train
+    assert train(recipe, out=run.path, data=few_digits, device="cpu", resume=True).metrics == run.metrics
+
+
+def test_the_accuracy_on_the_training_batches_is_that_of_the_adversarial_examples(tmp_path, few_digits):
+    recipe = replace(TINY, collapse=0.9, adversarial_fraction=0.5, epochs=6)
+    run = train(recipe, out=tmp_path / "run", data=few_digits, device="cpu")
+    found = [m["training_robust"] for m in run.metrics]
+    # 110 images in batches of 32: 48 of the 96 in an epoch are attacked
+    assert all(share * 48 == pytest.approx(round(share * 48), abs=1e-4) for share in found)
+    assert found[-1] > found[0]
+
+
 def test_deterministic_mode_is_put_back(tmp_path, few_digits):
     train(replace(TINY, deterministic=True, epochs=1), out=tmp_path / "run", data=few_digits, device="cpu")
     assert not torch.are_deterministic_algorithms_enabled()
@@ -239,8 +327,9 @@ def test_extra_images_are_mixed_in(tmp_path, few_digits):
     x = torch.from_numpy(rng.integers(0, 256, (64, 1, 8, 8))).float() / 255
     said = [float((r.model()(x).argmax(1) == 3).float().mean()) for r in (run, plain)]
     assert said[0] > 0.9 > said[1]
-    with pytest.raises(ValueError, match="extra_share"):
-        replace(TINY, extra_share=0.5)
+    with pytest.raises(ValueError, match="--extra-data"):
+        train(replace(TINY, extra_share=0.5), out=tmp_path / "none", data=few_digits, device="cpu")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_best_epoch_is_the_most_robust_then_the_cleanest_and_without_attacks_the_cleanest():
@@ -260,3 +349,11 @@ def test_the_checkpoint_kept_is_that_of_the_best_epoch(tmp_path, few_digits):
         run = train(replace(recipe, epochs=4), out=tmp_path / str(recipe.adversarial_fraction), data=few_digits)
         _, meta = read_checkpoint(run.path / "checkpoints/best.safetensors")
         assert meta["metrics"] == run.best
+
+
+def test_a_training_in_l2_leaves_the_linf_radius_to_evaluations(tmp_path, few_digits):
+    recipe = replace(TINY, norm="L2", eps=1.5, epochs=1)
+    run = train(recipe, out=tmp_path / "run", data=few_digits, device="cpu")
+    metadata = json.loads((run.path / "recipe.json").read_text())
+    assert (metadata["recipe"]["norm"], metadata["recipe"]["eps"]) == ("L2", 1.5)
+    assert metadata["data"]["eps"] == few_digits.eps

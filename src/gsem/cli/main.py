@@ -108,6 +108,8 @@ def _read_train(words: list[str]) -> TrainOptions:
     if name and name not in RECIPES:
         raise ValueError(unknown("recipe", name, RECIPES))
     options: TrainOptions = parse_recipe(TrainOptions, "train", words, RECIPES[name or "gcat"])
+    if options.config is not None and (name or options.resume):
+        raise ValueError(f"--config is a recipe of its own: leave out {name or '--resume'}")
     if options.resume is None:
         return options
     former = import_module("gsem.training.run").resume_recipe(options.resume)

@@ -61,7 +61,12 @@ def options(kind: type[T]) -> type[T]:
 
     What follows "Default:" there is shown as the default, where the value of the field does not show it (None, ()).
     """
-    for field, below in pairwise(_CLASSES[kind.__name__]):
+    _help(kind, _CLASSES[kind.__name__])
+    return dataclass(frozen=True, kw_only=True)(kind)
+
+
+def _help(kind: type, body: list[ast.stmt]) -> None:
+    for field, below in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
             name, text = ast.unparse(field.target), " ".join(ast.literal_eval(below.value).split())
             text, _, default = text.partition(" Default: ")
@@ -71,7 +76,9 @@ def options(kind: type[T]) -> type[T]:
                 metavar=name.upper() if ast.unparse(field.annotation).startswith("Positional") else None,
             )
             kind.__annotations__[name] = Annotated[kind.__annotations__[name], helped]
-    return dataclass(frozen=True, kw_only=True)(kind)
+
+
+_help(Recipe, ast.parse(getsource(Recipe)).body[0].body)  # type: ignore[attr-defined]  # (its body is a class)
 
 
 @options
@@ -260,6 +267,10 @@ class TrainOptions(DeviceOptions):
     recipe: tyro.conf.OmitArgPrefixes[Recipe]
     out: Path | None = None
     """Run directory. Default: runs/RECIPE-DATA-MODEL-seedN."""
+    config: Path | None = None
+    """Recipe to start from: a .toml file, a run directory or its recipe.json. Options win over it. Default: RECIPE."""
+    print_config: bool = False
+    """Print the recipe as a .toml file for --config, and do not train."""
     resume: Path | None = None
     """Resume the run in this directory, with its own recipe. --data gives the present place of its images, if they are
     not found. Default: a new run."""
@@ -322,8 +333,10 @@ class NoOptions:
 
 
 @dataclass(frozen=True)
-class _Epochs:
-    """The one option that other defaults follow from."""
+class _First:
+    """The options that other defaults follow from."""
+
+    config: Path | None = None
 
     epochs: int | None = None
 
@@ -360,12 +373,13 @@ def parse(kind: Any, command: str, words: list[str], **more: Any) -> Any:
 
 
 def parse_recipe(kind: Any, command: str, words: list[str], recipe: Recipe, **more: Any) -> Any:
-    """Options with a recipe: `recipe`, its schedule scaled to --epochs, with what else is given.
+    """Options with a recipe: `recipe`, or that of --config, its schedule scaled to --epochs, with what else is given.
 
     Args:
         more: further defaults of the options.
     """
-    given, _ = parse(_Epochs, command, words, add_help=False, return_unknown_args=True)
+    given, _ = parse(_First, command, words, add_help=False, return_unknown_args=True)
+    recipe = recipe if given.config is None else Recipe.read(given.config)
     scaled = recipe if given.epochs is None or given.epochs < 1 else recipe.scaled(given.epochs)
     return parse(kind, command, words, default=kind(recipe=scaled, **more))
 

@@ -80,7 +80,10 @@ def load_task(o: TaskOptions | VerifyOptions) -> Task:
         known = saved.rows is not None and saved.rows.max() < len(test)
         rows = torch.from_numpy(saved.rows) if known else _rows(test, subset)
     else:
-        default = 0.5 if o.norm == "L2" else metadata.get("data", {}).get("eps", dataset.eps)
+        trained = metadata.get("recipe", {})
+        default = metadata.get("data", {}).get("eps", dataset.eps)
+        if o.norm == "L2":
+            default = (trained.get("eps") if trained.get("norm") == "L2" else None) or 0.5
         eps = default if o.eps is None else o.eps
         subset = _subset(o, len(test))
         rows = _rows(test, subset)

@@ -24,13 +24,17 @@ AUDIT_SECONDS = 3.5
 def train_command(console: Console, o: TrainOptions) -> None:
     """Train, or resume a run, and print its best epoch."""
     recipe = replace(o.recipe, model=canonical_name(o.recipe.model))
+    if o.print_config:
+        console.print(recipe.to_toml(), end="", soft_wrap=True)
+        return
     run = _run(console, replace(o, recipe=recipe, out=o.resume or o.out), resume=o.resume is not None)
     best = run.best
     console.print(
         f"best: epoch {best['epoch']}, validation clean {percent(best['clean']).strip()}, "
         f"robust {percent(best['robust']).strip()} (PGD-10 on held-out training images)"
     )
-    console.print(f"saved; next: {command_line('evaluate', run.path)}", soft_wrap=True)
+    norm = None if recipe.norm == "Linf" else recipe.norm
+    console.print(f"saved; next: {command_line('evaluate', run.path, norm=norm)}", soft_wrap=True)
 
 
 def _run(console: Console, o: TrainOptions, *, resume: bool) -> Run:

@@ -48,7 +48,7 @@ class NotFinite(ValueError):
 
 
 class NoGradient(ValueError, RuntimeError):
-    """The logits do not depend on the images in a way that autograd knows. (A RuntimeError, as autograd's own is.)"""
+    """Autograd finds no dependence of the logits on the images. (A RuntimeError, as autograd's own is.)"""
 
 
 def checked(
@@ -201,9 +201,9 @@ class Logits(nn.Module):
 
 
 def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, " b"], what: str = "label") -> nn.Module:
-    """The model, or where its output only holds the logits, a `Logits` around it; all that it is asked for is checked.
+    """Check the model on its first images, and wrap it in a `Logits` where its output only holds the logits.
 
-    One forward pass of the first images shows it. It leaves torch's random state and the model's noise as they were.
+    This takes a forward pass. It leaves torch's random state and the model's noise as they were.
 
     Args:
         model: images [b, c, h, w] in [0, 1] → logits [b, k]; or an object or dict with `logits`, or a tuple that
@@ -365,7 +365,7 @@ def _warn_of_batch_statistics(model: nn.Module) -> None:
 
 
 def _check_modes(model: nn.Module, some: Tensor, logits: Tensor) -> None:
-    """Refuse a module of any other kind that answers otherwise in eval mode, like F.dropout(x, training=self.training).
+    """Refuse a module of any other kind whose output differs in eval mode, like F.dropout(x, training=self.training).
 
     (Only where two passes on the same random numbers agree can a third one show it.)
     """
@@ -375,8 +375,8 @@ def _check_modes(model: nn.Module, some: Tensor, logits: Tensor) -> None:
     one = [(name, module) for name, module in named if _differs(model, some, logits, [(name, module)])] or named
     name, module = one[0]
     raise ValueError(
-        f"layer {name or 'the model'!r} ({type(module).__name__}) is in train mode, and answers otherwise than in eval "
-        "mode. Call model.eval() first"
+        f"layer {name or 'the model'!r} ({type(module).__name__}) is in train mode, where its output differs. "
+        "Call model.eval() first"
     )
 
 

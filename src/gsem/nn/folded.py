@@ -41,7 +41,7 @@ class _Folded(nn.Module):
 
     def __init__(self, *source: nn.Module | None):
         super().__init__()
-        # Out of nn.Module's sight: the model's parameters are not the folded model's.
+        # Not registered as submodules: the model's parameters are not the folded model's.
         self.__dict__["source"] = source
 
     def store(self, **tensors: Tensor) -> None:
@@ -110,7 +110,7 @@ class _Conv(_Folded):
             self.store(bias=bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The source knows its stride, groups and padding mode; only its weights are replaced.
+        # Stride, groups and padding mode are the source's; only its weights are replaced.
         return self.source[0]._conv_forward(x, self.weight, self._buffers.get("bias"))
 
 
@@ -285,7 +285,7 @@ def _folded(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> 
 
 
 def _random_states(devices: list[torch.device]) -> bytes:
-    """Of every global random stream that a forward may draw from."""
+    """The states of all global random streams that a forward may draw from."""
     states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
     return pickle.dumps([[state.numpy() for state in states], random.getstate(), np.random.get_state()])
 
@@ -312,7 +312,7 @@ def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
     random.setstate(python_random)
     np.random.set_state(numpy_random)
     if drew:
-        raise ValueError("its forward draws random numbers, of which tracing would keep one draw for ever")
+        raise ValueError("its forward draws random numbers, and tracing would keep one draw of them for all passes")
     return graph, constants
 
 

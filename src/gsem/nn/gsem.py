@@ -45,7 +45,7 @@ def pass_through(x: Float[Tensor, "*s"], value: Float[Tensor, "*s"]) -> Float[Te
     return _PassThrough.apply(x, value)
 
 
-# torch.fx would trace into the Function and keep only its forward: the correction would be lost without a word.
+# torch.fx would trace into the Function and keep only its forward: the correction would be lost silently.
 torch.fx.wrap("pass_through")
 
 

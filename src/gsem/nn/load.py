@@ -26,7 +26,7 @@ def _checkpoint_of(path: Path) -> Path | None:
 
 
 def _of_this_run(path: Path, checkpoint: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's metadata, with what the run directory knows of where the data lie.
+    """The checkpoint's metadata, with the place of the data from the run directory.
 
     Raises:
         ValueError: the checkpoint is of another run than recipe.json.

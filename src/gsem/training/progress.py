@@ -3,6 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from gsem.data import mixed_order
+from gsem.rng import generator
 from gsem.training.recipe import Recipe
 
 
@@ -38,12 +44,12 @@ class Schedule:
 
     @property
     def epochs(self) -> int:
-        """Of all rounds together."""
+        """Epochs of all rounds together."""
         return self.recipe.epochs * self.recipe.rounds
 
     @property
     def steps(self) -> int:
-        """Of all rounds together."""
+        """Steps of all rounds together."""
         return self.steps_per_epoch * self.epochs
 
     def place(self, step: int) -> tuple[int, int, int]:
@@ -62,8 +68,22 @@ class Schedule:
         return count if count >= 0 else None
 
 
+def epoch_order(recipe: Recipe, real: int, extra: int, batch: int, round_: int, epoch: int) -> Int64[Tensor, "steps b"]:
+    """The places of the images of an epoch's batches: `mixed_order`, as often as steps_per_epoch needs it."""
+
+    def once(*names: int) -> Tensor:
+        rng = generator(recipe.seed, "order", round_, epoch, *names)
+        return mixed_order(real, extra, batch, recipe.extra_share, rng)
+
+    orders = [once()]
+    steps = recipe.steps_per_epoch or len(orders[0])
+    while len(orders) * len(orders[0]) < steps:
+        orders.append(once(len(orders)))
+    return torch.cat(orders)[:steps]
+
+
 def rank(recipe: Recipe, metrics: dict[str, Any]) -> tuple[float, float]:
-    """By what epochs are compared: the most robust is best, of equals the cleanest.
+    """The key by which epochs are compared: the most robust is best, among equals the one of highest clean accuracy.
 
     Many tie on a small validation set. A training without attacks is judged by its clean accuracy: its robust one
     is highest where nothing was learnt yet.
@@ -83,6 +103,10 @@ class Counters:
     best_rank: tuple[float, float] = (-1.0, -1.0)
     stale: int = 0
     """Validations since the one of `best_robust`."""
+    watched: tuple[float, float] = (-1.0, -1.0)
+    """The best robust validation accuracy of the raw weights, and the accuracy on the training batches then."""
+    collapsed: bool = False
+    """Whether catastrophic overfitting was found."""
     latest: dict[str, float] = field(default_factory=dict)
     """The last loss and validation accuracies."""
     seconds: float = 0.0
@@ -91,7 +115,8 @@ class Counters:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Counters":
-        return cls(**values | {"best_rank": tuple(values["best_rank"])})
+        pairs = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**values | pairs)
 
     def count_validation(self, recipe: Recipe, metrics: dict[str, Any]) -> bool:
         """Count a validation. Returns whether it is the best so far (see `rank`)."""
@@ -100,7 +125,12 @@ class Counters:
         found = rank(recipe, metrics)
         better = found > self.best_rank
         self.best_rank = max(found, self.best_rank)
+        if recipe.collapse > 0:
+            now = (metrics.get("raw_robust", metrics["robust"]), metrics["training_robust"])
+            best, then = self.watched
+            self.collapsed = now[0] < (1 - recipe.collapse) * best and now[1] >= then
+            self.watched = max(now, self.watched)
         return better
 
     def stops_early(self, recipe: Recipe) -> bool:
-        return 0 < recipe.patience <= self.stale
+        return self.collapsed or 0 < recipe.patience <= self.stale

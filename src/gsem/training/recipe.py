@@ -1,15 +1,23 @@
 """The schema of a recipe: all that determines a training run, as one frozen value. No tensors here."""
 
+import difflib
+import json
 import math
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
-Schedule = Literal["step", "cosine", "cyclic"]
+Schedule = Literal["step", "cosine", "cyclic", "onecycle"]
+Optimizer = Literal["sgd", "adamw"]
+Norm = Literal["Linf", "L2"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 Objective = Literal["ce", "mart", "trades"]
 Augment = Literal["none", "crop", "autoaugment"]
-Init = Literal["uniform", "gaussian"]
+Init = Literal["uniform", "gaussian", "noise"]
 Gradient = Literal["corrected", "semi-masked"]
 
 
@@ -33,7 +41,7 @@ class Recipe:
     extra_data: str | None = None
     """An .npz file of additional, mostly generated, training images (image and label). Default: none."""
     extra_share: float = 0.0
-    """Share of each batch that comes from extra_data, from 0 to below 1."""
+    """Share of each batch that comes from extra_data, from 0 to below 1. Above 0, extra_data must be given."""
     augment: Augment = "crop"
     """Augmentation of the training images. crop is a random crop and flip; autoaugment adds AutoAugment's CIFAR-10
     policy (on colour images) and Cutout of half the side, as the paper does."""
@@ -55,19 +63,27 @@ class Recipe:
     kl_weight: float = 5.0
     """Weight of the divergence in MART and TRADES (the papers' lambda and beta)."""
     label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes, from 0 to below 1 (objective ce only)."""
+    """Share of the cross-entropy's target that is spread over all classes, from 0 to below 1. In MART that is the term
+    of the adversarial image, in TRADES that of the clean one."""
     awp: float = 0.0
     """Size of the adversarial weight perturbation, relative to the norm of each weight tensor (gamma). 0 is none."""
     awp_warmup: float = 0.0
     """Epochs of each round before the weights are perturbed."""
     adversarial_fraction: float = 0.5
     """Share of each batch that is replaced by its adversarial examples, from 0 to 1."""
+    norm: Norm = "Linf"
+    """Norm of the perturbation, in training and validation: Linf or L2."""
     eps: float | None = None
-    """L-infinity radius of the attack, in pixels of [0, 1]. Default: the data set's own (8/255 for colour images)."""
+    """Radius of the attack, in pixels of [0, 1]. Default: for Linf the data set's own (8/255 for colour images), for L2
+    0.5."""
     step: float | None = None
-    """Length of an attack step, in pixels of [0, 1]. Default: eps/4."""
+    """Length of an attack step, in pixels of [0, 1]. Default: eps/4, and eps with attack_init noise."""
     attack_init: Init = "uniform"
-    """Start of the attack: a uniform draw from the ball, or the image plus a normal draw of deviation 0.001."""
+    """Start of the attack: a uniform draw from the ball (uniform), the image plus a normal draw of deviation 0.001
+    (gaussian), or plus uniform noise of noise_radius (noise: N-FGSM, a single step that is not projected into the
+    ball)."""
+    noise_radius: float = 2.0
+    """Largest noise of attack_init noise, in multiples of eps (N-FGSM's k)."""
     steps: int = 10
     """Number of attack steps."""
     eot: int = 1
@@ -77,25 +93,29 @@ class Recipe:
 
     epochs: int = 30
     """Passes over the training images, in each round."""
+    steps_per_epoch: int | None = None
+    """Optimizer steps in an epoch. Default: as many as the training images fill once."""
     rounds: int = 1
     """Number of times the schedule runs, each from the best checkpoint so far."""
     batch_size: int = 128
     """Images in each optimizer step."""
+    optimizer: Optimizer = "sgd"
+    """sgd (with momentum), or adamw (betas 0.9 and 0.999)."""
     lr: float = 0.1
     """Peak learning rate."""
     schedule: Schedule = "cosine"
-    """Learning rate over a round: it is multiplied by `decay` at milestones (step), or falls to 0 along a cosine
-    (cosine) or a line (cyclic)."""
+    """Learning rate over a round: it is multiplied by `decay` at milestones (step), falls to 0 along a cosine (cosine)
+    or a line (cyclic), or rises from lr/25 and falls to lr/250000 along cosines (onecycle)."""
     milestones: tuple[int, ...] = ()
     """Epochs at which the step schedule multiplies the learning rate by `decay`."""
     decay: float = 0.1
     """Factor of the step schedule."""
     warmup: float = 0.0
-    """Epochs over which the learning rate rises linearly from 0 to its peak (cosine and cyclic)."""
+    """Epochs over which the learning rate rises to its peak: linearly from 0, in onecycle along a cosine from lr/25."""
     momentum: float = 0.9
     """Momentum of SGD, from 0 to below 1."""
     nesterov: bool = False
-    """Use Nesterov's form of the momentum."""
+    """Use Nesterov's form of SGD's momentum."""
     weight_decay: float = 5e-4
     """Weight decay of the optimizer, on all parameters."""
     clip: float | None = None
@@ -110,6 +130,10 @@ class Recipe:
     """Epoch from which the weights of all steps are averaged equally (SWA, in place of ema). Default: none."""
     patience: int = 0
     """Validations in a row without a better robust accuracy after which the run stops. 0 never stops it early."""
+
+    collapse: float = 0.0
+    """Stop at catastrophic overfitting: when the robust validation accuracy of the raw weights has fallen by more than
+    this share of its best, and that on the training batches has not fallen. 0 never stops."""
 
     precision: Precision = "auto"
     """Precision of the training passes. auto is bf16 where the device multiplies it in hardware, fp16 on older GPUs and
@@ -139,17 +163,23 @@ class Recipe:
         if self.schedule == "step":
             return self.lr * self.decay ** sum(epoch >= m for m in self.milestones)
         if epoch < self.warmup:
-            return self.lr * epoch / self.warmup
+            share = epoch / self.warmup
+            return _cosine(self.lr / 25, self.lr, share) if self.schedule == "onecycle" else self.lr * share
         rest = (epoch - self.warmup) / (self.epochs - self.warmup)
         if self.schedule == "cyclic":
             return self.lr * (1 - rest)
-        return self.lr * (1 + math.cos(math.pi * rest)) / 2
+        return _cosine(self.lr, self.lr / 25 / 1e4 if self.schedule == "onecycle" else 0.0, rest)
+
+    def radius(self, own: float) -> float:
+        """eps, or its default: `own`, that of the data set, for Linf, and 0.5 for L2."""
+        return self.eps or (own if self.norm == "Linf" else 0.5)
+
+    def attack_step(self, eps: float) -> float:
+        """step, or its default."""
+        return self.step or (eps if self.attack_init == "noise" else eps / 4)
 
     def scaled(self, epochs: int) -> "Recipe":
-        """The same schedule over `epochs` (of each round): milestones and warm-ups are moved in proportion.
-
-        It is what `--epochs` does on the command line. Set them afterwards, by `replace`, to have them elsewhere.
-        """
+        """The same schedule over `epochs` of each round, as by --epochs: milestones and warm-ups move in proportion."""
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
         share = epochs / self.epochs
@@ -167,16 +197,77 @@ class Recipe:
         return asdict(self) | {"milestones": list(self.milestones)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """The inverse of `to_dict`.
+    def from_dict(cls, values: Mapping[str, Any], base: "Recipe | None" = None) -> "Recipe":
+        """The inverse of `to_dict`. What is left out is as in `base`, or else in `Recipe()`.
 
         Raises:
-            ValueError: a field that this version does not know.
+            ValueError: a field that this version does not know, or a value of another type.
         """
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"the recipe has a field {unknown[0]!r} that this version of gsem does not know")
-        return cls(**values | {"milestones": tuple(values.get("milestones", ()))})
+        return replace(base or cls(), **{name: _typed(name, value) for name, value in values.items()})
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Recipe":
+        """The recipe in a .toml file, in a run directory, or in its recipe.json.
+
+        A .toml file holds fields by their names; a number may be a text like "8/255", and "none" is None. What it
+        leaves out is as in the named recipe `name` (default: gcat).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or `from_dict` refuses what it holds. The message names the file.
+        """
+        return _read(Path(path))
+
+    def to_toml(self) -> str:
+        """All fields as a .toml file that `read` reads."""
+        values = {name: "none" if value is None else value for name, value in self.to_dict().items()}
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+
+def _read(path: Path) -> Recipe:
+    from gsem.training.recipes import RECIPES  # which are made of this class
+
+    file = path / "recipe.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no recipe {file}")
+    try:
+        if file.suffix == ".json":
+            values = json.loads(file.read_text())
+            return Recipe.from_dict(values.get("recipe", values))
+        values = tomllib.loads(file.read_text())
+        return Recipe.from_dict(values, RECIPES.get(values.get("name", "gcat")))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _typed(field: str, value: Any) -> Any:
+    """`value`, as a file holds it, as one of the type of a field."""
+    known = {f.name: f.type for f in fields(Recipe)}
+    if field not in known:
+        near = difflib.get_close_matches(field, known, n=1)
+        hint = f"; near it is {near[0]!r}" if near else ""
+        raise ValueError(f"the recipe has a field {field!r} that this version of gsem does not know{hint}")
+    kind: Any = known[field]
+    options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    if NoneType in options and value in (None, "none"):
+        return None
+    wanted = options[0]
+    if wanted is float and not isinstance(value, bool):
+        try:
+            return float(Fraction(value)) if isinstance(value, str) else float(value)
+        except (ValueError, TypeError, ZeroDivisionError):
+            pass
+    elif get_origin(wanted) is tuple and isinstance(value, list | tuple):
+        if all(type(one) is int for one in value):
+            return tuple(value)
+    elif get_origin(wanted) is Literal or type(value) is wanted:
+        return value
+    names = {float: "a number", int: "an integer", bool: "true or false", str: "a text"}
+    raise ValueError(f"{field} = {value!r} is not {names.get(wanted, 'a list of integers')}")
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 # A rule: whether a value keeps it, and its words.
@@ -196,9 +287,10 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("validate_every",), _integer(1)),
     **dict.fromkeys(("noise", "patience"), _integer(0)),
     **dict.fromkeys(("eps", "step", "clip"), _POSITIVE_OR_NONE),
-    **dict.fromkeys(("lr", "decay", "abort_grad_norm"), _POSITIVE),
-    **dict.fromkeys(("momentum", "ema", "label_smoothing", "extra_share"), _BELOW_ONE),
+    **dict.fromkeys(("lr", "decay", "abort_grad_norm", "noise_radius"), _POSITIVE),
+    **dict.fromkeys(("momentum", "ema", "label_smoothing", "extra_share", "collapse"), _BELOW_ONE),
     **dict.fromkeys(("weight_decay", "kl_weight", "awp", "awp_warmup"), _NOT_NEGATIVE),
+    "steps_per_epoch": (lambda value: value is None or (type(value) is int and value >= 1), "at least 1, or left out"),
     "seed": (lambda value: type(value) is int, "an integer"),
     "adversarial_fraction": (lambda value: 0 <= value <= 1, "a share from 0 to 1"),
     "milestones": (lambda value: [0, *value] == sorted({0, *value}), "rising epoch numbers from 1"),
@@ -217,10 +309,12 @@ def _check(r: Recipe) -> None:
     epochs = f"below the {r.epochs} epochs{scale}"
     within = r.milestones if r.schedule == "step" else ()
     together = (
-        (r.eps is None or r.eps <= 1, "eps", "at most 1: images lie in [0, 1] (8/255, not 8)"),
-        ((r.extra_data is None) == (r.extra_share == 0), "extra_share", "above 0 with extra_data, and 0 without"),
+        (r.norm == "L2" or r.eps is None or r.eps <= 1, "eps", "at most 1: images lie in [0, 1] (8/255, not 8)"),
+        (r.extra_data is None or r.extra_share > 0, "extra_share", "above 0 with extra_data"),
+        (r.attack_init != "noise" or r.norm == "Linf", "norm", "Linf with attack_init noise"),
+        (r.attack_init != "noise" or r.steps == 1, "steps", "1 with attack_init noise, which is not projected"),
+        (r.collapse == 0 or r.adversarial_fraction > 0, "collapse", "0 in a training without attacks"),
         (r.objective == "ce" or r.adversarial_fraction == 1, "adversarial_fraction", f"1 with objective {r.objective}"),
-        (r.objective == "ce" or r.label_smoothing == 0, "label_smoothing", "0 unless objective is ce"),
         (r.swa_from is None or 0 <= r.swa_from < r.epochs, "swa_from", f"from 0 to {epochs}"),
         (r.swa_from is None or r.ema == 0, "swa_from", "left out where ema is set: one average is kept"),
         (0 <= r.warmup < r.epochs, "warmup", f"at least 0 and {epochs}"),

@@ -60,6 +60,11 @@ def training_data(recipe: Recipe, data: Dataset | None, former: Mapping[str, Any
     Raises:
         ValueError, FileNotFoundError: they are not found; the message names the places.
     """
+    if recipe.extra_share > 0 and recipe.extra_data is None:
+        raise ValueError(
+            f"recipe {recipe.name} takes {recipe.extra_share:.0%} of each batch from generated images: give their .npz "
+            "file (image [n, h, w, c] uint8, label [n]) by --extra-data, or set --extra-share 0"
+        )
     if former is None:
         source = data or load(recipe.data, recipe.data_path)
         if data is not None:
@@ -117,7 +122,7 @@ def find_named(name: str, root: str | None, places: Places, folder: Path) -> Dat
         return load(_located("data", name, places, folder))
     if root is None and "data_path" not in places:
         return load(name)
-    # (Of a data set that can be downloaded the folder may be missing.)
+    # (The folder of a data set that can be downloaded may be missing.)
     return load(name, _located("data_path", root or str(ROOT), places, folder, needed=name in ("folder", "npz")))
 
 

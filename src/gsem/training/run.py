@@ -14,7 +14,7 @@ from gsem._fingerprint import model_fingerprint
 from gsem._io import BEST, LAST, read_checkpoint_metadata, read_metadata
 from gsem._text import percent
 from gsem.nn.load import load_model
-from gsem.training.progress import rank
+from gsem.training.progress import Counters, rank
 from gsem.training.recipe import Recipe
 
 
@@ -50,6 +50,8 @@ class Run:
             best = self.best
             accuracies = f"clean {percent(best['clean']).strip()}, robust {percent(best['robust']).strip()}"
             lines.append(f"{done} of {epochs} epochs; best: epoch {best['epoch']}, validation {accuracies}")
+            if self.collapsed:
+                lines.append(f"stopped after epoch {done} at catastrophic overfitting; epoch {best['epoch']} is kept")
         else:
             lines.append(f"{done} of {epochs} epochs; no epoch is validated yet")
         return "\n".join(lines)
@@ -58,6 +60,15 @@ class Run:
     def best(self) -> dict[str, Any]:
         """The metrics of the epoch whose weights are the run's model (see `rank`)."""
         return max((m for m in self.metrics if "robust" in m), key=lambda m: rank(self.recipe, m))
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the training stopped at catastrophic overfitting (see `Recipe.collapse`)."""
+        counters = Counters()
+        for metrics in self.metrics:
+            if "robust" in metrics:
+                counters.count_validation(self.recipe, metrics)
+        return counters.collapsed
 
     def model(self) -> nn.Module:
         """The model of the best epoch, in eval mode."""

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from gsem._env import DTYPES, choose_precision, require_float64, warn_if_emulated
 from gsem._io import part
-from gsem.attacks._core import project, random_start
-from gsem.attacks.pgd import pgd_loop
 from gsem.data import Dataset, auto_augment, crop_flip, cutout, to_float
-from gsem.losses import Loss, cross_entropy, divergence_from, mart, trades
+from gsem.losses import cross_entropy, mart, trades
 from gsem.nn.folded import FoldedModel, fold
-from gsem.rng import derive_seed, generator, reseed, seeded
+from gsem.rng import derive_seed, generator, reseed
+from gsem.training.attack import adversarial_examples
 from gsem.training.awp import awp
+from gsem.training.optimizer import make_optimizer, optimizer_state, restore_optimizer
 from gsem.training.recipe import Recipe
 
 
@@ -39,7 +39,7 @@ class Average:
 
     # torch's AveragedModel differs: its first update copies the weights and its decay has no warm-up.
 
-    def __init__(self, model: nn.Module, averaged: nn.Module, *, decay: float, equal: bool):
+    def __init__(self, model: nn.Module, averaged: nn.Module, decay: float, equal: bool):
         self.model, self.decay, self.equal = averaged, decay, equal
         mine = [*averaged.parameters(), *averaged.buffers()]
         theirs = [*model.parameters(), *model.buffers()]
@@ -95,20 +95,13 @@ class Stepper:
         self.clear_sums()
 
     def new_optimizer(self) -> None:
-        r = self.recipe
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=r.lr,
-            momentum=r.momentum,
-            nesterov=r.nesterov,
-            weight_decay=r.weight_decay,
-            fused=self.device.type == "cuda" or None,
-        )
+        self.optimizer = make_optimizer(self.recipe, self.model)
         # fp16's narrow range needs scaled gradients.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def clear_sums(self) -> None:
         self.sums = torch.zeros(2, device=self.device)  # loss, steps
+        self.hits = torch.zeros(2, device=self.device)  # adversarial examples classified correctly, and all
         self.longest = torch.zeros((), device=self.device)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
@@ -135,7 +128,7 @@ class Stepper:
         if r.adversarial_fraction > 0:
             rows = attacked_rows(len(x), r.adversarial_fraction, self.device)
             x_adv = x if r.objective == "ce" else x.clone()  # the others need the clean images too
-            x_adv[rows] = self.attack(self.folded, x[rows], y[rows], steps=r.steps, eot=r.eot, number=step)
+            x_adv[rows] = self.attack(r, self.folded, x[rows], y[rows], number=step)
         for group in self.optimizer.param_groups:
             group["lr"] = r.learning_rate(epoch)
         self.model.train()
@@ -166,31 +159,9 @@ class Stepper:
             pixels = cutout(pixels, size=pixels.shape[2] // 2, generator=rng)
         return to_float(pixels).contiguous(memory_format=torch.channels_last)
 
-    def attack(
-        self, folded: FoldedModel, x: Tensor, y: Tensor, *, steps: int, eot: int, number: int, plain: bool = False
-    ) -> Tensor:
-        """PGD on a refreshed folded model, from the recipe's start and by its inner loss; `plain`: uniform start, CE.
-
-        Nothing here waits for the device: an infinite loss shows in `finite`, which is looked at now and then.
-        """
-        r = self.recipe
-        folded.refresh()
-        seed = derive_seed(r.seed, "attack", number)
-        objective: Loss = cross_entropy
-        with seeded(derive_seed(seed, "model"), self.device):
-            if r.attack_init == "gaussian" and not plain:
-                rng = generator(r.seed, "start", number, device=self.device)
-                start = x + 0.001 * torch.randn(x.shape, generator=rng, device=self.device)
-                start = project(start, x, self.eps, "Linf")
-            else:
-                start = random_start(x, self.eps, "Linf", generator(seed, "start", 0, device=self.device))
-            if r.objective == "trades" and not plain:
-                with torch.no_grad():
-                    objective = divergence_from(folded(x))
-            step = r.step or self.eps / 4
-            x_adv, finite = pgd_loop(
-                folded, x, y, start, eps=self.eps, step=step, steps=steps, eot=eot, objective=objective
-            )
+    def attack(self, recipe: Recipe, folded: FoldedModel, x: Tensor, y: Tensor, *, number: int) -> Tensor:
+        """See `adversarial_examples`. An infinite loss shows in `finite`, which is looked at now and then."""
+        x_adv, finite = adversarial_examples(recipe, folded, x, y, eps=self.eps, number=number)
         self.finite &= finite.all()
         return x_adv
 
@@ -199,10 +170,14 @@ class Stepper:
         with self._autocast():
             logits_adv = _at_least_float32(self.training_pass(x_adv))
             logits = None if r.objective == "ce" else _at_least_float32(self.training_pass(x))
+        if r.collapse > 0:
+            rows = attacked_rows(len(y), r.adversarial_fraction, self.device)
+            right = (logits_adv.detach()[rows].argmax(1) == y[rows]).float()
+            self.hits += torch.stack([right.sum(), torch.ones_like(right).sum()])
         if logits is None:
             return cross_entropy(logits_adv, y, r.label_smoothing)
         objective = mart if r.objective == "mart" else trades
-        return objective(logits_adv, logits, y, r.kl_weight)
+        return objective(logits_adv, logits, y, r.kl_weight, r.label_smoothing)
 
     def _autocast(self) -> AbstractContextManager:
         low = self.dtype != torch.float32
@@ -225,6 +200,11 @@ class Stepper:
         total, count = self.sums.tolist()
         return total / count
 
+    def training_robust(self) -> float:
+        """The share of the adversarial examples of these steps that was classified correctly, where it is watched."""
+        hits, count = self.hits.tolist()
+        return hits / count
+
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Into the model and its average."""
         self.model.load_state_dict(weights)
@@ -236,20 +216,20 @@ class Stepper:
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         if self.average:
             tensors |= {f"ema.{name}": t for name, t in self.average.model.state_dict().items()}
-        for name, p in self.model.named_parameters():
-            if (momentum := self.optimizer.state.get(p, {}).get("momentum_buffer")) is not None:
-                tensors[f"momentum.{name}"] = momentum
-        return tensors | {"loop.sums": self.sums, "loop.longest": self.longest}, self.scaler.state_dict()
+        tensors |= optimizer_state(self.optimizer, self.model)
+        tensors |= {"loop.sums": self.sums, "loop.longest": self.longest}
+        if self.recipe.collapse > 0:
+            tensors["loop.hits"] = self.hits
+        return tensors, self.scaler.state_dict()
 
     def restore(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
         """Put a `state` back."""
         self.model.load_state_dict(part(tensors, "model"))
         if self.average:
             self.average.model.load_state_dict(part(tensors, "ema"))
-        momentum = part(tensors, "momentum")
-        for name, p in self.model.named_parameters():
-            if name in momentum:
-                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
+        restore_optimizer(self.optimizer, self.model, tensors)
         self.sums, self.longest = (tensors[f"loop.{name}"].to(self.device) for name in ("sums", "longest"))
+        if "loop.hits" in tensors:
+            self.hits = tensors["loop.hits"].to(self.device)
         if scaler:
             self.scaler.load_state_dict(scaler)

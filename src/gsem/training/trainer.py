@@ -8,6 +8,7 @@ import json
 import platform
 import shlex
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,11 @@ from gsem._fingerprint import model_fingerprint
 from gsem._interrupt import Interruption, finish_step_on_interrupt
 from gsem._io import BEST, LAST, append_line, part, read_checkpoint, read_metadata, save_checkpoint, write_atomically
 from gsem._lock import locked
-from gsem.data import Dataset, Split, load, mixed_order, read_extra
+from gsem.data import Dataset, Split, load, read_extra
 from gsem.nn.load import load_model
 from gsem.nn.models import check_weights, create_model
-from gsem.rng import derive_seed, generator, reseed, seeded
-from gsem.training.progress import Counters, Progress, Schedule
+from gsem.rng import derive_seed, reseed, seeded
+from gsem.training.progress import Counters, Progress, Schedule, epoch_order
 from gsem.training.recipe import Recipe
 from gsem.training.recorded import TrainingData, training_data
 from gsem.training.run import (
@@ -92,6 +93,12 @@ def train(
     return Run(path, recipe, read_metrics(path))
 
 
+_COLLAPSED = (
+    "catastrophic overfitting: by epoch {}, the robust validation accuracy has fallen from {:.1f}% while that on the "
+    "training batches has not. The training stops; the weights of the best epoch are the run's model"
+)
+
+
 class Trainer:
     """A training run in memory: images, weights, optimizer, and what is counted."""
 
@@ -100,10 +107,11 @@ class Trainer:
     ):
         self.recipe, self.path, self.device = recipe, path, device
         source = data.source
-        eps = recipe.eps or source.eps
-        self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=eps)
+        eps = recipe.radius(source.eps)
+        linf = eps if recipe.norm == "Linf" else source.eps  # the radius of an evaluation that gives none
+        self.meta = model_meta(recipe, classes=source.classes, shape=source.shape, eps=linf)
         training, validation, metadata = data.read(recipe.seed)
-        self.meta |= {"data": metadata | {"eps": eps}, "places": data.places}
+        self.meta |= {"data": metadata | {"eps": linf}, "places": data.places}
         self.real = len(training)
         if data.extra is not None:
             extra = read_extra(data.extra, source.shape, source.classes)
@@ -114,9 +122,8 @@ class Trainer:
         self.last, self.best = path / LAST, path / BEST
         reseed(derive_seed(recipe.seed, "weights"), device)
         model = self._new_model()
-        average = None
-        if recipe.ema or recipe.swa_from is not None:
-            average = Average(model, self._new_model(), decay=recipe.ema, equal=recipe.swa_from is not None)
+        equal = recipe.swa_from is not None
+        average = Average(model, self._new_model(), recipe.ema, equal) if recipe.ema or equal else None
         self.stepper = Stepper(replace(recipe, **used), source, eps, model, average, compiled=compiled)
         chosen = self.stepper.used.items()
         self.meta["precision"] = {field: {"asked": getattr(recipe, field), "used": value} for field, value in chosen}
@@ -124,11 +131,9 @@ class Trainer:
         self.counters = Counters()
 
     def _new_model(self) -> nn.Module:
-        # (torch's stubs do not know memory_format for modules.)
         model = create_model(**self.meta["model"])
+        # (torch's stubs lack memory_format for modules.)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    # --- begin, save, restore ---------------------------------------------------------------------------------
 
     def begin_or_restore(self, resume: bool) -> None:
         """Begin the run, or resume it where it stopped.
@@ -151,9 +156,8 @@ class Trainer:
         weights = self.stepper.model.state_dict()
         if self.recipe.init_from is not None:
             of_model = {key: self.meta["model"][key] for key in ("name", "num_classes", "levels", "noise")}
-            found = load_model(self.recipe.init_from, **of_model)[0].state_dict()
-            check_weights(found, weights, f"init_from {self.recipe.init_from} does not fit {self.recipe.model}")
-            weights = found
+            ours, weights = weights, load_model(self.recipe.init_from, **of_model)[0].state_dict()
+            check_weights(weights, ours, f"init_from {self.recipe.init_from} does not fit {self.recipe.model}")
         self.stepper.load_weights(weights)
         metadata = self.meta | {"gsem_torch": torch.__version__, "machine": platform.machine()}
         metadata |= {"device": str(self.device), "training_images": self.real, "gsem": release(), "commit": commit()}
@@ -181,8 +185,6 @@ class Trainer:
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.counters.step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self.path / "metrics.jsonl", text.encode())
-
-    # --- the loop ---------------------------------------------------------------------------------------------
 
     @property
     def ended(self) -> bool:
@@ -219,9 +221,8 @@ class Trainer:
                 raise stopped
 
     def _order(self, round_: int, epoch: int) -> Tensor:
-        rng = generator(self.recipe.seed, "order", round_, epoch)
         extra = len(self.training) - self.real
-        return mixed_order(self.real, extra, self.batch, self.recipe.extra_share, rng).to(self.device)
+        return epoch_order(self.recipe, self.real, extra, self.batch, round_, epoch).to(self.device)
 
     def _train_on(self, picked: Tensor) -> None:
         step, schedule = self.counters.step, self.schedule
@@ -267,6 +268,8 @@ class Trainer:
         began = self.schedule.averaged(counters.step - 1) is not None
         chosen = stepper.average.model if stepper.average and began else stepper.model
         validated = epoch % self.recipe.validate_every == 0 or counters.step == self.schedule.steps
+        if self.recipe.collapse > 0:
+            metrics["training_robust"] = stepper.training_robust()
         if validated:
             counters.latest |= (found := self.validate(chosen))
             metrics |= found
@@ -276,6 +279,8 @@ class Trainer:
             tensors = {f"model.{name}": t for name, t in chosen.state_dict().items()}
             metadata = {"metrics": metrics, "fingerprint": model_fingerprint(chosen)}
             save_checkpoint(self.best, tensors, self.meta | metadata)
+        if counters.collapsed:
+            warnings.warn(_COLLAPSED.format(epoch, 100 * counters.watched[0]), stacklevel=2)
 
     def _progress(self, seconds_per_step: float, epoch_ended: bool) -> Progress:
         counters, schedule = self.counters, self.schedule

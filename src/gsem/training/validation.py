@@ -1,4 +1,6 @@
-"""Validation: clean and PGD-10 accuracy on held-out training images, expected over the noise."""
+"""Validation: clean and PGD-10 accuracy on held-out training images, in the recipe's norm, expected over the noise."""
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,11 +16,15 @@ DRAWS = 5
 
 
 class Validator:
-    """Measures the models of a training on the same held-out images, with the same random numbers each time."""
+    """Validates the models of a training on the same held-out images, with the same random numbers each time."""
 
     def __init__(self, stepper: Stepper, images: Split):
         self.stepper, self.images = stepper, images
-        self.seed = derive_seed(stepper.recipe.seed, "validation")
+        r = stepper.recipe
+        self.seed = derive_seed(r.seed, "validation")
+        # A single long step from noise trains well, but ten of them would be a weak attack.
+        step = None if r.attack_init == "noise" else r.step
+        self.recipe = replace(r, objective="ce", attack_init="uniform", steps=STEPS, step=step, eot=1)
         self.folded_average: FoldedModel | None = None
 
     def __call__(self, chosen: nn.Module) -> dict[str, float]:
@@ -37,7 +43,7 @@ class Validator:
         draws = DRAWS if is_stochastic(model, x[:1]) else 1
         parts = enumerate(zip(x.split(BATCH), y.split(BATCH), strict=True), start=1)
         attack = self.stepper.attack
-        x_adv = torch.cat([attack(folded, *xy, steps=STEPS, eot=1, number=-number, plain=True) for number, xy in parts])
+        x_adv = torch.cat([attack(self.recipe, folded, *xy, number=-number) for number, xy in parts])
         return {
             name: correct_draws(model, images, y, draws=draws, seed=self.seed).sum().item() / (draws * len(y))
             for name, images in (("clean", x), ("robust", x_adv))
