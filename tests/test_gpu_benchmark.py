@@ -59,7 +59,6 @@ def test_momentum_that_an_overflow_left_uninitialised_is_found(monkeypatch, how,
     assert sgd_verdict() == verdict
 
 
-@pytest.mark.xfail(reason="the training does not set the momentum of fused SGD to zero under fp16 yet")
 def test_our_fused_sgd_equals_plain_sgd_after_an_overflow():
     assert sgd_verdict() == "ok"
 

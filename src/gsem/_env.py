@@ -4,9 +4,10 @@ import os
 import platform
 import subprocess
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +18,47 @@ Used = Literal["float32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # oneDNN multiplies with no newer instructions than this environment variable allows. These allow bf16 on x86.
 ONEDNN_BF16 = ("AVX512_CORE_BF16", "AVX10", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "ALL", "DEFAULT")
+
+# What a device raises when it fails or its memory is full. They are RuntimeErrors, as are those of a model that cannot
+# be differentiated, and must not be taken for one.
+DEVICE_FAULTS: tuple[type[Exception], ...] = tuple(
+    getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name)
+)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Multiply float32 as float32 inside this block, or inside a function that it decorates.
+
+    A GPU may otherwise round the factors of a convolution to TF32 (10 bits), and a CPU those of a product to bf16. The
+    caller's settings are put back at the end.
+    """
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):  # from torch 2.9 on
+        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        owners += [backends.mkldnn.matmul, backends.mkldnn.conv]
+        settings: list[tuple[Any, str, Any]] = [(owner, "fp32_precision", "ieee") for owner in owners]
+    else:
+        settings = [(owner, "allow_tf32", False) for owner in (backends.cuda.matmul, backends.cudnn)]
+    former = [getattr(owner, name) for owner, name, _ in settings]
+    try:
+        for owner, name, exact in settings:
+            setattr(owner, name, exact)
+        yield
+    finally:
+        for (owner, name, _), value in zip(settings, former, strict=True):
+            setattr(owner, name, value)
+
+
+@contextmanager
+def out_of_memory_names(batch_size: int) -> Iterator[None]:
+    """An out-of-memory error of the device names a smaller batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = f"try batch_size={batch_size // 2} (--batch-size)" if batch_size > 1 else "even one image is too much"
+        problem = f"the device's memory is full with {batch_size} images at once: {smaller}"
+        raise torch.OutOfMemoryError(f"{problem}. {str(error).splitlines()[0]}") from error
 
 
 def device_named(name: str | None) -> torch.device:

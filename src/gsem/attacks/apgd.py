@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from gsem._env import exact_float32
 from gsem.attacks._active import Confirmer, cascade, confirmation, select
 from gsem.attacks._checks import aimed, check_result, checked_init, require_finite, resolve_loss
 from gsem.attacks._core import ascend, averaged, expected_logits, project, starting_points, strongest_wrong_classes
@@ -21,6 +22,7 @@ MOMENTUM = 0.75
 FIRST, LESS, LEAST = 0.22, 0.03, 0.06
 
 
+@exact_float32()
 def apgd(
     model: nn.Module,
     x: ImagesLike,

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gsem._env import exact_float32
 from gsem.attacks._active import cascade, confirmation, draw_schedule
 from gsem.attacks._checks import check_result
 from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep
@@ -42,6 +43,7 @@ def parts(version: Version, classes: int, steps: int = 100, queries: int = 5000)
     return [ce, untargeted, (f"fab{steps}", partial(fab, steps=steps, restarts=5)), box, apgd_t, fab_t]
 
 
+@exact_float32()
 def autoattack(
     model: nn.Module,
     x: ImagesLike,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gsem._env import exact_float32
 from gsem.attacks._active import WorstSoFar, confirm_broken, confirmation
 from gsem.attacks._checks import aimed, check_result, require_finite
 from gsem.attacks._core import expected, expected_gradient, project
@@ -17,6 +18,7 @@ from gsem.rng import derive_seed, seeded
 TOP = 1 - 1e-6  # of tanh, so that black and white pixels keep a gradient and a finite inverse
 
 
+@exact_float32()
 def cw(
     model: nn.Module,
     x: ImagesLike,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gsem._env import DEVICE_FAULTS, exact_float32
 from gsem.attacks._active import WorstSoFar, cascade, confirm_broken, confirmation, numbered, select, shifted
 from gsem.attacks._checks import aimed, check_result, require_finite
 from gsem.attacks._core import (
@@ -41,6 +42,7 @@ TOGETHER = 128
 Flat = Float[Tensor, "b n"]
 
 
+@exact_float32()
 def fab(
     model: nn.Module,
     x: ImagesLike,
@@ -368,6 +370,8 @@ def gradients(
                     for part in towards.split(together)
                 ]
             )
+        except DEVICE_FAULTS:
+            raise
         except RuntimeError:
             pass  # The model has a step whose backward pass cannot be vectorised.
     return torch.stack([gradient(logits, x, part, retain_graph=True) for part in towards])

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from gsem._env import exact_float32
 from gsem.attacks._active import Confirmer, WorstSoFar, confirmation
 from gsem.attacks._checks import aimed, check_result, checked_init, require_finite, resolve_loss
 from gsem.attacks._core import Targeted, ascend, expected, expected_gradient, starting_points
@@ -18,6 +19,7 @@ from gsem.nn.contract import plain_logits, to_number
 from gsem.rng import derive_seed, generator, seeded
 
 
+@exact_float32()
 def pgd(
     model: nn.Module,
     x: ImagesLike,
@@ -103,6 +105,7 @@ def pgd(
     return check_result(x_adv, x, eps=eps, norm=norm)
 
 
+@exact_float32()
 def fgsm(
     model: nn.Module,
     x: ImagesLike,

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gsem._env import exact_float32
 from gsem.attacks._active import confirm_broken, confirmation, select
 from gsem.attacks._checks import check_result, require_finite
 from gsem.attacks._core import expected
@@ -24,6 +25,7 @@ RECHECK, GROWTH = 20, 1.1
 Flat = Float[Tensor, "b d"]  # an image as one row: d = c·h·w
 
 
+@exact_float32()
 def rays(
     model: nn.Module,
     x: ImagesLike,

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gsem._env import exact_float32
 from gsem.attacks._active import cascade, confirm_broken, confirmation
 from gsem.attacks._checks import aimed, check_result, require_finite
 from gsem.attacks._core import expected
@@ -23,6 +24,7 @@ REDRAW = 25
 Flat = Float[Tensor, "b d"]  # an image as one row: d = c·h·w
 
 
+@exact_float32()
 def square(
     model: nn.Module,
     x: ImagesLike,

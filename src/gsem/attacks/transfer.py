@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from gsem._env import exact_float32
 from gsem.attacks._active import cascade, confirmation
 from gsem.attacks._checks import check_result
 from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep
@@ -13,6 +14,7 @@ from gsem.nn.contract import checked, plain_logits
 from gsem.rng import derive_seed, seeded
 
 
+@exact_float32()
 def transfer(
     model: nn.Module,
     x: ImagesLike,

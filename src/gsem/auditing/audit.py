@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gsem._env import require_float64
+from gsem._env import exact_float32, out_of_memory_names, require_float64
 from gsem._fingerprint import data_fingerprint, model_fingerprint
 from gsem._lock import locked
 from gsem.attacks._types import Norm
@@ -37,6 +37,7 @@ CHECKS = {c.name: c for module in MODULES for c in vars(module).values() if isin
 CHECKS["noise"] = CHECKS.pop("noise")  # last: it repeats the attacks in question
 
 
+@exact_float32()
 def audit(
     model: nn.Module,
     x: ImagesLike,
@@ -126,7 +127,8 @@ def audit(
 
     def made(partial: Partial | None) -> Audit:
         ctx.partial = partial
-        parts = _finished(ctx, names, reporter)
+        with out_of_memory_names(batch_size):
+            parts = _finished(ctx, names, reporter)
         checks = tuple(part.check for part in parts)
         word, reason = verdict(checks, complete=set(names) == set(CHECKS))
         return Audit(checks, word, reason, _metadata(ctx, question, parts, about))
@@ -235,6 +237,7 @@ def _metadata(
         "clean": ctx.accuracy(ctx.clean).as_accuracy(),
         "machine": platform.machine(),
         "device": str(ctx.x.device),
+        "tf32": False,
         "seconds": round(sum(part.seconds for part in parts), 1),
         **(dict(about) if about is not None else {}),
     }

@@ -114,10 +114,8 @@ def plant(ctx: AuditContext, x: Tensor) -> Planted:
     features = features_of(ctx.model, x)
     seed = derive_seed(ctx.seed, "binarization")
     rng = generator(seed, "points", device=x.device)
-    inner = torch.stack(
-        [(_corner if number % 2 else _inside)(ctx, x, rng) for number in range(INNER // 2 if ctx.quick else INNER)]
-    )
-    corners = torch.stack([_corner(ctx, x, rng) for _ in range(CANDIDATES)])
+    # (One after the other: 256 copies of the images might not fit in the device's memory.)
+    inner = ((_corner if n % 2 else _inside)(ctx, x, rng) for n in range(INNER // 2 if ctx.quick else INNER))
     few, many = (4, 40) if ctx.stochastic else (1, 1)
 
     def drawn(at: Tensor, draws: int) -> Float[Tensor, "draws n d"]:
@@ -126,6 +124,7 @@ def plant(ctx: AuditContext, x: Tensor) -> Planted:
     with torch.no_grad(), seeded(derive_seed(seed, "fit"), x.device):
         ctx.on_progress("the binarization test: readouts")
         zeros = torch.cat([drawn(point, 1) for point in inner] + [drawn(x, few * 5 if ctx.stochastic else 1)]).double()
+        corners = torch.stack([_corner(ctx, x, rng) for _ in range(CANDIDATES)])
         looks = torch.stack([drawn(corner, few) for corner in corners]).double()
         best = torch.stack([_separation(zeros, ones) for ones in looks]).argmax(0)
         made = corners[best, torch.arange(len(x), device=x.device)]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gsem._env import DEVICE_FAULTS
 from gsem._io import write_atomically
 from gsem.evaluation.result import with_ending
 
@@ -72,7 +73,9 @@ class RegisteredCheck:
     def __call__(self, ctx: "AuditContext") -> Check:
         try:
             found = self.function(ctx)
-        except RuntimeError as error:  # of torch: a model that cannot be differentiated, or does not fit in memory
+        except DEVICE_FAULTS:  # not the model's fault
+            raise
+        except RuntimeError as error:  # of torch: a model that cannot be differentiated
             reason = f"the check could not be made: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             advice = "See the check unavailable; with no gradient at all, evaluate with square and rays."
             found = Finding(None, "inconclusive", reason, advice)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gsem._env import DEVICE_FAULTS
 from gsem.attacks._checks import resolve_loss
 from gsem.attacks._core import expected, expected_gradient, random_start
 from gsem.attacks.suite import AttackSpec
@@ -37,6 +38,8 @@ def unavailable(ctx: AuditContext) -> Finding:
     named = ctx.options(ctx.primary_attack).get("loss", "margin")
     try:
         zero, by_loss = _without_gradient(ctx, named)
+    except DEVICE_FAULTS:
+        raise
     except RuntimeError as error:  # autograd's: no path from the logits to the images
         reason = f"differentiating the model fails: {str(error).split('.')[0]}"
         return Finding(1.0, "flag", reason, _UNAVAILABLE, invalidates=True)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from gsem._env import exact_float32, out_of_memory_names
 from gsem._fingerprint import data_fingerprint, model_fingerprint
 from gsem._text import with_rows
 from gsem.attacks import Counting, Step, counting
@@ -58,6 +59,7 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
+@exact_float32()
 def evaluate(
     model: nn.Module,
     x: ImagesLike,
@@ -162,11 +164,12 @@ def evaluate(
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(x.device),
+        "tf32": False,
     } | ({} if about is None else {"about": dict(about)})
     task = _Task(model, x, y, eps, norm, metadata["draws"], modes, seed, batch_size, save_adv)
 
     def scored(ledger: Ledger | None) -> EvaluationResult:
-        with _reworded(named):
+        with _reworded(named), out_of_memory_names(batch_size):
             scores = _scores(task, chosen, source_models, ledger, on_progress)
         return EvaluationResult(scores, y.cpu().numpy(), metadata, numbers)
 

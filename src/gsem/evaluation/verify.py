@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gsem._env import require_float64
+from gsem._env import exact_float32, require_float64
 from gsem._fingerprint import model_fingerprint
 from gsem._text import with_rows
 from gsem.evaluation.partial import differences
 from gsem.evaluation.result import AttackScores, EvaluationResult
 from gsem.nn.contract import ImagesLike, LabelsLike, checked
 from gsem.nn.gsem import noise
-from gsem.nn.predict import predict_draws
+from gsem.nn.predict import BATCH, predict_draws
 from gsem.rng import derive_seed
 
 # A check that is right should fail once in a thousand attacks: draws differ between two judgements.
@@ -34,6 +34,7 @@ class Verified:
     """What does not hold, a sentence each; none if all does."""
 
 
+@exact_float32()
 def verify(
     result: EvaluationResult,
     model: nn.Module,
@@ -119,8 +120,7 @@ def _out_of_bounds(result: EvaluationResult, scores: AttackScores, x_adv: Tensor
     if not bool(((x_adv >= 0) & (x_adv <= 1)).all()):
         outside = ~((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
         problems.append(f"image {int(outside.nonzero()[0])} leaves [0, 1]")
-    offset = (x_adv.double() - x.double()).flatten(1)
-    linf, l2 = offset.abs().amax(1), offset.square().sum(1).sqrt()
+    linf, l2 = torch.cat([_lengths(*pair) for pair in zip(x_adv.split(BATCH), x.split(BATCH), strict=True)], 1)
     eps, norm = result.metadata["eps"], result.metadata["norm"]
     size = linf if norm == "Linf" else l2
     far = size > eps * (1 + 1e-5) + 1e-6
@@ -134,6 +134,12 @@ def _out_of_bounds(result: EvaluationResult, scores: AttackScores, x_adv: Tensor
     if scores.name.partition("@")[0] == "clean" and bool((linf > 0).any()):
         problems.append("the clean images are not those given: is --data, or --images, another?")
     return problems
+
+
+def _lengths(x_adv: Tensor, x: Tensor) -> Tensor:
+    """[2, b] float64: the L∞ and L2 lengths of the perturbations of a batch."""
+    offset = (x_adv.double() - x.double()).flatten(1)
+    return torch.stack([offset.abs().amax(1), offset.square().sum(1).sqrt()])
 
 
 def _allowed(saved: np.ndarray, again: np.ndarray, draws: int, count: int) -> float:

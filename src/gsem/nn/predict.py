@@ -41,14 +41,15 @@ def predict_draws(
     found = torch.zeros((draws, len(x)), dtype=torch.int64, device=x.device)
     for start in range(0, len(x), batch_size):
         part = x[start : start + batch_size]
+        bad = torch.zeros(len(part), dtype=torch.bool, device=x.device)
         with seeded(derive_seed(seed, start), x.device):
             for draw in range(draws):
                 logits = model(part)
-                bad = ~logits.isfinite().all(1)
-                if bad.any():
-                    image = first + start + int(bad.nonzero()[0])
-                    raise ValueError(f"image {image}: the model's logits are not finite")
+                bad |= ~logits.isfinite().all(1)
                 found[draw, start : start + batch_size] = logits.argmax(1)
+        if bad.any():  # looked at once a batch, since a GPU waits here
+            image = first + start + int(bad.nonzero()[0])
+            raise ValueError(f"image {image}: the model's logits are not finite")
     return found
 
 

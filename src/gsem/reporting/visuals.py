@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from gsem._env import require_float64
+from gsem._env import exact_float32, require_float64
 from gsem.attacks import apgd
 from gsem.attacks._types import Norm
 from gsem.nn.contract import ImagesLike, LabelsLike, checked
@@ -97,6 +97,7 @@ class GalleryImage:
     """Few pixels, which are drawn as squares."""
 
 
+@exact_float32()
 def pictures(
     model: nn.Module,
     x: ImagesLike,

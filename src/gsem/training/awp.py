@@ -72,6 +72,8 @@ def _ascent_gradient(model: nn.Module, weights: list[Tensor], x_adv: Tensor, y: 
     for _ in range(draws):
         logits = torch.func.functional_call(model, copies, (x_adv,))
         low = logits.dtype in (torch.bfloat16, torch.float16)
-        loss = F.cross_entropy(logits.float() if low else logits, y) / draws
+        # Only the direction counts. In fp16 the gradient of a mean over many images would vanish.
+        share = "sum" if logits.dtype == torch.float16 else "mean"
+        loss = F.cross_entropy(logits.float() if low else logits, y, reduction=share) / draws
         torch._foreach_add_(total, torch.autograd.grad(loss, weights))
     return total
