@@ -5,13 +5,17 @@ import torch.nn.functional as F
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
+from gsem.data.images import Images
 
-def to_float(x: UInt8[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
-    """Pixels 0 … 255 as float32 in [0, 1]: exactly x / 255.
+
+def to_float(x: UInt8[Tensor, "*s"] | Images) -> Float32[Tensor, "*s"]:
+    """Pixels 0 … 255 as float32 in [0, 1]: exactly x / 255. Images that are unread are read.
 
     Raises:
         ValueError: `x` is not uint8.
     """
+    if isinstance(x, Images):
+        x = x.whole()
     if x.dtype != torch.uint8:
         raise ValueError(f"to_float takes uint8 images, not {x.dtype}")
     return x.float().div_(255)

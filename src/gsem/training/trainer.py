@@ -115,7 +115,7 @@ class Trainer:
         self.real = len(training)
         if data.extra is not None:
             extra = read_extra(data.extra, source.shape, source.classes)
-            training = Split(torch.cat([training.x, extra.x]), torch.cat([training.y, extra.y]))
+            training = Split(torch.cat([training.held(), extra.held()]), torch.cat([training.y, extra.y]))
         self.training = training.to(device)
         self.batch = min(recipe.batch_size, self.real)
         self.schedule = Schedule(recipe, len(self._order(0, 0)))
