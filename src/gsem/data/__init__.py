@@ -2,6 +2,7 @@
 
 from gsem.data.arrays import from_arrays as from_arrays
 from gsem.data.augment import crop_flip as crop_flip
+from gsem.data.augment import resized_crop as resized_crop
 from gsem.data.augment import to_float as to_float
 from gsem.data.autoaugment import auto_augment as auto_augment
 from gsem.data.autoaugment import cutout as cutout
