@@ -6,6 +6,7 @@ from gsem.data.augment import resized_crop as resized_crop
 from gsem.data.augment import to_float as to_float
 from gsem.data.autoaugment import auto_augment as auto_augment
 from gsem.data.autoaugment import cutout as cutout
+from gsem.data.corruptions import load_corruptions as load_corruptions
 from gsem.data.dataset import Dataset as Dataset
 from gsem.data.dataset import Split as Split
 from gsem.data.huggingface import from_huggingface as from_huggingface

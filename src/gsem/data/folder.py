@@ -42,7 +42,7 @@ def image_folder(root: str | Path, resize: int | None = None) -> Dataset:
     parts = {part: root / part for part in ("train", "test") if (root / part).is_dir()}
     if not parts:
         raise ValueError(f"{root} has neither a train nor a test folder: images lie in {root}/train/CLASS/")
-    names = {part: _class_names(folder) for part, folder in parts.items()}
+    names = {part: class_names(folder) for part, folder in parts.items()}
     main = next(iter(parts))
     classes = names[main]
     if "test" in parts:
@@ -69,7 +69,7 @@ def _entries(folder: Path | str) -> list[os.DirEntry]:
     return sorted(seen, key=lambda e: e.name)
 
 
-def _class_names(part: Path) -> tuple[str, ...]:
+def class_names(part: Path) -> tuple[str, ...]:
     entries = _entries(part)
     for entry in entries:
         if not entry.is_dir():

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from gsem.data import cifar, digits, folder, npz, svhn
+from gsem.data import cifar, digits, folder, npz, parquet, svhn
 from gsem.data.arrays import from_arrays
 from gsem.data.dataset import Dataset
 from gsem.data.huggingface import from_huggingface, is_huggingface
 from gsem.data.items import from_torch
+from gsem.data.parquet import is_parquet
 
 
 class _Entry(NamedTuple):
@@ -36,6 +37,7 @@ _ENTRIES = {
     "digits": _Entry(digits.DESCRIPTION, lambda root: digits.digits()),
     "folder": _Entry(folder.DESCRIPTION, lambda root, **how: folder.image_folder(_at(root, "folder"), **how)),
     "npz": _Entry(npz.DESCRIPTION, lambda root: npz.npz_file(_at(root, "npz"))),
+    "parquet": _Entry(parquet.DESCRIPTION, lambda root, **how: parquet.parquet(_at(root, "parquet"), **how)),
     "cifar10": _Entry(cifar.DESCRIPTION_10, cifar.cifar10),
     "cifar100": _Entry(cifar.DESCRIPTION_100, cifar.cifar100),
     "svhn": _Entry(svhn.DESCRIPTION, svhn.svhn),
@@ -50,9 +52,9 @@ def load(
     """The data set of that name, or at that path.
 
     Args:
-        name: a name in `DATASETS`, or the path of an .npz file, an image folder, or a folder of .npy files. A name
-            wins over a path: a folder that happens to be called digits is "./digits".
-        root: where the data of a name lie; "folder" and "npz" need it, "digits" makes no use of it, for the
+        name: a name in `DATASETS`, or the path of an image folder, an .npz file, a folder of .npy files, a parquet or
+            arrow file, or a folder of these. A name wins over a path: a folder called digits is "./digits".
+        root: where the data of a name lie; "folder", "npz" and "parquet" need it, "digits" makes no use of it, for the
             others None is "dataset". What is not there of cifar10, cifar100 and svhn is downloaded into it.
         resize: bring images to `resize` × `resize` pixels: the shorter side is resized, the centre cropped.
         hold: True reads a part into memory whole, False reads it batch by batch (see `Dataset.hold`).
@@ -106,14 +108,17 @@ def _kind(name: str, root: str | Path | None) -> tuple[str, Path | None]:
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         known = ", ".join(_ENTRIES)
         raise ValueError(
-            f"data {name!r} is unknown.{hint} Possible are: {known}, or the path of an .npz file or image folder"
+            f"data {name!r} is unknown.{hint} Possible are: {known}, or the path of an image folder, an .npz file, or "
+            "a folder of .npy, parquet or arrow files"
         )
     if root is not None:
         raise ValueError(f"root goes with a name of data ({', '.join(_ENTRIES)}), not with the path {name}")
     if path.suffix.lower() == ".npz" or any(path.glob("[xy]_t*.npy")):
         return "npz", path
+    if is_parquet(path):
+        return "parquet", path
     if path.is_dir():
         return "folder", path
     if path.exists():
-        raise ValueError(f"{path} is neither an .npz file nor a directory")
+        raise ValueError(f"{path} is neither a directory nor an .npz, parquet or arrow file")
     raise FileNotFoundError(f"there is no file or directory {path}")
