@@ -10,6 +10,8 @@ from gsem.data.corruptions import load_corruptions as load_corruptions
 from gsem.data.dataset import Dataset as Dataset
 from gsem.data.dataset import Split as Split
 from gsem.data.huggingface import from_huggingface as from_huggingface
+from gsem.data.images import DamagedImage as DamagedImage
+from gsem.data.images import Images as Images
 from gsem.data.items import from_torch as from_torch
 from gsem.data.mixing import mixed_order as mixed_order
 from gsem.data.mixing import read_extra as read_extra

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -22,7 +22,7 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """How many images there are."""
 
-    def batches(self, rows: Iterable[Int64[Tensor, " b"]]) -> Iterator[Batch]:
+    def batches(self, rows: Iterable[Int64[Tensor, " b"]]) -> Generator[Batch, None, None]:
         """A batch for each tensor of row numbers (on the CPU), in their order.
 
         Raises:
@@ -48,7 +48,7 @@ class Held:
     def __len__(self) -> int:
         return len(self.y)
 
-    def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
+    def batches(self, rows: Iterable[Tensor]) -> Generator[Batch, None, None]:
         for picked in rows:
             here = picked.to(self.device)
             yield self.x[here], self.y[here]
@@ -67,7 +67,7 @@ class Streamed:
     def __len__(self) -> int:
         return len(self.y)
 
-    def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
+    def batches(self, rows: Iterable[Tensor]) -> Generator[Batch, None, None]:
         loader: DataLoader[Any] = DataLoader(
             _Reading(self.images),  # type: ignore[arg-type]
             batch_size=None,  # a batch is one item: the worker reads all its images

@@ -94,10 +94,7 @@ class Dataset:
         Raises:
             ValueError: there is no training part, a class has too few images, or the part is damaged.
         """
-        part = self.whole_training()
-        held = held_out(part.y, validation_per_class(part.y, self.classes), seed)
-        validation = part.rows(held)
-        return part.rows(~held), Split(validation.held(), validation.y)
+        return without_validation(self.whole_training(), self.classes, seed)
 
     def test(self) -> Split:
         """The test images. The training part is not opened.
@@ -108,6 +105,13 @@ class Dataset:
         if self.read_test is None:
             raise ValueError(f"{self.name} has no test part, only a training part")
         return held_or_not(self.read_test(), self.hold)
+
+
+def without_validation(part: Split, classes: Sequence[str], seed: int) -> tuple[Split, Split]:
+    """The part without its validation images, and these, which are read. Raises as `Dataset.training`."""
+    held = held_out(part.y, validation_per_class(part.y, classes), seed)
+    validation = part.rows(held)
+    return part.rows(~held), Split(validation.held(), validation.y)
 
 
 def held_or_not(part: Split, hold: bool | None, limit: int = HOLD_BYTES) -> Split:
