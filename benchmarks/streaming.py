@@ -4,8 +4,8 @@
 
 Each size and kind of file is trained on for one epoch, in a process of its own. Shown are the peaks of the training
 process and of its largest worker. The aim: at most 1.05 times at ten times the images, and at most 5% of the time spent
-waiting. Images are noise, made in a temporary folder: JPEG files, and one .npy array. From 10,000 images on, as many are
-held out for validation, 1,000. The training is without attacks, and thus waits for the largest share of its time.
+waiting. Images are noise, made in a temporary folder: JPEG files, and one .npy array. From 10,000 images on, 1,000 are
+held out for validation. The training is without attacks, and thus waits for the largest share of its time.
 """
 
 import argparse
