@@ -20,6 +20,10 @@ from gsem.nn.predict import BATCH, correct_draws, is_stochastic
 from gsem.rng import derive_seed
 
 
+class AnotherCorruptions(ValueError):
+    """A file holds accuracies of another model, of other images or draws, or something else."""
+
+
 class Cell(NamedTuple):
     """Expected accuracy (0 to 1) under one corruption and severity, and a 95% Wilson interval over the images."""
 
@@ -104,6 +108,7 @@ def evaluate_corruptions(
         on_progress: called with each new cell.
 
     Raises:
+        AnotherCorruptions: `save` holds something else.
         ValueError: there are no corruptions, draws or images are below 1, an image is damaged, or a logit is not
             finite.
     """
@@ -153,7 +158,7 @@ def _finished(path: Path | None, metadata: dict[str, Any]) -> dict[tuple[str, in
     """The cells of a file that asks the same; none if there is no file.
 
     Raises:
-        ValueError: the file holds something else.
+        AnotherCorruptions: the file holds something else.
     """
     if path is None or not path.exists():
         return {}
@@ -162,12 +167,12 @@ def _finished(path: Path | None, metadata: dict[str, Any]) -> dict[tuple[str, in
         then = {key: found["metadata"][key] for key in metadata}
         cells = [Cell(**cell) for cell in found["cells"]]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
+        raise AnotherCorruptions(
             f"{path} holds something else than accuracies under corruptions: choose another file"
         ) from None
     if then != metadata:
         other = ", ".join(key.replace("_", " ") for key in metadata if then[key] != metadata[key])
-        raise ValueError(f"{path} holds an evaluation of something else (other {other}): choose another file")
+        raise AnotherCorruptions(f"{path} holds an evaluation of something else (other {other}): choose another file")
     return {(cell.corruption, cell.severity): cell for cell in cells}
 
 

@@ -84,7 +84,7 @@ def train(
     if data is not None:
         data = as_dataset(data)
     if out is None:
-        name = (data or load(recipe.data, recipe.data_path)).name
+        name = (data or load(recipe.data, recipe.data_path, resize=recipe.resize)).name
         out = Path("runs") / f"{recipe.name}-{Path(name).stem}-{recipe.model}-seed{recipe.seed}"
     path = Path(out)
     former = read_metadata(path) if resume and (path / LAST).exists() else None
