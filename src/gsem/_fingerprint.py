@@ -1,6 +1,7 @@
 """Hashes of a network's structure and weights, and of images and labels."""
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 MODEL = ("structure", "weights")
 DIGITS = 16  # hexadecimal: two different networks agree by accident once in 10^19
+
+SAMPLED_ABOVE = 4 * 2**30  # bytes of images
+_AT_ONCE = 32 * 2**20  # numbers read at a time
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, str]:
@@ -32,13 +36,34 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
     return {"structure": structure.hexdigest()[:DIGITS], "weights": weights.hexdigest()[:DIGITS]}
 
 
-def data_fingerprint(*parts: tuple[Tensor, Tensor]) -> dict[str, str]:
-    """`images` and `labels` of one or several pairs (x, y): of the values, their types and their order."""
+def data_fingerprint(*parts: tuple[Any, Tensor]) -> dict[str, str]:
+    """`images` and `labels` of one or several pairs (x, y): of the values, their types and their order.
+
+    `x` is a uint8 tensor, or what gives one for `x[rows]`: both have the same hash. Of images of more than
+    `SAMPLED_ABOVE` bytes only 1,000, evenly spread, are hashed, since to read all of them may take hours.
+    """
     images, labels = hashlib.sha256(), hashlib.sha256()
     for x, y in parts:
-        _add(images, x)
+        _add_images(images, x)
         _add(labels, y)
     return {"images": images.hexdigest()[:DIGITS], "labels": labels.hexdigest()[:DIGITS]}
+
+
+def _add_images(digest: Any, x: Any) -> None:
+    n, size = len(x), math.prod(x.shape)
+    digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
+    if size * x.dtype.itemsize > SAMPLED_ABOVE:
+        rows = torch.linspace(0, n - 1, min(n, 1000), dtype=torch.float64).long()
+        digest.update(b"sample")
+        digest.update(_bytes(x[rows]))
+        return
+    step = max(1, n * _AT_ONCE // max(size, 1))
+    for start in range(0, n, step):
+        digest.update(_bytes(x[start : start + step]))
+
+
+def _bytes(x: Tensor) -> Any:
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _add(digest: Any, value: Any) -> None:

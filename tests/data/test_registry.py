@@ -37,5 +37,5 @@ def test_root_is_needed_by_some_names_and_belongs_to_names(tmp_path):
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(3))
-    with pytest.raises(ValueError, match=r"x\.npy is neither an \.npz file nor a directory"):
+    with pytest.raises(ValueError, match=r"x\.npy is neither a directory nor an \.npz, parquet or arrow file"):
         load(str(tmp_path / "x.npy"))

@@ -153,7 +153,7 @@ def test_a_project_that_was_moved_works(capsys, project):
 def test_additional_images_are_found_too(capsys, tmp_path, monkeypatch):
     home = tmp_path / "home"
     write_images(home / "images.npz")
-    np.savez(home / "more.npz", image=np.zeros((9, 8, 8, 1), dtype=np.uint8), label=np.zeros(9, dtype=int))
+    np.savez(home / "more.npz", image=np.full((9, 8, 8, 1), 7, dtype=np.uint8), label=np.zeros(9, dtype=int))
     monkeypatch.chdir(home)
     more = {"extra_data": "more.npz", "extra_share": 0.5}
     gsem.train(replace(RECIPE, data="images.npz", **more), out="r", device="cpu")

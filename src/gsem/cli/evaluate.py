@@ -7,10 +7,12 @@ from rich.console import Console
 
 from gsem._text import percent
 from gsem.attacks.suite import SUITES, AttackSpec, parse_attacks
+from gsem.cli.corruptions import evaluate_corruptions_command
 from gsem.cli.display import show_as_published, show_result
 from gsem.cli.options import EvaluateOptions, VerifyOptions
 from gsem.cli.progress import AttackBar
 from gsem.cli.task import load_task, numbered
+from gsem.evaluation.corruptions import CorruptionResult
 from gsem.evaluation.evaluate import evaluate
 from gsem.evaluation.partial import AnotherQuestion
 from gsem.evaluation.result import EvaluationResult, with_ending
@@ -19,8 +21,10 @@ from gsem.evaluation.verify import verify
 DEFAULT = "clean,pgd:steps=100"
 
 
-def evaluate_command(console: Console, o: EvaluateOptions) -> EvaluationResult:
-    """Attack, show and save, as the options ask for."""
+def evaluate_command(console: Console, o: EvaluateOptions) -> EvaluationResult | CorruptionResult:
+    """Attack, show and save, as the options ask for; or count right answers on corrupted images."""
+    if o.corruptions is not None:
+        return evaluate_corruptions_command(console, o)
     attacks = _attacks(o)
     task = load_task(o)
     with AttackBar(console) as bar:

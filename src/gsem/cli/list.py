@@ -1,7 +1,10 @@
 """gsem recipes, gsem models and gsem data: what there is."""
 
+import math
+
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from gsem._text import pixels
 from gsem.cli.display import show_list
@@ -33,9 +36,11 @@ def models_command(console: Console, o: NoOptions) -> None:
 def data_command(console: Console, o: DataOptions) -> None:
     if o.data is None:
         show_list(console, "data", DATASETS)
-        console.print("\nA path of an image folder or of an .npz file is a name too.")
+        console.print(
+            "\nA path is a name too: of an image folder, an .npz file, a folder of .npy, parquet or arrow files."
+        )
         return
-    source = load(o.data)
+    source = load(o.data, resize=o.resize)
     shape = "×".join(map(str, source.shape))
     console.print(f"{source.name}: {source.description}")
     console.print(
@@ -43,6 +48,10 @@ def data_command(console: Console, o: DataOptions) -> None:
     )
     if source.read_train is not None:
         training, validation = source.training()
-        console.print(f"training {len(training)} and validation {len(validation)} images")
+        held = "held in memory" if isinstance(training.x, Tensor) else "streamed: read during the training"
+        size = math.prod(training.x.shape) / 2**20
+        console.print(
+            f"training {len(training)} and validation {len(validation)} images; {size:,.1f} MiB to train on, {held}"
+        )
     if source.read_test is not None:
         console.print(f"test {len(source.test())} images")

@@ -108,10 +108,13 @@ class NetworkOptions:
 @options
 class DataSourceOptions:
     data: str | None = None
-    """The data whose test images are used: a data set's name, an image folder, or an .npz file. Default: the data that
-    the run or the saved evaluation names."""
+    """The data whose test images are used: a data set's name, or the path of an image folder, of an .npz file, or of a
+    folder of .npy, parquet or arrow files. Default: the data that the run or the saved evaluation names."""
     data_path: str | None = None
     """Directory of the data sets that have names (cifar10, cifar100, svhn). Default: where gsem downloads them to."""
+    resize: int | None = None
+    """Bring image files of any sizes of --data to this number of pixels: the shorter side is resized, the centre
+    cropped. Default: all images must have one size; of a run's own data, as in its training."""
 
 
 @options
@@ -181,6 +184,9 @@ class EvaluateOptions(TaskOptions):
     """Compute an evaluation anew that is finished already, instead of showing its table."""
     save_adv: bool = False
     """Keep the adversarial examples in the .npz."""
+    corruptions: Path | None = None
+    """Directory of CIFAR-10-C, CIFAR-100-C or ImageNet-C: the accuracy by corruption and severity instead of attacks,
+    written to RUN/corruptions.json. Default: none."""
 
 
 @options
@@ -278,6 +284,9 @@ class TrainOptions(DeviceOptions):
     """Directory for TensorBoard's event files (needs pip install 'gsem-torch[tensorboard]'). Default: none."""
     compile: bool = False
     """Run the passes by torch.compile, for long trainings on a GPU. The first steps take minutes."""
+    hold: bool | None = None
+    """Hold the training images in memory, or (--no-hold) let worker processes read them during the training. Default:
+    hold up to 4 GiB."""
 
 
 STUDIES = ("ablation", "recipes")
@@ -324,7 +333,11 @@ class DataOptions:
     """List the data sets, or show what one holds."""
 
     data: Positional[str | None] = None
-    """A data set's name, an image folder, or an .npz file. Default: list the names."""
+    """A data set's name, or the path of an image folder, of an .npz file, or of a folder of .npy, parquet or arrow
+    files. Default: list the names."""
+    resize: int | None = None
+    """Bring image files of any sizes to this number of pixels: the shorter side is resized, the centre cropped.
+    Default: all images must have one size."""
 
 
 @dataclass(frozen=True)

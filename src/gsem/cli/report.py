@@ -8,6 +8,7 @@ from rich.console import Console
 
 from gsem.cli.options import ReportOptions
 from gsem.cli.task import load_network
+from gsem.data import load
 from gsem.reporting.report import report
 
 
@@ -28,9 +29,8 @@ def report_command(console: Console, o: ReportOptions) -> None:
             raise ValueError(f"{path}: its name must end in {ending}")
     files = [path for path in (out, o.markdown, o.json) if path is not None]
     model = None if o.model is None else load_network(o.model, o)[0]
-    write_report(
-        console, o.run, files, model=model, data=o.data, data_path=o.data_path, images=o.images, device=o.device
-    )
+    data = o.data if o.data is None or o.resize is None else load(o.data, o.data_path, resize=o.resize)
+    write_report(console, o.run, files, model=model, data=data, data_path=o.data_path, images=o.images, device=o.device)
 
 
 def write_report(console: Console, runs: Sequence[str], out: list[Path], **options: Any) -> None:

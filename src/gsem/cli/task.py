@@ -56,6 +56,7 @@ class Task:
         return {
             "model": o.model,
             **named,
+            "resize": o.resize or recipe.get("resize"),
             "places": places_of(name, root, out.parent),
             "test_set": "-".join(data_fingerprint((self.test.x, self.test.y)).values()),
             "subset": self.subset,
@@ -140,9 +141,13 @@ def _dataset(o: TaskOptions | VerifyOptions, metadata: dict[str, Any], saved: Ev
         what = o.result if isinstance(o, VerifyOptions) else o.model
         raise ValueError(f"{what} does not name its data: give --data")
     if o.data is not None or o.data_path is not None:
-        return load(name, o.data_path)
+        own = None if o.data is not None else metadata.get("recipe", {}).get("resize")
+        return load(name, o.data_path, resize=o.resize or own)
+    if o.resize is not None:
+        raise ValueError("--resize goes with --data: a run's own images are resized as in its training")
     if isinstance(o, VerifyOptions) and about.get("data"):
-        return find_named(name, about.get("data_path"), about.get("places", {}), Path(o.result).parent)
+        where = Path(o.result).parent
+        return find_named(name, about.get("data_path"), about.get("places", {}), where, about.get("resize"))
     run = Path(o.model)
     return find(metadata, run if run.is_dir() else run.parent.parent)  # (a checkpoint is in RUN/checkpoints)
 

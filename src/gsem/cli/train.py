@@ -9,6 +9,7 @@ from gsem.cli.evaluate import evaluate_command
 from gsem.cli.options import DemoOptions, EvaluateOptions, TrainOptions, command_line
 from gsem.cli.progress import Scalars, TrainingBar
 from gsem.cli.report import write_report
+from gsem.evaluation.result import EvaluationResult
 from gsem.nn.models import canonical_name
 from gsem.training.progress import Progress
 from gsem.training.recipe import Recipe
@@ -53,7 +54,9 @@ def _run(console: Console, o: TrainOptions, *, resume: bool) -> Run:
                 scalars(p)
 
         try:
-            run = train(o.recipe, out=o.out, device=o.device, resume=resume, compiled=o.compile, on_progress=report)
+            run = train(
+                o.recipe, out=o.out, device=o.device, resume=resume, compiled=o.compile, hold=o.hold, on_progress=report
+            )
         except TrainingInterrupted as stopped:
             command = command_line("train", resume=str(stopped))
             raise stopped.kind(f"stopped; saved. Resume with: {command}") from None
@@ -86,6 +89,7 @@ def demo_command(console: Console, o: DemoOptions) -> None:
         device=o.device,
     )
     result = evaluate_command(console, options)
+    assert isinstance(result, EvaluationResult)
     console.print("Accuracy under one attack is an upper bound: a stronger attack may find more.")
     # The report shows what is in the run directory, so it comes last.
     write_report(console, [str(run.path)], [run.path / "report.html"], device=o.device)

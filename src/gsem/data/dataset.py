@@ -1,5 +1,6 @@
-"""A data set: name, classes, and functions that read its splits as uint8 tensors."""
+"""A data set: name, classes, and functions that read its splits, as uint8 tensors or as images still unread."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -7,20 +8,39 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
+from gsem.data.images import Images, Rows, numbers
+
+HOLD_BYTES = 4 * 2**30
+"""Up to this size a part is decoded once and held as a tensor: 1.4 million images of 32 × 32 pixels in RGB, or 28,000
+of 224 × 224. That leaves most of a usual GPU's memory to the network, and most of a usual machine's to the rest."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and their labels: `x` in 0 … 255, `y` in 0 … classes − 1."""
+    """Images and their labels: `x` in 0 … 255, `y` in 0 … classes − 1.
 
-    x: UInt8[Tensor, "n c h w"]
+    Of a large set `x` is no tensor but `Images`, of which `x[rows]` reads some rows into a tensor.
+    """
+
+    x: UInt8[Tensor, "n c h w"] | Images
     y: Int64[Tensor, "n"]
 
     def __len__(self) -> int:
         return len(self.y)
 
     def to(self, device: torch.device | str) -> "Split":
-        """The same split on `device`."""
-        return Split(self.x.to(device), self.y.to(device))
+        """The same split on `device`, its images read."""
+        return Split(self.held().to(device), self.y.to(device))
+
+    def held(self) -> UInt8[Tensor, "n c h w"]:
+        """All its images as one tensor: the one there is, or read now."""
+        return self.x if isinstance(self.x, Tensor) else self.x.whole()
+
+    def rows(self, rows: Rows) -> "Split":
+        """Those rows. Images that are unread stay so."""
+        if isinstance(self.x, Tensor):
+            return Split(self.x[rows], self.y[rows])
+        return Split(self.x.view(numbers(rows, len(self))), self.y[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +57,10 @@ class Dataset:
         flip: whether a horizontal flip preserves the label.
         description: one line.
         read_train, read_test: read one part, all of it, and nothing of the other; None where the part is absent.
+            What they return may hold unread `Images`.
+        hold: whether such a part is read into memory whole, as a tensor (which training moves to the device), or
+            streamed: read batch by batch, by worker processes. By default held up to `HOLD_BYTES`. It changes no
+            result.
     """
 
     name: str
@@ -49,6 +73,17 @@ class Dataset:
     description: str
     read_train: Callable[[], Split] | None = field(default=None, repr=False)
     read_test: Callable[[], Split] | None = field(default=None, repr=False)
+    hold: bool | None = None
+
+    def whole_training(self) -> Split:
+        """The training part with its validation images, held as a tensor or not, as `hold` says.
+
+        Raises:
+            ValueError: there is no training part, or it is damaged.
+        """
+        if self.read_train is None:
+            raise ValueError(f"{self.name} has no training part, only a test part")
+        return held_or_not(self.read_train(), self.hold)
 
     def training(self, seed: int = 0) -> tuple[Split, Split]:
         """The training images without the validation images, and the validation images.
@@ -59,11 +94,7 @@ class Dataset:
         Raises:
             ValueError: there is no training part, a class has too few images, or the part is damaged.
         """
-        if self.read_train is None:
-            raise ValueError(f"{self.name} has no training part, only a test part")
-        part = self.read_train()
-        held = held_out(part.y, validation_per_class(part.y, self.classes), seed)
-        return Split(part.x[~held], part.y[~held]), Split(part.x[held], part.y[held])
+        return without_validation(self.whole_training(), self.classes, seed)
 
     def test(self) -> Split:
         """The test images. The training part is not opened.
@@ -73,7 +104,28 @@ class Dataset:
         """
         if self.read_test is None:
             raise ValueError(f"{self.name} has no test part, only a training part")
-        return self.read_test()
+        return held_or_not(self.read_test(), self.hold)
+
+
+def without_validation(part: Split, classes: Sequence[str], seed: int) -> tuple[Split, Split]:
+    """The part without its validation images, and these, which are read. Raises as `Dataset.training`."""
+    held = held_out(part.y, validation_per_class(part.y, classes), seed)
+    validation = part.rows(held)
+    return part.rows(~held), Split(validation.held(), validation.y)
+
+
+def held_or_not(part: Split, hold: bool | None, limit: int = HOLD_BYTES) -> Split:
+    """The part with its images read into a tensor, or as they are, once all of them were looked at.
+
+    Raises:
+        ValueError: an image does not fit, or `hold` is False and the images cannot be read one by one.
+    """
+    if isinstance(part.x, Tensor):
+        return part
+    if hold or (hold is None and math.prod(part.x.shape) <= limit):
+        return Split(part.held(), part.y)
+    part.x.check()
+    return part
 
 
 def crop_padding(height: int) -> int:

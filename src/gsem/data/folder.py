@@ -1,40 +1,23 @@
-"""Image folders: root/train/CLASS/* and root/test/CLASS/*, decoded into one tensor."""
+"""Image folders: root/train/CLASS/* and root/test/CLASS/*."""
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from gsem.data.dataset import Dataset, Split, crop_padding
+from gsem.data.decode import GREY, Layout, check_size, decoded, layout_of, opened
+from gsem.data.images import Images, stacked
 
-DESCRIPTION = "a directory with train/CLASS/* and test/CLASS/* image files, all of one size"
+DESCRIPTION = "a directory with train/CLASS/* and test/CLASS/* image files, all of one size (or --resize)"
 
-_GREY = ("1", "L")
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
-_CHUNK = 64  # files a thread decodes between two visits to the queue
-# Pillow decodes outside the interpreter's lock, but for a small image the passing of the lock costs more than is
-# won: measured on 2 cores, two threads take 1.7 to 1.9 times as long as one for 32 × 32 JPEGs, and 0.7 for 224.
-_PIXELS_WORTH_THREADS = 96 * 96
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What every image must be like: the size of the file `first`, in `channels` channels."""
-
-    channels: int
-    height: int
-    width: int
-    first: str
-
-
-def image_folder(root: str | Path) -> Dataset:
+def image_folder(root: str | Path, resize: int | None = None) -> Dataset:
     """The images below `root`/train/CLASS/ and `root`/test/CLASS/; either part may be absent.
 
     Classes are the folders of train/ (of test/ if there is no train/), sorted by name; images come in the order
@@ -42,7 +25,10 @@ def image_folder(root: str | Path) -> Dataset:
     RGB, [3, h, w] (transparency is dropped). Hidden files are passed over.
 
     Here only the folders are listed and the headers of the first part's images looked at, up to the first one
-    in colour; images are decoded by `training()` and `test()`.
+    in colour; images are decoded by `training()` and `test()`, or during the training (see `Dataset.hold`).
+
+    Args:
+        resize: bring images of any sizes to `resize` × `resize`: the shorter side is resized, the centre cropped.
 
     Raises:
         FileNotFoundError: `root` is no directory.
@@ -56,17 +42,17 @@ def image_folder(root: str | Path) -> Dataset:
     parts = {part: root / part for part in ("train", "test") if (root / part).is_dir()}
     if not parts:
         raise ValueError(f"{root} has neither a train nor a test folder: images lie in {root}/train/CLASS/")
-    names = {part: _class_names(folder) for part, folder in parts.items()}
+    names = {part: class_names(folder) for part, folder in parts.items()}
     main = next(iter(parts))
     classes = names[main]
     if "test" in parts:
         _check_same(root, classes, names["test"])
-    layout = _layout([file for file, _ in _files(parts[main], classes)])
+    layout = _layout(FolderImages(parts[main], classes), resize)
     readers = {part: partial(_read, folder, classes, layout) for part, folder in parts.items()}
     return Dataset(
         name=root.resolve().name,
         classes=classes,
-        shape=(layout.channels, layout.height, layout.width),
+        shape=layout.shape,
         eps=8 / 255,
         padding=crop_padding(layout.height),
         fill=128,
@@ -83,7 +69,7 @@ def _entries(folder: Path | str) -> list[os.DirEntry]:
     return sorted(seen, key=lambda e: e.name)
 
 
-def _class_names(part: Path) -> tuple[str, ...]:
+def class_names(part: Path) -> tuple[str, ...]:
     entries = _entries(part)
     for entry in entries:
         if not entry.is_dir():
@@ -100,81 +86,56 @@ def _check_same(root: Path, train: Sequence[str], test: Sequence[str]) -> None:
         raise ValueError(f"{root}: train and test have different classes ({'; '.join(differences)})")
 
 
-def _files(part: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """Every image file with its label, by class and then by name."""
-    files: list[tuple[str, int]] = []
-    for label, name in enumerate(classes):
-        entries = _entries(part / name)
-        if not entries:
-            raise ValueError(f"class folder {part / name} is empty")
-        for entry in entries:
-            if entry.is_dir():
-                raise ValueError(f"{entry.path} is a folder: images lie directly in {part / name}")
-            files.append((entry.path, label))
-    return files
+class FolderImages(Images):
+    """The image files part/CLASS/*, by class and then by name; `y` are their labels.
+
+    Names are kept as bytes in one array: a list of a million strings would be copied into every worker process.
+    """
+
+    def __init__(self, part: Path | str, classes: Sequence[str], layout: Layout | None = None):
+        """Without a layout, files can be named, but no images be read."""
+        self.part, self.classes, self.layout = os.fspath(part), tuple(classes), layout
+        names: list[np.ndarray] = []
+        for name in classes:
+            entries = _entries(Path(part) / name)
+            if not entries:
+                raise ValueError(f"class folder {Path(part) / name} is empty")
+            for entry in entries:
+                if entry.is_dir():
+                    raise ValueError(f"{entry.path} is a folder: images lie directly in {Path(part) / name}")
+            names.append(np.array([os.fsencode(entry.name) for entry in entries]))
+        self.names = np.concatenate(names)
+        self.y = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(found) for found in names]))
+        self.shape = torch.Size((len(self.names), *(layout.shape if layout else (0, 0, 0))))
+
+    def file(self, row: int) -> str:
+        return os.path.join(self.part, self.classes[int(self.y[row])], os.fsdecode(self.names[row]))
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        assert self.layout is not None
+        return stacked([decoded(self.file(row), self.layout) for row in rows])
+
+    def check(self) -> None:
+        assert self.layout is not None
+        if self.layout.resize is None:
+            for row in range(len(self)):
+                with opened(self.file(row)) as image:
+                    check_size(image, self.layout)
 
 
-@contextmanager
-def _open(file: str) -> Iterator[Image.Image]:
-    """The image, its pixels not yet decoded; whatever goes wrong in the block is told with the file's name."""
-    try:
-        with Image.open(file) as image:
-            # Pillow cuts 16-bit colour to 8 bits without a word; the raw mode of its decoder tells.
-            raw = next((str(tile[3]) for tile in image.tile), "")
-            if image.mode.startswith(("I", "F")) or any(f";16{order}" in raw for order in "BLN"):
-                kind = "float" if image.mode.startswith("F") else "more than 8-bit"
-                raise ValueError(f"it has {kind} values (mode {image.mode}); save it with 8 bits per channel")
-            yield image
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{file} is not an image, or is damaged: move it away or replace it") from error
-    # Pillow's decoders raise what they meet in a damaged file: OSError, SyntaxError, struct.error, zlib.error …
-    except Exception as error:
-        raise ValueError(f"{file} cannot be used: {error}") from error
-
-
-def _layout(files: Sequence[str]) -> _Layout:
+def _layout(images: FolderImages, resize: int | None) -> Layout:
+    first = images.file(0)
     # One image in colour settles it, so for a colour data set this looks at one header.
-    with _open(files[0]) as image:
-        width, height = image.size
-    return _Layout(1 if all(map(_is_grey, files)) else 3, height, width, files[0])
+    grey = all(_is_grey(images.file(row)) for row in range(len(images)))
+    with opened(first) as image:
+        return layout_of(image, first, grey=grey, resize=resize)
 
 
 def _is_grey(file: str) -> bool:
-    with _open(file) as image:
-        return image.mode in _GREY
+    with opened(file) as image:
+        return image.mode in GREY
 
 
-def _decode(file: str, layout: _Layout) -> np.ndarray:
-    """uint8 [h, w] or [h, w, 3]."""
-    with _open(file) as image:
-        if image.size != (layout.width, layout.height):
-            raise ValueError(
-                f"it is {image.width} × {image.height} pixels, while {layout.first} is "
-                f"{layout.width} × {layout.height}; all images must have one size"
-            )
-        if layout.channels == 1 and image.mode not in _GREY:
-            raise ValueError(f"it is in colour (mode {image.mode}), while all training images are grey")
-        mode = "L" if layout.channels == 1 else "RGB"
-        if image.mode == mode:
-            return np.asarray(image)
-        # A palette with transparency wants the detour, or Pillow warns.
-        if "transparency" in image.info:
-            return np.asarray(image.convert("RGBA").convert(mode))
-        return np.asarray(image.convert(mode))
-
-
-def _read(part: Path, classes: Sequence[str], layout: _Layout) -> Split:
-    files = _files(part, classes)
-    x = np.empty((len(files), layout.channels, layout.height, layout.width), np.uint8)
-
-    def fill(start: int) -> None:
-        for i in range(start, min(start + _CHUNK, len(files))):
-            image = _decode(files[i][0], layout)
-            x[i] = image if image.ndim == 2 else image.transpose(2, 0, 1)
-
-    threads = os.cpu_count() if layout.height * layout.width >= _PIXELS_WORTH_THREADS else 1
-    # `map` gives results in order, so of several bad files the first is told, however the threads ran.
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(fill, range(0, len(files), _CHUNK)):
-            pass
-    return Split(torch.from_numpy(x), torch.tensor([label for _, label in files]))
+def _read(part: Path, classes: Sequence[str], layout: Layout) -> Split:
+    images = FolderImages(part, classes, layout)
+    return Split(images, images.y)

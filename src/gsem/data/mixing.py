@@ -13,29 +13,50 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from gsem.data import npz
-from gsem.data.dataset import Split
+from gsem.data.dataset import Split, held_or_not
+from gsem.data.images import Joined
 
 _KEYS = (("image", "label"), ("x_train", "y_train"))
 
 
-def read_extra(path: str | Path, shape: tuple[int, int, int], classes: Sequence[str]) -> Split:
-    """The images of an .npz file: `image` [n, h, w, c] uint8 with `label` [n] integers, or x_train with y_train.
+def read_extra(
+    path: str | Path, shape: tuple[int, int, int], classes: Sequence[str], *, hold: bool | None = None
+) -> Split:
+    """Images of .npz files: `image` [n, h, w, c] uint8 with `label` [n] integers, or x_train with y_train.
 
-    Classes without an image are allowed. Pickled objects are never loaded.
+    Classes without an image are allowed. Pickled objects are never loaded. Only labels and headers are read here where
+    the images are not held.
 
     Args:
-        path: the file; `image` and `label` are how generated data sets are published.
+        path: an .npz file, a folder of several (in the order of their names), or a folder with image.npy and label.npy.
+            `image` and `label` are how generated data sets are published.
         shape: (c, h, w) of the real images.
         classes: the real classes, in the order of their labels.
+        hold: as `Dataset.hold`, of all the files together.
 
     Raises:
-        FileNotFoundError: `path` is no file.
-        ValueError: the file is damaged, an array is missing or not as above, the images are of another shape, or
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: a file is damaged, an array is missing or not as above, the images are of another shape, or
             a label has no class. The message names the file and the key.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
+    parts = [_read_one(file, shape, classes) for file in _files(path)]
+    if len(parts) == 1:
+        return held_or_not(parts[0], hold)
+    return held_or_not(Split(Joined([part.x for part in parts]), torch.cat([part.y for part in parts])), hold)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file() or any(path.glob("*.npy")):
+        return [path]
+    if not (files := sorted(path.glob("*.npz"))):
+        raise ValueError(f"{path} holds neither .npz files, nor image.npy and label.npy")
+    return files
+
+
+def _read_one(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> Split:
     images, labels = _pair(path)
     found = npz._shape(path, images)
     if found != tuple(shape):
@@ -43,24 +64,20 @@ def read_extra(path: str | Path, shape: tuple[int, int, int], classes: Sequence[
     y = npz._labels(path, labels)
     if int(y.max()) >= len(classes):
         raise ValueError(f"{path}: {labels} has the label {int(y.max())}, but there are {len(classes)} classes")
-    # The header tells the count before gigabytes are read.
-    count = npz._header(path, images)[0][0]
-    if count != len(y):
-        raise ValueError(f"{path}: {images} has {count} images, but {labels} has {len(y)} labels")
-    return Split(npz._channels_first(npz._array(path, images)), y)
+    return Split(npz._images(path, images, y, labels), y)
 
 
 def _pair(path: Path) -> tuple[str, str]:
     keys = npz._keys(path)
-    told = f"its keys are: {', '.join(keys) or 'none'}"
+    there = f"its keys are: {', '.join(keys) or 'none'}"
     for pair in _KEYS:
         missing = [key for key in pair if key not in keys]
         if not missing:
             return pair
         if len(missing) == 1:
             [partner] = set(pair) - set(missing)
-            raise ValueError(f"{path} has {partner} but no {missing[0]}; {told}")
-    raise ValueError(f"{path} has neither image and label nor x_train and y_train; {told}")
+            raise ValueError(f"{path} has {partner} but no {missing[0]}; {there}")
+    raise ValueError(f"{path} has neither image and label nor x_train and y_train; {there}")
 
 
 def mixed_order(

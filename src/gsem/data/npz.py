@@ -1,11 +1,13 @@
-"""Data sets in one .npz file: x_train, y_train, x_test, y_test, and optionally classes."""
+"""Data sets in one .npz file, or a folder of .npy files: x_train, y_train, x_test, y_test, and optionally classes."""
 
 import lzma
 import math
+import shlex
+import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,9 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from gsem.data.dataset import Dataset, Split, crop_padding
+from gsem.data.images import RowsOfFile
 
-DESCRIPTION = "a .npz file with x_train [n, h, w, c] uint8, y_train [n] integers, x_test, y_test"
+DESCRIPTION = "a .npz file with x_train [n, h, w, c] uint8, y_train [n] integers, x_test, y_test, or a folder of .npy"
 
 _FROM_FLOATS = "; images in [0, 1] become it by (255 * x).round().astype('uint8')"
 _DAMAGE = (
@@ -31,18 +34,22 @@ _DAMAGE = (
 def npz_file(path: str | Path) -> Dataset:
     """The arrays of `path`: x_train [n, h, w, c] or [n, h, w] uint8 with y_train [n] integers, x_test, y_test.
 
+    `path` is an .npz file, or a folder with x_train.npy and so on, which is what an .npz file is when it is unpacked.
+    Images of a set larger than memory can be read one by one from a folder, and from an .npz that is not compressed
+    (`np.savez`).
+
     Either part may be absent. Classes are named by the array `classes` (strings, in the order of the labels),
     otherwise "0" … up to the largest label of y_train (of y_test if there is no training part). Here only that
     part's labels and the header of its images are read. Pickled objects are never loaded. Other arrays are not used,
     and a warning names them.
 
     Raises:
-        FileNotFoundError: `path` is no file.
+        FileNotFoundError: there is nothing at `path`.
         ValueError: the file is damaged, an array is missing or not as above, a label has no class, or a class
             has no training images. The message names the file and the key.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     keys = _keys(path)
     parts = [part for part in ("train", "test") if {f"x_{part}", f"y_{part}"} & set(keys)]
@@ -65,7 +72,7 @@ def npz_file(path: str | Path) -> Dataset:
     shape = _shape(path, f"x_{main}")
     readers = {part: partial(_read, path, part, classes, shape) for part in parts}
     return Dataset(
-        name=path.stem,
+        name=path.stem if path.is_file() else path.resolve().name,
         classes=classes,
         shape=shape,
         eps=8 / 255,
@@ -82,6 +89,10 @@ def npz_file(path: str | Path) -> Dataset:
 def _opened(path: Path, key: str) -> Iterator[IO[bytes]]:
     # Read as a zip archive, not by np.load: that also opens bare .npy files, and cannot show a header alone.
     try:
+        if path.is_dir():
+            with open(path / f"{key}.npy", "rb") as file:
+                yield file
+            return
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
             yield member
     except _DAMAGE as error:
@@ -89,6 +100,8 @@ def _opened(path: Path, key: str) -> Iterator[IO[bytes]]:
 
 
 def _keys(path: Path) -> list[str]:
+    if path.is_dir():
+        return sorted(file.stem for file in path.glob("*.npy"))
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
@@ -99,14 +112,72 @@ def _keys(path: Path) -> list[str]:
 def _header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of an array, without its values."""
     with _opened(path, key) as member:
-        version = np.lib.format.read_magic(member)
-        # Version 3 differs from 2 only in the names of record fields, and records are refused anyway.
-        old = version == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
+        shape, _, dtype = _read_header(member)
     if dtype.hasobject:
         raise ValueError(f"{path}: {key} holds Python objects (dtype object), which are never loaded")
     return shape, dtype
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the first axis varies fastest, and dtype; the values follow in the file."""
+    version = np.lib.format.read_magic(file)
+    # Version 3 differs from 2 only in the names of record fields, and records are refused anyway.
+    old = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    found: tuple[tuple[int, ...], bool, np.dtype] = read(file)
+    return found
+
+
+def _values_at(path: Path, key: str) -> tuple[Path, int] | None:
+    """The file in which the values of an array lie uncompressed, row by row, and from which byte on; else None."""
+    if path.is_dir():
+        file, start = path / f"{key}.npy", 0
+    else:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(f"{key}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            return None
+        file, start = path, member.header_offset
+    with open(file, "rb") as opened:
+        if file == path:  # after the member's own header: 30 bytes, its name and what is added to it
+            opened.seek(start + 26)
+            opened.seek(start + 30 + sum(struct.unpack("<HH", opened.read(4))))
+        _, columns_first, _ = _read_header(opened)
+        return None if columns_first else (file, opened.tell())
+
+
+class ArrayImages(RowsOfFile):
+    """The images [n, h, w, c] or [n, h, w] under a key of an .npz file or of a folder of .npy files."""
+
+    def __init__(self, path: Path, key: str, shape: Sequence[int]):
+        self.array, self.key = path, key
+        self.at = _values_at(path, key)
+        if self.at is not None and self.at[1] + math.prod(shape) > self.at[0].stat().st_size:
+            raise ValueError(f"{path}: {key} cannot be read, the file is damaged (it ends before its last image)")
+        super().__init__(*(self.at or (path, 0)), shape)
+
+    def whole(self) -> UInt8[Tensor, "n c h w"]:
+        """All images; the checksum of an .npz file is compared."""
+        images = _array(self.array, self.key)
+        self._check_range(images)
+        return _channels_first(images)
+
+    def check(self) -> None:
+        if self.at is None:
+            path = shlex.quote(str(self.array))
+            folder = shlex.quote(str(self.array.with_suffix("")))
+            raise ValueError(
+                f"{self.array}: {self.key} is compressed or stored by columns, so its images cannot be read singly. "
+                f"Unpack it once (python -m zipfile -e {path} {folder}) and give the folder {folder}; arrays stored by "
+                "columns need np.ascontiguousarray. Or read all of it into memory: --hold (hold=True in Python)"
+            )
+        self._check_range(self[:1000].numpy())
+
+    def _check_range(self, images: np.ndarray) -> None:
+        if images.max() <= 1:  # what .astype("uint8") makes of images in [0, 1]: all but white is 0
+            raise ValueError(
+                f"{self.array}: {self.key} holds no value above 1, but must be uint8 from 0 to 255{_FROM_FLOATS}"
+            )
 
 
 def _array(path: Path, key: str) -> np.ndarray:
@@ -151,7 +222,7 @@ def _labels(path: Path, key: str) -> Int64[Tensor, "n"]:
 
 def _classes(path: Path, labels: Int64[Tensor, "n"], *, named: bool, complete: bool) -> tuple[str, ...]:
     """Names from the array `classes` if `named`; if `complete`, each of them must have a label."""
-    seen = set(labels.tolist())
+    seen = set(labels.unique().tolist())
     if named:
         shape, dtype = _header(path, "classes")
         if dtype.kind != "U" or len(shape) != 1 or shape[0] == 0:
@@ -181,13 +252,14 @@ def _read(path: Path, part: str, classes: tuple[str, ...], shape: tuple[int, int
     y = _labels(path, f"y_{part}")
     if int(y.max()) >= len(classes):
         raise ValueError(f"{path}: y_{part} has the label {int(y.max())}, but there are {len(classes)} classes")
-    count = _header(path, f"x_{part}")[0][0]
-    if count != len(y):
-        raise ValueError(f"{path}: x_{part} has {count} images, but y_{part} has {len(y)} labels")
-    images = _array(path, f"x_{part}")
-    if images.max() <= 1:  # what .astype("uint8") makes of images in [0, 1]: all but white is 0
-        raise ValueError(f"{path}: x_{part} holds no value above 1, but must be uint8 from 0 to 255{_FROM_FLOATS}")
-    return Split(_channels_first(images), y)
+    return Split(_images(path, f"x_{part}", y, f"y_{part}"), y)
+
+
+def _images(path: Path, key: str, y: Int64[Tensor, "n"], labels: str) -> ArrayImages:
+    whole = _header(path, key)[0]
+    if whole[0] != len(y):
+        raise ValueError(f"{path}: {key} has {whole[0]} images, but {labels} has {len(y)} labels")
+    return ArrayImages(path, key, whole)
 
 
 def _channels_first(images: np.ndarray) -> UInt8[Tensor, "n c h w"]:

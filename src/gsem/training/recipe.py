@@ -16,7 +16,7 @@ Optimizer = Literal["sgd", "adamw"]
 Norm = Literal["Linf", "L2"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 Objective = Literal["ce", "mart", "trades"]
-Augment = Literal["none", "crop", "autoaugment"]
+Augment = Literal["none", "crop", "autoaugment", "resized-crop"]
 Init = Literal["uniform", "gaussian", "noise"]
 Gradient = Literal["corrected", "semi-masked"]
 
@@ -35,16 +35,22 @@ class Recipe:
     name: str = "gcat"
     """Name of the recipe that this one is, or was changed from."""
     data: str = "digits"
-    """Training images: a name that `gsem data` lists, an image folder with train/CLASS/*, or an .npz file."""
+    """Training images: a name that `gsem data` lists, or the path of an image folder with train/CLASS/*, of an .npz
+    file, or of a folder of .npy, parquet or arrow files."""
     data_path: str | None = None
     """Directory of the data sets that have names (cifar10, cifar100, svhn). Default: ./dataset."""
+    resize: int | None = None
+    """Bring image files of any sizes to this number of pixels: the shorter side is resized, the centre cropped.
+    Default: all images must have one size."""
     extra_data: str | None = None
-    """An .npz file of additional, mostly generated, training images (image and label). Default: none."""
+    """Additional, mostly generated, training images: an .npz file with image and label, or a folder of such files.
+    Default: none."""
     extra_share: float = 0.0
     """Share of each batch that comes from extra_data, from 0 to below 1. Above 0, extra_data must be given."""
     augment: Augment = "crop"
     """Augmentation of the training images. crop is a random crop and flip; autoaugment adds AutoAugment's CIFAR-10
-    policy (on colour images) and Cutout of half the side, as the paper does."""
+    policy (on colour images) and Cutout of half the side, as the paper does. resized-crop is a random part, resized,
+    and a flip, as usual for images of 64 pixels and more."""
     flip: bool | None = None
     """Flip images horizontally in the augmentation. Default: as the data set states (images yes, digits no)."""
     model: str = "gsem-resnet10x16"
@@ -291,6 +297,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("momentum", "ema", "label_smoothing", "extra_share", "collapse"), _BELOW_ONE),
     **dict.fromkeys(("weight_decay", "kl_weight", "awp", "awp_warmup"), _NOT_NEGATIVE),
     "steps_per_epoch": (lambda value: value is None or (type(value) is int and value >= 1), "at least 1, or left out"),
+    "resize": (lambda value: value is None or (type(value) is int and value >= 1), "a number of pixels, at least 1"),
     "seed": (lambda value: type(value) is int, "an integer"),
     "adversarial_fraction": (lambda value: 0 <= value <= 1, "a share from 0 to 1"),
     "milestones": (lambda value: [0, *value] == sorted({0, *value}), "rising epoch numbers from 1"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from gsem._fingerprint import data_fingerprint
 from gsem.data import DATASETS, Dataset, Split, load
+from gsem.data.dataset import without_validation
 from gsem.data.download import ROOT
 from gsem.training.recipe import Recipe
 
@@ -39,14 +40,12 @@ class TrainingData:
         """
         s = self.source
         found: dict[str, Any] = {"name": s.name, "classes": list(s.classes), "shape": list(s.shape), "eps": s.eps}
-        if s.read_train is not None:
-            # The hash is that of all training images, whatever is held out of them.
-            whole = s.read_train()
-            found |= data_fingerprint((whole.x, whole.y))
-            s = replace(s, read_train=lambda: whole)
+        # The hash is that of all training images, whatever is held out of them.
+        whole = s.whole_training()
+        found |= data_fingerprint((whole.x, whole.y))
         if self.then is not None:
             check_same(self.then, found, self.run)
-        return *s.training(seed), found | {"passed": self.passed}
+        return *without_validation(whole, s.classes, seed), found | {"passed": self.passed}
 
 
 def training_data(recipe: Recipe, data: Dataset | None, former: Mapping[str, Any] | None, run: Path) -> TrainingData:
@@ -66,7 +65,7 @@ def training_data(recipe: Recipe, data: Dataset | None, former: Mapping[str, Any
             "file (image [n, h, w, c] uint8, label [n]) by --extra-data, or set --extra-share 0"
         )
     if former is None:
-        source = data or load(recipe.data, recipe.data_path)
+        source = data or load(recipe.data, recipe.data_path, resize=recipe.resize)
         if data is not None:
             recipe = replace(recipe, data=data.name, data_path=None)
         places = places_of(None if data else recipe.data, recipe.data_path, run, recipe.extra_data)
@@ -77,7 +76,7 @@ def training_data(recipe: Recipe, data: Dataset | None, former: Mapping[str, Any
     # Where data lie may change; what they are called in the run, and what it is compared by, does not.
     as_then = replace(recipe, data=then["data"], data_path=then.get("data_path"))
     if data is None and as_then != recipe:
-        source = load(recipe.data, recipe.data_path)
+        source = load(recipe.data, recipe.data_path, resize=recipe.resize)
         passed, places = False, places_of(recipe.data, recipe.data_path, run, extra)
     else:
         source = data or find(former, run)
@@ -103,27 +102,29 @@ def find(metadata: Mapping[str, Any], run: Path) -> Dataset:
             f"{run} was trained on data that were passed in Python ({described(data)}), which no name leads to: "
             "give them by --data (in Python: data=)"
         )
-    source = find_named(recipe["data"], recipe.get("data_path"), metadata.get("places", {}), run)
+    where = recipe["data"], recipe.get("data_path")
+    source = find_named(*where, metadata.get("places", {}), run, recipe.get("resize"))
     check_same(data, {"classes": list(source.classes), "shape": list(source.shape)}, run)
     return source
 
 
-def find_named(name: str, root: str | None, places: Places, folder: Path) -> Dataset:
+def find_named(name: str, root: str | None, places: Places, folder: Path, resize: int | None = None) -> Dataset:
     """The data set of that name or path, where a path may have been recorded elsewhere.
 
     Args:
-        name, root: as they were given then (see `gsem.data.load`).
+        name, root, resize: as they were given then (see `gsem.data.load`).
         places: recorded then by `places_of`, for files in `folder`.
 
     Raises:
         ValueError, FileNotFoundError: as `find`.
     """
     if name not in DATASETS or "data" in places:
-        return load(_located("data", name, places, folder))
+        return load(_located("data", name, places, folder), resize=resize)
     if root is None and "data_path" not in places:
-        return load(name)
+        return load(name, resize=resize)
     # (The folder of a data set that can be downloaded may be missing.)
-    return load(name, _located("data_path", root or str(ROOT), places, folder, needed=name in ("folder", "npz")))
+    needed = name in ("folder", "npz", "parquet")
+    return load(name, _located("data_path", root or str(ROOT), places, folder, needed=needed), resize=resize)
 
 
 def described(data: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gsem._env import DTYPES, choose_precision, require_float64, warn_if_emulated
 from gsem._io import part
-from gsem.data import Dataset, auto_augment, crop_flip, cutout, to_float
+from gsem.data import Dataset, auto_augment, crop_flip, cutout, resized_crop, to_float
 from gsem.losses import cross_entropy, mart, trades
 from gsem.nn.folded import FoldedModel, fold
 from gsem.rng import derive_seed, generator, reseed
@@ -149,7 +149,9 @@ class Stepper:
         rng = generator(self.recipe.seed, "augment", step, device=self.device)
         flip = self.source.flip if self.recipe.flip is None else self.recipe.flip
         padding, fill = self.source.padding, self.source.fill
-        if self.recipe.augment != "none":
+        if self.recipe.augment == "resized-crop":
+            pixels = resized_crop(pixels, flip=flip, generator=rng)
+        elif self.recipe.augment != "none":
             pixels = crop_flip(pixels, padding=padding, fill=fill, flip=flip, generator=rng)
         if self.recipe.augment == "autoaugment":
             if pixels.shape[1] == 3:

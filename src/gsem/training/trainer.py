@@ -9,7 +9,8 @@ import platform
 import shlex
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from gsem._fingerprint import model_fingerprint
 from gsem._interrupt import Interruption, finish_step_on_interrupt
 from gsem._io import BEST, LAST, append_line, part, read_checkpoint, read_metadata, save_checkpoint, write_atomically
 from gsem._lock import locked
-from gsem.data import Dataset, Split, load, read_extra
+from gsem.data import as_dataset, load, read_extra
+from gsem.data.batches import Batch, batches_of
+from gsem.data.images import DamagedImage
 from gsem.nn.load import load_model
 from gsem.nn.models import check_weights, create_model
 from gsem.rng import derive_seed, reseed, seeded
@@ -49,7 +52,8 @@ def train(
     recipe: Recipe,
     *,
     out: str | Path | None = None,
-    data: Dataset | None = None,
+    data: Any = None,
+    hold: bool | None = None,
     device: str | None = None,
     resume: bool = False,
     compiled: bool = False,
@@ -59,8 +63,12 @@ def train(
 
     Args:
         out: the run directory; default: `runs/RECIPE-DATA-MODEL-seedN`.
-        data: where the images come from; `recipe.data` unless given. Its test split is never opened. The run records
-            the name, shape, classes and a hash of what was used; to resume it, pass the same again.
+        data: where the images come from; `recipe.data` unless given: a `gsem.data.Dataset`, or what
+            `gsem.data.as_dataset` makes one of (a map-style torch dataset, a pair of arrays, a Hugging Face dataset).
+            Its test split is never opened. The run records the name, shape, classes and a hash of what was used; to
+            resume it, pass the same again.
+        hold: whether the training images are held on the device, or read by worker processes batch by batch; default:
+            held up to 4 GiB (see `gsem.data.Dataset`). It changes no result.
         device: "cpu", "cuda", "cuda:N"; default: the GPU where there is one.
         resume: resume the run in `out` where it stopped. On a CPU, it ends with the same bits as without the stop.
         compiled: run the passes by torch.compile. Its first steps take minutes; on a CPU it gains nothing.
@@ -69,15 +77,20 @@ def train(
     Raises:
         ValueError: a run is already there (and `resume` was not asked for), it follows another recipe, was trained
             on other data, or is in progress in another process (`Locked`).
+        gsem.data.DamagedImage: a streamed image cannot be read, after the training was saved; it can be resumed.
         TrainingDiverged: the loss or gradient is not finite, or exploded.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the running step was saved.
     """
+    if data is not None:
+        data = as_dataset(data)
     if out is None:
-        name = (data or load(recipe.data, recipe.data_path)).name
+        name = (data or load(recipe.data, recipe.data_path, resize=recipe.resize)).name
         out = Path("runs") / f"{recipe.name}-{Path(name).stem}-{recipe.model}-seed{recipe.seed}"
     path = Path(out)
     former = read_metadata(path) if resume and (path / LAST).exists() else None
     found = training_data(recipe, data, former, path)
+    if hold is not None:
+        found = replace(found, source=replace(found.source, hold=hold))
     recipe = found.recipe
     where = device_named(device)
     with seeded(derive_seed(recipe.seed, "run"), where), deterministic(recipe.deterministic):
@@ -113,10 +126,8 @@ class Trainer:
         training, validation, metadata = data.read(recipe.seed)
         self.meta |= {"data": metadata | {"eps": linf}, "places": data.places}
         self.real = len(training)
-        if data.extra is not None:
-            extra = read_extra(data.extra, source.shape, source.classes)
-            training = Split(torch.cat([training.x, extra.x]), torch.cat([training.y, extra.y]))
-        self.training = training.to(device)
+        extra = [] if data.extra is None else [read_extra(data.extra, source.shape, source.classes, hold=source.hold)]
+        self.training = batches_of([training, *extra], device)
         self.batch = min(recipe.batch_size, self.real)
         self.schedule = Schedule(recipe, len(self._order(0, 0)))
         self.last, self.best = path / LAST, path / BEST
@@ -191,17 +202,20 @@ class Trainer:
         return self.counters.step >= self.schedule.steps or self.counters.stops_early(self.recipe)
 
     def run(self, interrupted: Interruption, on_progress: Callable[[Progress], None] | None) -> None:
+        with closing(self.training.batches(self._rows())) as batches:  # what reads in advance ends with the loop
+            self._run(batches, interrupted, on_progress)
+
+    def _run(
+        self, batches: Iterator[Batch], interrupted: Interruption, on_progress: Callable[[Progress], None] | None
+    ) -> None:
         counters = self.counters
-        order: Tensor | None = None
         first, started = counters.step, time.monotonic()
         lap = saved = started
         while not self.ended:
-            round_, epoch, index = self.schedule.place(counters.step)
+            round_, _, index = self.schedule.place(counters.step)
             if round_ > counters.round:
                 self._begin_round(round_)
-            if index == 0 or order is None:
-                order = self._order(round_, epoch)
-            self._train_on(order[index])
+            self._train_on(*self._next(batches))
             epoch_ended = index + 1 == self.schedule.steps_per_epoch
             due = epoch_ended or interrupted.is_set() or time.monotonic() - saved > SAVE_SECONDS
             if due or counters.step % CHECK_EVERY == 0:
@@ -222,11 +236,30 @@ class Trainer:
 
     def _order(self, round_: int, epoch: int) -> Tensor:
         extra = len(self.training) - self.real
-        return epoch_order(self.recipe, self.real, extra, self.batch, round_, epoch).to(self.device)
+        return epoch_order(self.recipe, self.real, extra, self.batch, round_, epoch)
 
-    def _train_on(self, picked: Tensor) -> None:
+    def _rows(self) -> Iterator[Tensor]:
+        """The rows of each batch from this step to the end of the run."""
+        order: Tensor | None = None
+        for step in range(self.counters.step, self.schedule.steps):
+            round_, epoch, index = self.schedule.place(step)
+            if index == 0 or order is None:
+                order = self._order(round_, epoch)
+            yield order[index]
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        try:
+            return next(batches)
+        except DamagedImage as error:
+            self._check()
+            self.save()
+            again = f"replace it and resume: --resume {shlex.quote(str(self.path))}"
+            raise DamagedImage(
+                f"{error}. Saved at step {self.counters.step} of {self.schedule.steps}: {again}"
+            ) from None
+
+    def _train_on(self, x: Tensor, y: Tensor) -> None:
         step, schedule = self.counters.step, self.schedule
-        x, y = self.training.x[picked], self.training.y[picked]
         self.stepper(x, y, step=step, epoch=schedule.epoch(step), averaged=schedule.averaged(step))
         self.counters.step += 1
 
