@@ -45,7 +45,7 @@ def work(case: str, count: int) -> None:
 
 def peak(case: str, count: int) -> float:
     # glibc moves the size from which a freed tensor goes back to the system, by what a process happened to free: its
-    # peak then tells of holes in the heap. Held fixed, it tells of what was in use.
+    # peak then shows holes in the heap. Held fixed, it shows what was in use.
     fixed = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     words = [sys.executable, __file__, "--case", case, "--count", str(count)]
     done = subprocess.run(words, capture_output=True, text=True, env=fixed)

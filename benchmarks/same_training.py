@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="gsem-resnet10x16")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0, help="to go on where an earlier run ended")
+    parser.add_argument("--first-seed", type=int, default=0, help="to continue an earlier run")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", default="bf16", help="of ours, passes and search: bf16 or float32")
@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     o = arguments()
     source = gsem.data.load(o.data)
-    told = {
+    changes = {
         "batch_size": o.batch,
         "steps": 5,
         "eot": 2,
@@ -95,7 +95,7 @@ def main() -> None:
         "augment": "crop",
     }
     base = replace(
-        gsem.RECIPES["gcat"], data=o.data, model=o.model, precision=o.precision, attack_precision=o.precision, **told
+        gsem.RECIPES["gcat"], data=o.data, model=o.model, precision=o.precision, attack_precision=o.precision, **changes
     )
     print(f"{o.model} on {source.name}, {o.steps} steps of {o.batch}: 5 attack steps × 2 draws on half, 2 draws")
     curves: dict[str, list[list[float]]] = {"ours": [], "reference": []}

@@ -1,4 +1,4 @@
-"""What bf16 gradient directions cost an attack: PGD-20 alone, searched on the float32 and on the bf16 twin.
+"""What bf16 gradient directions cost an attack: PGD-20 alone, searched on the float32 and on the bf16 folded model.
 
     python benchmarks/search_precision.py RUN --data DATA [--images 500] [--seeds 3]
 
@@ -33,12 +33,12 @@ def main() -> None:
     model, meta = gsem.load_model(options.run)
     test = gsem.data.load(options.data).test()
     x, y = gsem.data.to_float(test.x[: options.images]), test.y[: options.images]
-    twins = [gsem.fold(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    models = [gsem.fold(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
     print(f"{options.run}, {len(x)} images of {options.data}, torch {torch.__version__}")
     print("seed  float32    bf16")
     for seed in range(options.seeds):
         with gsem.noise(model, "frozen", seed=seed):
-            shares = [broken(model, folded, x, y, meta["data"]["eps"], seed) for folded in twins]
+            shares = [broken(model, folded, x, y, meta["data"]["eps"], seed) for folded in models]
         print(f"{seed:4}   {shares[0]:6.1%}  {shares[1]:6.1%}", flush=True)
 
 

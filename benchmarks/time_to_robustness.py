@@ -12,7 +12,7 @@ gcat                   5 + 1 passes: a tenth
 
 For each row clean and PGD accuracy (expected, of stochastic networks with gradients averaged over draws), and its
 difference to the first row (`published`, unless --only leaves it out) of the same seed with a 90% t-interval over
-seeds. Finished pieces are kept in --out, so that an interrupted benchmark goes on. Prints a table, writes JSON.
+seeds. Finished pieces are kept in --out, so that an interrupted benchmark resumes. Prints a table, writes JSON.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--attacks", default="clean,pgd:steps=50:eot=20")
-    parser.add_argument("--augment", help="of all rows; each recipe's own unless told")
+    parser.add_argument("--augment", help="of all rows; default: each recipe's own")
     parser.add_argument("--validate-every", type=int, default=5)
     parser.add_argument("--tried", action="store_true")
     parser.add_argument("--only", help="rows by name, with ; between them")
@@ -132,9 +132,9 @@ def main() -> None:
             for m, low, high in (row["accuracy"][k] for k in (labels[0], labels[-1]))
         ]
         gap = row["difference"]
-        told = "" if gap is None or row is rows[0] else f"{gap[0]:+5.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
+        gain = "" if gap is None or row is rows[0] else f"{gap[0]:+5.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
         passes = row["epochs"] * (row["attack_passes"] + row["training_passes"])
-        print(f"{row['variant']:<26} {passes:7g} {cells[0]:>12} {cells[1]:>12}  {told:<22} {row['seconds']:7.0f} s")
+        print(f"{row['variant']:<26} {passes:7g} {cells[0]:>12} {cells[1]:>12}  {gain:<22} {row['seconds']:7.0f} s")
     print(
         "passes an image in all; accuracy in per cent with its 95% t-interval; training: wall time, median over seeds"
     )

@@ -131,7 +131,7 @@ def test_the_precision_that_a_run_chose_is_recorded_and_kept_on_the_other_kind(
         }
     one, other = (read_checkpoint(run.path / "checkpoints/last.safetensors")[0] for run in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    # A run in bf16 that is resumed where it is emulated says so.
+    # A run in bf16 that is resumed where it is emulated warns.
     assert sum("no bf16 instructions" in str(w.message) for w in caught) == hardware
 
 

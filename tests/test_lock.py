@@ -1,4 +1,4 @@
-"""A lock is held by one, blocks nobody after its holder's death, and says who holds it."""
+"""A lock is held by one, blocks nobody after its holder's death, and names its holder."""
 
 import json
 import os
@@ -58,9 +58,9 @@ def test_a_living_process_is_named_and_a_killed_one_holds_nothing(tmp_path):
     words = [sys.executable, "-c", program, str(Path(gsem._lock.__file__).parent), str(file)]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
-        told = refused(file)
-        assert told.startswith(f"process {process.pid} on this host is training in runs/x, since 20")
-        assert told.endswith(": wait for its end")
+        message = refused(file)
+        assert message.startswith(f"process {process.pid} on this host is training in runs/x, since 20")
+        assert message.endswith(": wait for its end")
         process.kill()
         while "Z" not in Path(f"/proc/{process.pid}/stat").read_text():
             time.sleep(0.01)
@@ -84,9 +84,9 @@ def test_what_a_dead_process_left_is_taken_over(tmp_path):
 def test_of_another_host_nothing_is_known(tmp_path):
     file = tmp_path / ".lock"
     pid = planted(file, host="node7")
-    told = refused(file)
-    assert f"process {pid} on host node7 is training in runs/x, since 2026-01-01 00:00:00: wait for its end" in told
-    assert f"If process {pid} does not run there any more, delete {file}" in told
+    message = refused(file)
+    assert f"process {pid} on host node7 is training in runs/x, since 2026-01-01 00:00:00: wait for its end" in message
+    assert f"If process {pid} does not run there any more, delete {file}" in message
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}'])

@@ -16,7 +16,7 @@ import gsem
 
 ROOT = Path(__file__).parents[1]
 FILES = ["pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"]
-# What no Python file says that it needs.
+# What is needed and no Python file names.
 DATA = ["py.typed", *(f"reporting/templates/page.{ending}" for ending in ("html.j2", "md.j2", "css", "js"))]
 # Of somebody who has set nothing: with every warning shown, and without this repository on the path.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}

@@ -188,7 +188,7 @@ def test_a_broken_image_is_left_alone_and_later_restarts_work_on_the_rest(attack
 
 
 def test_the_expectation_steers():
-    """Half of the draws turn the image round; the mean still says where to go."""
+    """Half of the draws turn the image round; the mean still points the way."""
 
     class Turned(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

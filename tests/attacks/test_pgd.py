@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def small(name: str = "resnet10x16") -> nn.Module:
-    """A network whose gradient is not the same everywhere; its noise is as `gsem.noise` says."""
+    """A network whose gradient is not the same everywhere; its noise follows `gsem.noise`."""
     torch.manual_seed(2)
     return gsem.create_model(name, in_channels=1).eval()
 
@@ -208,7 +208,7 @@ def test_the_search_model_gives_directions_only():
     assert torch.equal(away, pgd(reverse, x, y, **last))
     assert (margin(model(towards), y) > margin(model(x), y)).all()
     assert (margin(model(away), y) < margin(model(x), y)).all()
-    # The search model takes each of its points for better than the last; the model says that none beats the start.
+    # The search model takes each of its points for better than the last; by the model none beats the start.
     seen: list[Step] = []
     assert torch.equal(pgd(model, x, y, **how, search=reverse, keep="best", on_step=seen.append), x)
     for step in seen:
@@ -408,7 +408,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_image(value, kee
     with pytest.raises(NotFinite, match=r"image 11 of the attacked batch.*NaN or infinite"):
         pgd(Broken(), x, zeros(x), **HOW, keep=keep)
     if keep == "best":
-        # The model says what a point is worth: its NaN may not pass for the worst point of the path.
+        # The model decides what a point is worth: its NaN may not pass for the worst point of the path.
         with pytest.raises(NotFinite, match="image 11"):
             pgd(Broken(), x, zeros(x), **HOW, keep=keep, search=clean)
 

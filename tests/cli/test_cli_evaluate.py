@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 class Net(nn.Module):
-    """Class 0 where the left half is brighter; wants pixels minus 0.5, or says so."""
+    """Class 0 where the left half is brighter; takes pixels minus 0.5, else warns."""
     def __init__(self, shift=0.0, noise=0.0):
         super().__init__()
         self.shift, self.noise = shift, noise

@@ -7,7 +7,7 @@ from gsem.data import crop_flip, to_float
 
 
 def reference(x, padding, flip, fill, generator):
-    """crop_flip as its docstring says it, image by image."""
+    """crop_flip as in its docstring, image by image."""
     b, _, h, w = x.shape
     rows, columns = torch.randint(2 * padding + 1, (2, b), generator=generator).tolist()
     mirrored = torch.randint(2, (b, 1), generator=generator).flatten().tolist() if flip else [0] * b

@@ -99,7 +99,7 @@ def test_geometry_at_any_magnitude(seed, fill, side):
 
 
 def policy_reference(x: Tensor, fill: int, generator: torch.Generator) -> Tensor:
-    """auto_augment as its docstring says it, by Pillow, image by image."""
+    """auto_augment as in its docstring, by Pillow, image by image."""
     policy = torch.randint(25, (len(x),), generator=generator)
     rng = torch.rand(2, len(x), generator=generator)
     sign = torch.randint(2, (2, len(x)), generator=generator) * 2 - 1

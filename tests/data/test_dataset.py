@@ -7,7 +7,7 @@ from gsem.data.dataset import crop_padding, held_out, validation_per_class
 
 def source_of(y: list[int], classes: int) -> Dataset:
     labels = torch.tensor(y)
-    x = torch.arange(len(y), dtype=torch.uint8).view(-1, 1, 1, 1)  # every image tells its place
+    x = torch.arange(len(y), dtype=torch.uint8).view(-1, 1, 1, 1)  # every image holds its place
     return Dataset(
         name="made",
         classes=tuple(f"class-{k}" for k in range(classes)),

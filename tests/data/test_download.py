@@ -134,5 +134,5 @@ def test_the_bar_is_what_pooch_fills():
         assert bar._bar.tasks[0].completed == 0
         bar.close()
     with download._Bar("x") as bar:
-        bar.total = 0  # a server that does not tell
+        bar.total = 0  # a server that does not send it
         assert bar.total is None

@@ -98,7 +98,7 @@ def test_gsem_is_noticed_and_scored_over_its_draws():
     result = evaluate(model, x, y, ["clean", "pgd:steps=2"], eps=0.1, draws=7)
     known = [f"{label}@{mode}" for mode in ("frozen", "off") for label in ("clean", "pgd2-eot1")]
     assert [s.name for s in result.scores] == ["clean", "pgd2-eot20", *known]
-    assert max(result[name].correct.max() for name in known) == 1  # one draw says it all
+    assert max(result[name].correct.max() for name in known) == 1  # one draw is enough
     alone = evaluate(model, x, y, ["clean"], eps=0.1, draws=7, frozen=False)
     assert [s.name for s in alone.scores] == ["clean"]
     assert result.draws == 7 and max(s.correct.max() for s in result.scores) <= 7

@@ -59,9 +59,9 @@ def test_logits_are_taken_from_what_holds_them_and_that_is_said(message):
     x, y = halves(12)
     model = Holding(HOLDERS[message])
     plain = evaluate(Halves(), x, y, ["pgd:steps=3", "square:queries=20"], eps=0.3, save_adv=True)
-    with pytest.warns(UserWarning, match=f"the model returns a {message} taken for the logits") as said:
+    with pytest.warns(UserWarning, match=f"the model returns a {message} taken for the logits") as caught:
         held = evaluate(model, x, y, ["pgd:steps=3", "square:queries=20"], eps=0.3, save_adv=True)
-    assert sum("taken for the logits" in str(w.message) for w in said) == 1
+    assert sum("taken for the logits" in str(w.message) for w in caught) == 1
     for one, other in zip(plain.scores, held.scores, strict=True):
         assert (one.x_adv == other.x_adv).all() and (one.correct == other.correct).all()
     with pytest.warns(UserWarning, match="taken for the logits"):
@@ -82,9 +82,9 @@ def test_probabilities_are_named():
         lambda: pgd(model, x, y, **HOW),
         lambda: audit(model, x, y, "pgd:steps=2", eps=0.1, only=["randomness"]),
     ):
-        with pytest.warns(UserWarning, match="returns probabilities, not logits: take off its softmax") as said:
+        with pytest.warns(UserWarning, match="returns probabilities, not logits: take off its softmax") as caught:
             ask()
-        assert said[0].filename == __file__  # at the caller's line
+        assert caught[0].filename == __file__  # at the caller's line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(nn.Sequential(Halves(), nn.LogSoftmax(1)), x, y, "clean", eps=0.1)

@@ -1,4 +1,4 @@
-"""The twin against its model: logits and input gradients, on every kind of network."""
+"""The folded model against its model: logits and input gradients, on every kind of network."""
 
 import copy
 import random
@@ -61,7 +61,7 @@ def difference(folded: nn.Module, model: nn.Module, x: Tensor) -> float:
 
 
 def fold_silently(model: nn.Module, dtype: torch.dtype = torch.float64) -> FoldedModel:
-    """A twin that must be traced: the warning of the fall-back is an error."""
+    """A folded model that must be traced: the warning of the fall-back is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return fold(model, dtype)
@@ -245,7 +245,7 @@ def test_any_layout_of_the_images(layout):
 
 
 class Odd(nn.Module):
-    """All that a stranger's network may do with convolutions and BatchNorm."""
+    """All that a network may do with convolutions and BatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -481,7 +481,7 @@ def test_hooks_that_change_an_answer_are_obeyed(layer):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES[:2])
 def test_bf16_directions_break_as_many_images_as_float32(name, tmp_path):
-    """PGD-20 alone, each step along a direction of the bf16 twin or of the float32 one.
+    """PGD-20 alone, each step along a direction of the bf16 folded model or of the float32 one.
 
     The noise is frozen, the same for search and score, so that an image is broken or not: with fresh noise the
     chance of the scoring draws alone would move a share of 500 images by two points. Three seeds, each another

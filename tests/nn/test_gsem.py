@@ -297,7 +297,7 @@ def test_blocks_nest_and_the_former_state_returns_also_after_an_exception():
             with pytest.raises(RuntimeError, match="inside"), noise(module, "frozen", seed=2):
                 raise RuntimeError("inside")
             assert state_of(module)[0] == "off"
-        # The sequence goes on where the inner blocks interrupted it.
+        # The sequence resumes where the inner blocks interrupted it.
         assert torch.equal(module(x), expected[1])
     assert state_of(module) == before
 
@@ -331,8 +331,8 @@ def test_a_model_without_gsem_has_no_noise_to_set():
 
 def test_copies_are_independent():
     module, x = make(), features(1, 4, 8, 8)
-    twins = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
-    for folded in twins:
+    copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for folded in copies:
         with noise(module, "off"):
             assert state_of(folded)[0] == "fresh"
             assert torch.equal(module(x), module(x))

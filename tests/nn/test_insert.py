@@ -96,7 +96,7 @@ def test_nothing_else_changes(model):
 def test_the_gsem_has_the_dtype_and_mode_of_the_layer(model, dtype, training):
     model.to(dtype).train(not training)
     model.drop.train(training)
-    insert(model, "drop")  # it has no parameters of its own to tell
+    insert(model, "drop")  # it has no parameters of its own
     assert {p.dtype for p in model.drop[1].parameters()} == {dtype}
     assert model.drop.training == model.drop[1].training == model.drop[1].bn.training == training
     assert model(torch.rand(2, 3, 8, 8, dtype=dtype)).dtype == dtype
@@ -266,7 +266,7 @@ def test_inserted_behind_the_stem_a_plain_resnet_is_the_gsem_resnet():
 
 
 class Patches(nn.Module):
-    """Swin's style: [b, h, w, c] from its patches on; of one size of images, if it says so."""
+    """Swin's style: [b, h, w, c] from its patches on; of one size of images, by its attribute."""
 
     def __init__(self, side: int | None = None, width: int = 6):
         super().__init__()
@@ -319,9 +319,9 @@ def test_where_nothing_tells_channels_from_height_the_choice_is_said():
     def build(width):
         return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(width * 64, 2))
 
-    with pytest.warns(UserWarning, match=r"layer '1' gives \[1, 8, 8, 8\].*axis 1 is taken") as said:
+    with pytest.warns(UserWarning, match=r"layer '1' gives \[1, 8, 8, 8\].*axis 1 is taken") as caught:
         insert(build(8), "1", example=torch.rand(1, 3, 8, 8))
-    assert said[0].filename == __file__
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         insert(build(8), "0", example=torch.rand(1, 3, 8, 8))  # a convolution's channels are known

@@ -35,12 +35,12 @@ def test_a_checkpoint_rebuilds_its_model(tmp_path):
     meta = model_meta(recipe, classes=("a", "b", "c"), shape=(1, 8, 8), eps=0.1)
     weights = {f"model.{k}": v for k, v in model.state_dict().items()}
     save_checkpoint(tmp_path / "c.safetensors", weights, meta)
-    loaded, told = load_model(tmp_path / "c.safetensors")
+    loaded, meta = load_model(tmp_path / "c.safetensors")
     x = torch.rand(2, 1, 8, 8)
     with gsem.noise(model, "off"), gsem.noise(loaded, "off"):
         assert torch.equal(loaded(x), model(x))
     assert not loaded.training
-    assert told["data"]["classes"] == ["a", "b", "c"]
+    assert meta["data"]["classes"] == ["a", "b", "c"]
 
 
 def test_averaged_weights_are_the_model_of_a_last_checkpoint(tmp_path):

@@ -115,13 +115,13 @@ def test_given_again_the_run_goes_on_and_is_evaluated(capsys, mine):
 def test_a_run_is_not_resumed_on_other_data(capsys, mine, tmp_path):
     trained(replace(mine, classes=("0", "1")))
     before = (tmp_path / "r/checkpoints/last.safetensors").read_bytes()
-    for file, told in (
+    for file, message in (
         (write_images(tmp_path / "other.npz", seed=1), "which differ in the images"),
         (write_images(tmp_path / "four.npz", classes=4), "which differ in their classes, the images, their labels"),
         ("digits", "which differ in their classes, the images, their labels"),
     ):
         err = refused(capsys, "train", "--resume", "r", "--data", file)
-        assert "r was trained on other data (mine: images [1, 8, 8], 2 classes)" in err and told in err
+        assert "r was trained on other data (mine: images [1, 8, 8], 2 classes)" in err and message in err
     assert (tmp_path / "r/checkpoints/last.safetensors").read_bytes() == before
     # The same images by a path: from then on the run knows where they are.
     assert run(capsys, "train", "--resume", "r", "--data", "mine.npz")[0] == 0
@@ -189,10 +189,10 @@ def test_the_checkpoint_of_another_run_is_refused(capsys, mine, tmp_path):
     trained(mine)
     trained(mine, "seed", seed=1)
     trained(load(write_images(tmp_path / "other.npz", seed=1)), "other")
-    for other, told in (("seed", "seed differ"), ("other", "data, data.classes, data.images differ")):
+    for other, message in (("seed", "seed differ"), ("other", "data, data.classes, data.images differ")):
         shutil.copy(tmp_path / other / "checkpoints/best.safetensors", tmp_path / "r/checkpoints/best.safetensors")
         err = refused(capsys, "evaluate", "r", "--data", "mine.npz")
-        assert f"r/checkpoints/best.safetensors is of another run than r/recipe.json ({told})" in err
+        assert f"r/checkpoints/best.safetensors is of another run than r/recipe.json ({message})" in err
     # Named itself, it is what it is.
     code, _, err = run(capsys, "evaluate", "r/checkpoints/best.safetensors", "--data", "mine.npz", "--attacks", "clean")
     assert code == 0, err
@@ -232,7 +232,7 @@ def test_one_training_at_a_time(mine):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("--epochs", "5"), "--epochs cannot be given with --resume: r resumes with its own recipe"),
         (("--lr", "0.2", "--batch-size", "3"), "--batch-size, --lr cannot"),
@@ -241,10 +241,10 @@ def test_one_training_at_a_time(mine):
         (("--epochs", "30"), "--epochs cannot"),  # the default of the named recipe, but not what the run has
     ],
 )
-def test_what_would_be_ignored_is_refused(capsys, mine, words, told):
+def test_what_would_be_ignored_is_refused(capsys, mine, words, message):
     trained(mine)
     err = refused(capsys, "train", "--resume", "r", "--data", "mine.npz", *words)
-    assert told in err and "start a new run from its weights: gsem train --init-from r" in err
+    assert message in err and "start a new run from its weights: gsem train --init-from r" in err
 
 
 def test_epochs_beside_resume_are_refused_whatever_the_schedule(capsys, mine):

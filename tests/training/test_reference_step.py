@@ -50,7 +50,7 @@ def test_the_step_is_the_slow_references(coloured, noise, compiled, monkeypatch)
     fast, slow = (gsem.create_model("gsem-resnet10x16").double() for _ in range(2))
     slow.load_state_dict(fast.state_dict())
     stepper = Stepper(RECIPE, coloured, EPS, fast, None, compiled=compiled)
-    # In float64 throughout, the twin's folded gradients too.
+    # In float64 throughout, the folded model's gradients too.
     stepper.folded = fold(fast, torch.float64)
     if compiled:
         stepper.folded.compile_graph()
@@ -66,7 +66,7 @@ def test_the_step_is_the_slow_references(coloured, noise, compiled, monkeypatch)
         with gsem.noise(slow, noise, seed=5):
             reference.step(slow, optimizer, x, images.y, start, eps=EPS, steps=3, eot=4, draws=3)
     for (name, one), other in zip(fast.state_dict().items(), slow.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_reference_differentiates_the_expected_loss():

@@ -312,7 +312,7 @@ def test_deterministic_mode_is_put_back(tmp_path, few_digits):
 
 
 def test_extra_images_are_mixed_in(tmp_path, few_digits):
-    # The extra images are all of class 3: a network that mostly sees them says 3 more often.
+    # The extra images are all of class 3: a network that mostly sees them answers 3 more often.
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -325,8 +325,8 @@ def test_extra_images_are_mixed_in(tmp_path, few_digits):
     assert json.loads((run.path / "recipe.json").read_text())["training_images"] == 110
     plain = train(replace(TINY, epochs=16), out=tmp_path / "plain", data=few_digits, device="cpu")
     x = torch.from_numpy(rng.integers(0, 256, (64, 1, 8, 8))).float() / 255
-    said = [float((r.model()(x).argmax(1) == 3).float().mean()) for r in (run, plain)]
-    assert said[0] > 0.9 > said[1]
+    share = [float((r.model()(x).argmax(1) == 3).float().mean()) for r in (run, plain)]
+    assert share[0] > 0.9 > share[1]
     with pytest.raises(ValueError, match="--extra-data"):
         train(replace(TINY, extra_share=0.5), out=tmp_path / "none", data=few_digits, device="cpu")
     assert not (tmp_path / "none").exists()

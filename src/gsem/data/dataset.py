@@ -76,7 +76,7 @@ class Dataset:
     hold: bool | None = None
 
     def whole_training(self) -> Split:
-        """The training part with its validation images, held as a tensor or not, as `hold` says.
+        """The training part with its validation images, held as a tensor or not, by `hold`.
 
         Raises:
             ValueError: there is no training part, or it is damaged.
