@@ -200,6 +200,11 @@ class Logits(nn.Module):
         return output["logits"] if self.place == "key" else output[0]
 
 
+def without_logits(model: nn.Module) -> nn.Module:
+    """The network inside a `Logits`, whose layers have the names that its owner knows; any other model itself."""
+    return model.model if isinstance(model, Logits) else model
+
+
 def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, " b"], what: str = "label") -> nn.Module:
     """Check the model on its first images, and wrap it in a `Logits` where its output only holds the logits.
 
@@ -336,6 +341,11 @@ def _check_logits(logits: Tensor, some: Tensor) -> None:
             f"for images {list(some.shape)} the model returns {logits.dtype} {list(logits.shape)}, not floating-point "
             f"logits [{len(some)}, k]{one}"
         )
+    if logits.shape[1] == 1:
+        raise ValueError(
+            "the model returns one logit for each image; one logit z for two classes becomes two by "
+            "torch.cat([-z, z], 1)"
+        )
     bad = ~logits.isfinite().all(1)
     if bool(bad.any()):
         raise NotFinite(f"image {int(bad.nonzero()[0])}: the model's logits are not finite")
@@ -349,8 +359,6 @@ def _check_classes(y: Tensor, classes: int, what: str) -> None:
     problem = f"image {image} has {what} {int(y[image])}, but the model has {classes} classes"
     if int(y.min()) == 1 and int(y.max()) == classes:
         problem += "; labels start at 0: take y - 1"
-    if classes == 1:
-        problem += "; one logit z for two classes becomes two by torch.cat([-z, z], 1)"
     raise ValueError(problem)
 
 

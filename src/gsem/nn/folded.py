@@ -258,6 +258,7 @@ class _Eager(_Folded):
                 ours.offsets, ours.gradient = theirs.offsets, theirs.gradient
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()  # the layout that its forward was written for: a `view` may need it
         with torch.autocast(x.device.type, self.dtype) if self.low else nullcontext():
             return self.copy(x.float() if self.low else x)
 
@@ -320,12 +321,20 @@ def _relu(x: Tensor) -> Tensor:
     return x.relu_()
 
 
-def _add(x: Tensor, other: Tensor) -> Tensor:
-    return x.add_(other) if x.shape == other.shape and x.dtype == other.dtype else x + other
+def _add(x: Any, other: Any) -> Any:
+    tensors = isinstance(x, Tensor) and isinstance(other, Tensor)  # sums of sizes are sums too
+    return x.add_(other) if tensors and x.shape == other.shape and x.dtype == other.dtype else x + other
 
 
 RELUS = (F.relu, torch.relu)
 ADDS = (operator.add, torch.add)
+
+
+def _allow_views(graph: fx.Graph) -> None:
+    """`view` becomes `reshape`, which is the same where `view` works, and works in the channels-last layout too."""
+    for node in graph.find_nodes(op="call_method", target="view"):
+        if not any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values())):
+            node.target = "reshape"
 
 
 def _reuse_memory(graph: fx.Graph, root: nn.Module) -> None:
@@ -373,6 +382,7 @@ def _traced(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, _FoldedGSe
         name = f"part{number}"
         root.add_module(name, _folded(source, behind, dtype))
         node.target = name
+    _allow_views(graph)
     _reuse_memory(graph, root)
     holder = _Held(model, [node.target for node in held], constants)
     with torch.no_grad():
