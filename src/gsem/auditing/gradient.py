@@ -532,5 +532,5 @@ def surrogate(ctx: AuditContext, where: Blocking) -> tuple[str, nn.Module, Seque
     if not where.layer or not where.keeps_shape:
         return None
     passed = straight_through(own, where.layer)
-    passed = Logits(passed, model.place) if isinstance(model, Logits) else passed
+    passed = Logits(passed, model.place) if type(model) is Logits else passed
     return f'gsem.straight_through(model, "{where.layer}")', passed, ctx.white

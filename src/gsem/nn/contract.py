@@ -1,5 +1,6 @@
 """Checks of a model, its images and its labels by one forward pass, before anything is computed."""
 
+import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from gsem.rng import seeded
 
 ImagesLike = Float[Tensor, "b c h w"] | np.ndarray
 LabelsLike = Int[Tensor, " b"] | np.ndarray
+Place = Literal["attribute", "key", "first"]
+"""Where an output holds the logits: `output.logits`, `output["logits"]` or `output[0]`."""
 
 # Images of the one forward pass that shows what a model returns.
 PROBED = 8
@@ -187,7 +190,7 @@ def check_eval_mode(model: nn.Module) -> None:
 class Logits(nn.Module):
     """A model whose output holds the logits, as a model that returns them: [b, c, h, w] → [b, k]."""
 
-    def __init__(self, model: nn.Module, place: Literal["attribute", "key", "first"]):
+    def __init__(self, model: nn.Module, place: Place):
         super().__init__()
         self.model, self.place = model, place
         self.training = model.training  # not train(): it would reach into the model
@@ -201,8 +204,8 @@ class Logits(nn.Module):
 
 
 def without_logits(model: nn.Module) -> nn.Module:
-    """The network inside a `Logits`, whose layers have the names that its owner knows; any other model itself."""
-    return model.model if isinstance(model, Logits) else model
+    """The network inside the `Logits` of `plain_logits`, with the names of its layers; any other model itself."""
+    return model.model if type(model) is Logits else model
 
 
 def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, " b"], what: str = "label") -> nn.Module:
@@ -256,6 +259,40 @@ def are_probabilities(outputs: Float[Tensor, "b k"]) -> bool:
     return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all())
 
 
+def logits_place(model: nn.Module, x: Float[Tensor, "b c h w"], num_classes: int) -> Place | None:
+    """Where a network that is to be trained holds its logits, in train mode and in eval mode; None: it returns them.
+
+    The network is not changed: a copy of it runs.
+
+    Args:
+        x: a few images like those of the data.
+        num_classes: of the data.
+
+    Raises:
+        ValueError: a network that cannot be copied, does not run on the images, returns something else, holds its
+            logits elsewhere in train mode than in eval mode, or has not one logit for each class.
+    """
+    try:
+        model = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot be copied by copy.deepcopy ({type(error).__name__}: {error}), as averaged weights and "
+            "the attack need"
+        ) from error
+    trained, evaluated = (_answer(model.train(mode), x) for mode in (True, False))
+    place = _place(evaluated)
+    if _place(trained) != place:
+        raise ValueError(
+            f"the model returns a {type(evaluated).__name__} in eval mode, a {type(trained).__name__} in train mode: "
+            "wrap it in a module that returns the logits in both"
+        )
+    logits = evaluated if place is None else _answer(Logits(model, place), x)
+    _check_logits(logits, x)
+    if logits.shape[1] != num_classes:
+        raise ValueError(f"the model returns {logits.shape[1]} logits, but the data have {num_classes} classes")
+    return place
+
+
 def check_gradient(model: nn.Module, x: Float[Tensor, "b c h w"]) -> None:
     """What attacks that follow the gradient ask of the model that they differentiate.
 
@@ -292,7 +329,7 @@ def gradient(value: Tensor, x: Tensor, weights: Tensor | None = None, *, retain_
 _TAKEN = {"attribute": "its .logits are", "key": "its ['logits'] are", "first": "its first element is"}
 
 
-def _place(output: object) -> Literal["attribute", "key", "first"] | None:
+def _place(output: object) -> Place | None:
     if isinstance(output, Tensor):
         return None
     if isinstance(getattr(output, "logits", None), Tensor):

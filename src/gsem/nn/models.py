@@ -133,13 +133,14 @@ def load_published(
         ValueError: the file is no checkpoint, or the weights are those of another architecture.
     """
     model = create_model(name, num_classes, in_channels, levels, noise)
-    weights = _read_weights(Path(path))
+    weights = read_weights(Path(path))
     check_weights(weights, model.state_dict(), f"{path} does not fit {canonical_name(name)}")
     model.load_state_dict(weights)
     return model.eval()
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a `.pt` file, read without executing anything in it. Raises as `load_published`."""
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     if not path.is_file():
