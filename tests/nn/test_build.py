@@ -127,7 +127,7 @@ def test_what_cannot_be_trained_is_refused(name, change, message):
 
 @pytest.mark.parametrize("spec", ["own_networks:gone", "no_such_package.module:make"])
 def test_a_factory_that_is_not_found(spec):
-    with pytest.raises(ImportError, match=spec):
+    with pytest.raises(ValueError, match=spec):
         build_network(wanted(spec))
     with pytest.raises(ValueError, match=spec):
         gsem.load_model(spec)
@@ -208,7 +208,7 @@ def test_a_network_of_timm(timm):
 
 def test_timm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="'timm:small' needs the package timm"):
+    with pytest.raises(ValueError, match="'timm:small' needs the package timm"):
         build_network(wanted("timm:small"))
 
 

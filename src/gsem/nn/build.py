@@ -108,7 +108,10 @@ def build_network(wanted: Wanted) -> tuple[nn.Module, dict[str, Any]]:
     own: dict[str, Any] = {"kind": kind, "shape": list(w.shape)}
     own |= {"insert_after": list(w.insert_after), "normalize": w.normalize}
     described["own"] = own
-    base, own["source"] = _base(described, w.given)
+    try:
+        base, own["source"] = _base(described, w.given)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
     with _naming(w.name):
         _check_layers(base)
         images = torch.rand((PROBED, *w.shape), generator=generator(0, "probe"))
@@ -140,11 +143,8 @@ def rebuild_network(
     if "own" not in described and given is None:
         return create_model(**described)
     own = described.get("own", {"kind": "named"})
-    if given is None and own["kind"] == "object":
-        raise ValueError(
-            f"{run} was trained on a network that was passed in Python ({described['name']}), which no name leads to: "
-            f"give it the network, gsem.load_model({str(run)!r}, model=net), or model= of gsem.train to resume"
-        )
+    if given is None:
+        check_named(described, run)
     try:
         base, source = _base(described, given)
     except ImportError as error:
@@ -168,6 +168,41 @@ def rebuild_network(
             stacklevel=3,
         )
     return network
+
+
+def check_named(described: Mapping[str, Any], run: str | Path) -> None:
+    """Raise a ValueError if the network of a run was passed in Python, and must be passed again."""
+    if described.get("own", {}).get("kind") == "object":
+        raise ValueError(
+            f"{run} was trained on a network that was passed in Python ({described['name']}), which no name leads to: "
+            f"give the network, gsem.load_model({str(run)!r}, model=net), or model= of gsem.train to resume"
+        )
+
+
+def check_same_network(then: Mapping[str, Any], now: Mapping[str, Any], run: str | Path) -> None:
+    """Compare the network of a run that is resumed with what was built now.
+
+    Raises:
+        ValueError: it has other modules or settings.
+
+    Warns:
+        UserWarning: the source of its factory changed.
+    """
+    then, now = then.get("own", {}), now.get("own", {})
+    if then.get("structure") != now.get("structure"):
+        raise ValueError(
+            f"the network has other modules or settings than when {run} began: give the network of the run"
+        )
+    if then.get("source", {}).get("hash") != now.get("source", {}).get("hash"):
+        warnings.warn(f"the source of the network changed since {run} began: the new one is trained on", stacklevel=3)
+
+
+def on_device(network: nn.Module, device: torch.device, described: Mapping[str, Any]) -> nn.Module:
+    """The network there, in the layout that it runs in."""
+    if not described.get("own", {}).get("channels_last", True):
+        return network.to(device)
+    # (torch's stubs do not know memory_format for modules.)
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def import_network(spec: str) -> nn.Module:

@@ -101,7 +101,7 @@ def load_model(
 
 
 def weights_in(spec: str | Path) -> dict[str, Tensor]:
-    """The state dict in a run directory, a `.safetensors` checkpoint, or a published `.pt`. No network is built.
+    """The state dict of what `load_model` takes. Of a run, a checkpoint or a `.pt`, no network is built.
 
     Raises:
         FileNotFoundError, ValueError: it is not there, or is no checkpoint.
@@ -109,6 +109,8 @@ def weights_in(spec: str | Path) -> dict[str, Tensor]:
     path = Path(spec)
     if path.suffix in (".pt", ".pth"):
         return read_weights(path)
+    if ":" in str(spec) and not path.exists():
+        return load_model(spec)[0].state_dict()
     checkpoint = _checkpoint_of(path) if path.exists() else None
     if checkpoint is None:
         raise FileNotFoundError(
