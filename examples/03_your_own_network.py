@@ -3,7 +3,8 @@
     python 03_your_own_network.py [EPOCHS] [DATA [DATA_PATH]]
 
 EPOCHS: 30 by default. DATA: digits by default, or cifar10, cifar100, svhn. The run is kept in runs/own; a second start
-does not train it again. On digits it takes about three minutes of one core. In the folder of this file, the command line does the same:
+does not train it again. It takes about three minutes of one core on digits. In the folder of this file, the command
+line does the same:
 
     gsem train gcat --model 03_your_own_network:for_digits --insert-after embed --lr 0.05
     gsem evaluate runs/gcat-digits-03_your_own_network-for_digits-seed0 --images 50

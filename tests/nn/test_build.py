@@ -1,5 +1,6 @@
 """Networks of a user: built, checked, described, and built again from the description."""
 
+import importlib
 import json
 import sys
 import types
@@ -169,7 +170,7 @@ def test_a_change_of_the_factorys_source_is_noticed(tmp_path, monkeypatch):
     assert described["own"]["source"]["folder"] == str(tmp_path)
     for changed, message in (
         (f"{text}# a comment\n", "changed since runs/a began: the network"),
-        (text.replace("nn.Flatten()", "nn.Flatten(), nn.ReLU()"), "and its modules differ"),
+        (text.replace("nn.Flatten()", "nn.Flatten(), nn.ReLU()"), "and its modules or settings differ"),
     ):
         file.write_text(changed)
         sys.modules.pop("my_changing_net")
@@ -225,3 +226,15 @@ def test_tied_tensors_are_stored_once_and_overlapping_ones_apart(tmp_path):
 def test_tracing_leaves_no_name_in_the_modules_of_the_network():
     fold(own_networks.convolutional())
     assert "len" not in vars(own_networks)
+
+
+def test_timm_itself():
+    try:
+        importlib.import_module("timm")
+    except Exception as error:
+        pytest.skip(f"timm does not import here: {error}")
+    network, described = build_network(
+        Wanted(name="timm:resnet18", shape=(3, 32, 32), num_classes=5, insert_after=("act1",), normalize="imagenet")
+    )
+    assert network.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 5)
+    assert str(rebuild_network(described)) == str(network)

@@ -160,11 +160,11 @@ def rebuild_network(
     same = own.get("structure") in (None, model_fingerprint(network)["structure"])
     if given is not None and not same:
         raise ValueError(f"the network that is given has another structure than that of {run}, {described['name']}")
-    if given is None and own.get("source", {}).get("hash") != source.get("hash"):
-        changed = "" if same else " and its modules differ"
+    if given is None and not (same and own.get("source", {}).get("hash") == source.get("hash")):
+        changed = "" if same else ", and its modules or settings differ"
         warnings.warn(
             f"the source of {described['name']!r} changed since {run} began{changed}: the network is built by what is "
-            f"there now, {source.get('file')}",
+            f"there now, {source.get('file', 'gsem')}",
             stacklevel=3,
         )
     return network
@@ -232,12 +232,14 @@ def _base(described: Mapping[str, Any], given: Network | None) -> tuple[nn.Modul
     if isinstance(given, nn.Module):
         return copy.deepcopy(given).cpu(), {}
     if given is not None:
-        return _made(given, name), _source(given)
+        network = _made(given, name)
+        return network, _source(given, network)
     if name.startswith(TIMM):
         return _from_timm(described)
     if ":" in name:
-        made = _found(name)
-        return _made(made, name), _source(made)
+        make = _found(name)
+        network = _made(make, name)
+        return network, _source(make, network)
     return create_model(**{key: value for key, value in described.items() if key != "own"}), {}
 
 
@@ -298,18 +300,25 @@ def _spec_of(make: Any) -> str | None:
     return f"{module}:{name}"
 
 
-def _source(make: Any) -> dict[str, Any]:
-    """The file that a factory is written in, its hash, its folder, and the commit of that folder."""
+def _source(make: Any, network: nn.Module) -> dict[str, Any]:
+    """The file that a factory is written in, its folder and commit, and a hash of it and of the network's own file."""
     make = make.func if isinstance(make, functools.partial) else make
     make = type(make) if isinstance(make, nn.Module) else make
+    digest = hashlib.sha256()
     try:
-        file = Path(inspect.getsourcefile(make) or "").resolve()
-        content = file.read_bytes()
+        file, of_network = (Path(inspect.getsourcefile(one) or "").resolve() for one in (make, type(network)))
+        digest.update(file.read_bytes())
+        if not type(network).__module__.startswith("torch."):
+            digest.update(of_network.read_bytes())
     except (OSError, TypeError):
         return {}
     folder = file.parents[len(str(getattr(make, "__module__", "")).split(".")) - 1]
-    digest = hashlib.sha256(content).hexdigest()[:DIGITS]
-    return {"file": file.name, "folder": str(folder), "hash": digest, "commit": commit(file.parent)}
+    return {
+        "file": file.name,
+        "folder": str(folder),
+        "hash": digest.hexdigest()[:DIGITS],
+        "commit": commit(file.parent),
+    }
 
 
 @contextmanager
