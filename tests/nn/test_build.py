@@ -30,7 +30,7 @@ def images(n: int = 3) -> Tensor:
 def same_answers(one: nn.Module, other: nn.Module) -> bool:
     one, other = one.eval(), other.eval()
     with gsem.noise(one, "off"), gsem.noise(other, "off"):
-        return torch.equal(one(images()), other(images()))
+        return torch.allclose(one(images()), other(images()), atol=1e-5)  # (their layouts may differ)
 
 
 CASES = {

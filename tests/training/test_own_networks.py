@@ -61,12 +61,13 @@ def test_killed_twice_a_transformer_with_dropout_comes_to_the_same_end(tmp_path,
         torch.manual_seed(3)
         return {"model": own_networks.TinyViT()} if given else {}
 
-    whole = fit(VIT, tmp_path / "whole", few_digits, **how())
+    recipe = replace(VIT, optimizer="adamw", lr=2e-3) if given else VIT
+    whole = fit(recipe, tmp_path / "whole", few_digits, **how())
     # Six steps in two epochs.
-    killed_in_step(3, VIT, tmp_path / "killed", few_digits, **how())
+    killed_in_step(3, recipe, tmp_path / "killed", few_digits, **how())
     assert not same(state(tmp_path / "killed"), state(whole.path))
-    killed_in_step(2, VIT, tmp_path / "killed", few_digits, resume=True, **how())
-    ended = fit(VIT, tmp_path / "killed", few_digits, resume=True, **how())
+    killed_in_step(2, recipe, tmp_path / "killed", few_digits, resume=True, **how())
+    ended = fit(recipe, tmp_path / "killed", few_digits, resume=True, **how())
     for name in ("last", "best"):
         assert same(state(ended.path, name), state(whole.path, name))
     assert [m["loss"] for m in ended.metrics] == [m["loss"] for m in whole.metrics]

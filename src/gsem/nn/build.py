@@ -84,8 +84,8 @@ def named(model: str | Network) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else _spec_of(model) or _called(model)
 
 
-def build_network(wanted: Wanted) -> tuple[nn.Module, dict[str, Any]]:
-    """A new network in train mode, and its description. It is checked by passes of a few images before.
+def build_network(wanted: Wanted, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """A new network in train mode on a device, and its description. It is checked by passes of a few images before.
 
     Raises:
         ValueError: naming what is wrong: a factory that cannot be imported, needs arguments or returns no module; lazy
@@ -104,7 +104,7 @@ def build_network(wanted: Wanted) -> tuple[nn.Module, dict[str, Any]]:
     }
     kind = _kind(w)
     if kind == "named" and not w.insert_after and w.normalize is None:
-        return create_model(**described), described
+        return _on_device(create_model(**described), device), described
     own: dict[str, Any] = {"kind": kind, "shape": list(w.shape)}
     own |= {"insert_after": list(w.insert_after), "normalize": w.normalize}
     described["own"] = own
@@ -121,7 +121,7 @@ def build_network(wanted: Wanted) -> tuple[nn.Module, dict[str, Any]]:
         own["channels_last"] = _runs_in_channels_last(network, images, w.num_classes)
         network = _wrapped(network, own)
     own["structure"] = model_fingerprint(network)["structure"]
-    return network.train(), described
+    return _on_device(network, device, own["channels_last"]).train(), described
 
 
 def rebuild_network(
@@ -179,8 +179,8 @@ def check_named(described: Mapping[str, Any], run: str | Path) -> None:
         )
 
 
-def check_same_network(then: Mapping[str, Any], now: Mapping[str, Any], run: str | Path) -> None:
-    """Compare the network of a run that is resumed with what was built now.
+def check_same_network(described: dict[str, Any], built: Mapping[str, Any], run: str | Path) -> dict[str, Any]:
+    """The description of the network of a run that is resumed, compared with that of what was built now.
 
     Raises:
         ValueError: it has other modules or settings.
@@ -188,21 +188,14 @@ def check_same_network(then: Mapping[str, Any], now: Mapping[str, Any], run: str
     Warns:
         UserWarning: the source of its factory changed.
     """
-    then, now = then.get("own", {}), now.get("own", {})
+    then, now = described.get("own", {}), built.get("own", {})
     if then.get("structure") != now.get("structure"):
         raise ValueError(
             f"the network has other modules or settings than when {run} began: give the network of the run"
         )
     if then.get("source", {}).get("hash") != now.get("source", {}).get("hash"):
         warnings.warn(f"the source of the network changed since {run} began: the new one is trained on", stacklevel=3)
-
-
-def on_device(network: nn.Module, device: torch.device, described: Mapping[str, Any]) -> nn.Module:
-    """The network there, in the layout that it runs in."""
-    if not described.get("own", {}).get("channels_last", True):
-        return network.to(device)
-    # (torch's stubs do not know memory_format for modules.)
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return described
 
 
 def import_network(spec: str) -> nn.Module:
@@ -364,6 +357,13 @@ def _assembled(base: nn.Module, described: Mapping[str, Any]) -> nn.Module:
 def _wrapped(network: nn.Module, own: Mapping[str, Any]) -> nn.Module:
     network = network if own.get("channels_last", True) else PlainLayout(network)
     return PlainLogits(network, own["logits"]) if own.get("logits") else network
+
+
+def _on_device(network: nn.Module, device: torch.device | str, channels_last: bool = True) -> nn.Module:
+    if not channels_last:
+        return network.to(device)
+    # (torch's stubs do not know memory_format for modules.)
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _runs_in_channels_last(network: nn.Module, images: Tensor, num_classes: int) -> bool:

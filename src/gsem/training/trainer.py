@@ -28,7 +28,7 @@ from gsem._lock import locked
 from gsem.data import as_dataset, load, read_extra
 from gsem.data.batches import Batch, batches_of
 from gsem.data.images import DamagedImage
-from gsem.nn.build import Network, build_network, check_named, check_same_network, named, on_device
+from gsem.nn.build import Network, build_network, check_named, check_same_network, named
 from gsem.nn.load import weights_in
 from gsem.nn.models import check_weights
 from gsem.rng import derive_seed, reseed, seeded
@@ -155,13 +155,12 @@ class Trainer:
         self.schedule = Schedule(recipe, len(self._order(0, 0)))
         self.last, self.best = path / LAST, path / BEST
         reseed(derive_seed(recipe.seed, "weights"), device)
-        model, self.meta["model"] = build_network(wanted_network(recipe, source, network))
-        model = on_device(model, device, self.meta["model"])
+        model, self.meta["model"] = build_network(wanted_network(recipe, source, network), device)
         equal = recipe.swa_from is not None
         average = Average(model, copy.deepcopy(model), recipe.ema, equal) if recipe.ema or equal else None
         self.stepper = Stepper(replace(recipe, **used), source, eps, model, average, compiled=compiled)
-        chosen = self.stepper.used.items()
-        self.meta["precision"] = {field: {"asked": getattr(recipe, field), "used": value} for field, value in chosen}
+        chosen = self.stepper.used
+        self.meta["precision"] = {f: {"asked": getattr(recipe, f), "used": chosen[f]} for f in chosen}
         self.validate = Validator(self.stepper, validation.to(device))
         self.counters = Counters()
 
@@ -204,8 +203,7 @@ class Trainer:
         if former != self.recipe:
             changed = [k for k, v in self.recipe.to_dict().items() if former.to_dict()[k] != v]
             raise ValueError(f"{self.path} follows another recipe (other {', '.join(changed)}): choose another --out")
-        check_same_network(meta["model"], self.meta["model"], self.path)
-        self.meta["model"] = meta["model"]
+        self.meta["model"] = check_same_network(meta["model"], self.meta["model"], self.path)
         self.stepper.restore(tensors, meta["state"].pop("scaler"))
         self.counters = Counters.from_dict(meta["state"])
         metadata = read_metadata(self.path)
