@@ -193,3 +193,11 @@ def test_several_places_are_named_together_or_one_by_one(tmp_path, monkeypatch):
         assert main(["train", "gcat", *places, *words, "--out", str(number)]) == 0
         recipe = json.loads(Path(f"{number}/recipe.json").read_text())["recipe"]
         assert recipe["insert_after"] == ["stem", "body.1"]
+
+
+def test_a_recipe_file_holds_the_layers(tmp_path):
+    recipe = replace(VIT, insert_after=("stem", "body.1"), normalize="0.3/0.38")
+    (tmp_path / "own.toml").write_text(recipe.to_toml())
+    assert gsem.Recipe.read(tmp_path / "own.toml") == gsem.Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(ValueError, match=r"insert_after = .* is not a list of texts"):
+        gsem.Recipe.from_dict({"insert_after": [1]})
