@@ -440,6 +440,6 @@ def _differs(model: nn.Module, some: Tensor, logits: Tensor, named: list[tuple[s
 def _warn(text: str) -> None:
     """At the line outside this package that called."""
     depth, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gsem."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("gsem.", "contextlib")):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(text, stacklevel=depth)
