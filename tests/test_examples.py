@@ -1,14 +1,16 @@
 """Every example runs to its end, with fewer epochs than by default, and prints what it promises."""
 
+import importlib
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from gsem.cli.main import main
+from gsem.cli.main import main, read
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -56,15 +58,25 @@ def test_train_and_evaluate(run):
     assert max(masked["worst"], corrected["worst"]) < masked["clean"] - 10
 
 
-def test_your_own_network(run, monkeypatch, capsys):
-    file = Path(shutil.copy(EXAMPLES / "03_your_own_network.py", Path.cwd()))
-    found = accuracies(run(file, "2"))
-    attacks = ("clean", "pgd20-eot5", "clean@frozen", "pgd20-eot1@frozen", "clean@off", "pgd20-eot1@off")
-    assert tuple(found) == (*attacks, "worst", "worst@frozen", "worst@off")
-    assert found["clean"] > 80
-    assert 20 < found["worst"] < found["clean"] - 5
-    # The command line finds the same network by module:function, the same figures, and the same names.
-    words = re.search(r"^ +gsem (evaluate .*\n.*)$", file.read_text(), re.M)[1].replace("\\\\\n", "").split()
-    monkeypatch.delitem(sys.modules, file.stem, raising=False)
-    assert main(words) == 0
-    assert accuracies(capsys.readouterr().out) == found
+def test_your_own_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    file = Path(shutil.copy(EXAMPLES / "03_your_own_network.py", tmp_path))
+    program = importlib.import_module(file.stem)
+    monkeypatch.setattr(program, "IMAGES", 20)
+    monkeypatch.setattr(program, "CHECKS", ["randomness"])
+    monkeypatch.setattr(sys, "argv", [file.name, "1"])
+    program.main()
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert tuple(accuracies(out)) == ("clean", "pgd20-eot5", "worst", "worst@frozen", "worst@off")
+    assert "randomness" in out and Path("runs/own/report.html").is_file()
+    # The command line finds the same network again, and the commands of the docstring are commands.
+    assert (
+        main(["evaluate", "runs/own", "--attacks", "clean", "--images", "20", "--draws", "2", "--device", "cpu"]) == 0
+    )
+    assert "clean" in accuracies(capsys.readouterr().out)
+    commands = re.findall(r"^    gsem (train|evaluate|audit|report) ", program.__doc__, re.M)
+    assert commands == ["train", "evaluate", "audit", "report"]
+    options = read("train", shlex.split(re.search(r"gsem train (.*)", program.__doc__)[1]))
+    assert options.recipe.insert_after == ("embed",)

@@ -27,3 +27,10 @@ def test_its_python_runs(block, tmp_path, monkeypatch):
 def test_its_links_lead_somewhere():
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+
+
+def test_the_python_of_the_page_on_own_networks_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "own-networks.md").read_text(), re.S | re.M)
+    exec(compile(block, "own-networks.md", "exec"), {"__name__": "__main__"})
+    assert (tmp_path / "runs" / "mine" / "recipe.json").is_file()

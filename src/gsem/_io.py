@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,9 +73,28 @@ def append_line(path: Path, line: str) -> None:
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Tensors and JSON-able metadata in one file, so that they cannot disagree."""
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, save(ready, metadata={"gsem": json.dumps(meta)}))
+    """Tensors and JSON-able metadata in one file, so that they cannot disagree.
+
+    A tensor that stands under several names, as tied weights do, is stored once.
+    """
+    tied = _tied(tensors)
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if name not in tied}
+    places = Counter(t.untyped_storage().data_ptr() for t in ready.values())
+    # safetensors refuses tensors that overlap, as views of one buffer do.
+    ready = {name: t.clone() if places[t.untyped_storage().data_ptr()] > 1 else t for name, t in ready.items()}
+    metadata = {"gsem": json.dumps(meta)} | ({"tied": json.dumps(tied)} if tied else {})
+    write_atomically(path, save(ready, metadata=metadata))
+
+
+def _tied(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The name under which each tensor that stands there a second time stands first."""
+    first: dict[tuple, str] = {}
+    tied = {}
+    for name, t in tensors.items():
+        known = first.setdefault((t.device, t.dtype, t.data_ptr(), t.shape, t.stride()), name)
+        if known != name and t.numel():
+            tied[name] = known
+    return tied
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -84,7 +104,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: no such file. ValueError: not a gsem checkpoint, or damaged.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _metadata_in(file)  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tied: dict[str, str] = json.loads((file.metadata() or {}).get("tied", "{}"))
+        return tensors | {name: tensors[first] for name, first in tied.items()}, _metadata_in(file)
 
 
 def read_checkpoint_metadata(path: Path) -> dict[str, Any]:

@@ -94,6 +94,21 @@ def test_a_quantiser_is_found_named_and_passed(levels: int, noise: float):
     assert mitigation["after"]["accuracy"] < mitigation["before"]["accuracy"] - 0.3
 
 
+class Holding(nn.Sequential):
+    """A Sequential that returns a dict."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": super().forward(x)}
+
+
+@pytest.mark.filterwarnings("ignore:.*taken for the logits")
+def test_a_layer_keeps_its_name_where_logits_are_taken_from_a_dict():
+    check = gradient(Holding(Quantise(5, 0.03), *mlp()).eval())
+    assert check.details["layer"] == "0" and 'straight_through(model, "0")' in check.advice
+    mitigation = check.details["mitigation"]
+    assert mitigation["after"]["accuracy"] < mitigation["before"]["accuracy"] - 0.3
+
+
 def test_a_quantiser_between_layers_is_named_too():
     flat, first, relu, last = mlp()
     model = nn.Sequential(flat, first, nn.Sequential(relu, Threshold(0.5)), last).eval()

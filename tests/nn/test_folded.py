@@ -15,10 +15,15 @@ from torch import Tensor, nn
 import gsem
 from gsem.attacks import pgd
 from gsem.attacks._core import forward_draws
+from gsem.nn.convnext import ConvNeXtBlock
 from gsem.nn.folded import FoldedModel, fold
 from gsem.nn.gsem import GSeM, IntegerNoise
+from gsem.nn.resnets import PreActResNet, WideResNet
 
-FAMILIES = ["gsem-resnet10x16", "gsem-wideresnet10x2", "resnet10x16", "wideresnet10x2"]
+FAMILIES = [
+    *("gsem-resnet10x16", "gsem-wideresnet10x2", "gsem-preactresnet10x16", "gsem-vit2x32", "gsem-convnext3x16"),
+    *("resnet10x16", "wideresnet10x2", "preactresnet10x16", "vit2x32", "convnext3x16"),
+]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 
 
@@ -32,6 +37,8 @@ def randomised(model: nn.Module) -> nn.Module:
             for tensor in (m.bias, m.running_mean):
                 if tensor is not None:
                     nn.init.normal_(tensor, std=0.5)
+        if isinstance(m, ConvNeXtBlock):  # at its first value, 1e-6, the block is nearly the identity
+            nn.init.uniform_(m.gamma, 0.2, 1.0)
     return model
 
 
@@ -360,6 +367,41 @@ class Reused(nn.Module):
         again = torch.relu(total) + self.a(total)
         b2 = self.a(again)
         return self.linear(F.relu(b2 + b2).mean((2, 3)))
+
+
+class Sizes(nn.Module):
+    """Sums of sizes, and views of feature maps whose layout the folded model changes."""
+
+    def __init__(self, branches: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.linear = nn.Linear(4 * 8 * 8, 5)
+        self.register_buffer("bits", torch.full((5,), 4607182418800017408))  # 1.0 as an integer
+        self.branches = branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branches and x.sum() > 0:  # cannot be traced
+            x = 2 * x
+        x = F.relu(self.conv(x))
+        side = x.shape[2] + x.shape[3]
+        count = side + x.shape[1]  # 20
+        return self.linear(x.view(x.size(0), -1)) / count + self.bits.view(torch.float64)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.filterwarnings("ignore:fold runs")
+def test_views_and_sums_of_sizes(branches):
+    model, x = Sizes(branches).double().eval(), images()
+    assert difference(fold(model, torch.float64), model, x) < 1e-12
+
+
+@pytest.mark.parametrize("build", [PreActResNet, WideResNet])
+def test_silu_networks(build):
+    shape = ((1, 1, 1, 1), 4) if build is PreActResNet else (10, 1)
+    model = randomised(build(*shape, activation=F.silu, gsem=GSeM, num_classes=5)).double().eval()
+    assert "silu" in str(model)
+    with gsem.noise(model, "frozen", seed=2):
+        assert difference(fold_silently(model), model, images()) < 1e-12
 
 
 def test_memory_is_reused_only_where_nobody_reads_it_again():

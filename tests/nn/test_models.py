@@ -5,13 +5,21 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gsem.nn.convnext import ConvNeXtBlock
 from gsem.nn.gsem import GSeM, noise
 from gsem.nn.models import MODELS, canonical_name, create_model, load_published
+from gsem.nn.resnets import PreActBlock
+from gsem.nn.vit import Attention, sincos_positions
 
-SMALL = ["gsem-resnet10x16", "resnet10x16", "gsem-wideresnet10x2", "wideresnet10x2"]
+SMALL = [
+    f"{prefix}{name}"
+    for name in ("resnet10x16", "wideresnet10x2", "preactresnet10x16", "vit2x32", "convnext3x16")
+    for prefix in ("gsem-", "")
+]
 
 
 def on_meta(name: str, **kwargs) -> nn.Module:
@@ -29,6 +37,13 @@ def on_meta(name: str, **kwargs) -> nn.Module:
         ("gsem-resnet50", 10, 23_598_858),
         ("gsem-wideresnet28x10", 10, 36_645_546),
         ("wideresnet28x10", 10, 36_567_530),
+        ("wideresnet28x10-silu", 10, 36_567_530),
+        ("preactresnet18", 10, 11_172_170),  # Rice et al., whose last BatchNorm adds 1,024 to 11,171,146
+        ("preactresnet18-silu", 10, 11_172_170),
+        # ViT-S/16 and ConvNeXt-T for 1,000 classes: of timm's vit_small_patch16_224, 22,050,664, less its class token
+        # (384) and its learned positions (197 · 384).
+        ("vit-small-patch16", 1000, 22_050_664 - 384 - 197 * 384),
+        ("convnext-tiny-patch4", 1000, 28_589_128),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, classes, count):
@@ -90,6 +105,54 @@ def test_a_wide_block_is_preactivated_and_strides_in_its_second_convolution():
     x = torch.randn(2, 32, 8, 8, dtype=torch.float64)
     inner = block.conv2(torch.relu(block.bn2(block.conv1(torch.relu(block.bn1(x))))))
     torch.testing.assert_close(block(x), inner + block.shortcut[0](x), rtol=0, atol=1e-12)
+
+
+def doubled(module: nn.Module) -> nn.Module:
+    """In float64 and eval mode, no parameter at a value that hides it."""
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.3)
+    return module.double().eval()
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.silu])
+def test_a_preactivated_block_projects_what_it_activated(activation):
+    torch.manual_seed(0)
+    block, x = doubled(PreActBlock(4, 8, 2, activation)), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    activated = activation(block.bn1(x))
+    inner = block.conv2(activation(block.bn2(block.conv1(activated))))
+    assert torch.equal(block(x), inner + block.shortcut[0](activated))
+    assert inner.shape == (2, 8, 3, 3)
+    plain = doubled(PreActBlock(4, 4, 1, activation))
+    inner = plain.conv2(activation(plain.bn2(plain.conv1(activation(plain.bn1(x))))))
+    assert torch.equal(plain(x), inner + x)
+
+
+def test_attention_is_torchs():
+    torch.manual_seed(0)
+    ours, x = doubled(Attention(8, heads=2)), torch.randn(3, 5, 8, dtype=torch.float64)
+    theirs = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(ours.qkv.weight)
+        theirs.in_proj_bias.copy_(ours.qkv.bias)
+        theirs.out_proj.load_state_dict(ours.proj.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0], rtol=0, atol=1e-12)
+
+
+def test_the_product_of_two_positions_depends_on_their_distance_alone():
+    waves = sincos_positions(torch.zeros(1, 16, 4, 5, dtype=torch.float64))[0]
+    products = (waves @ waves.T).view(4, 5, 4, 5)
+    torch.testing.assert_close(products[:3, :4, :3, :4], products[1:, 1:, 1:, 1:], rtol=0, atol=1e-12)
+    assert len({tuple(row) for row in waves.tolist()}) == 20
+
+
+def test_a_convnext_block_scales_its_branch():
+    torch.manual_seed(0)
+    block, x = doubled(ConvNeXtBlock(4)), torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    pixels = block.dwconv(x).movedim(1, 3)
+    mean, variance = pixels.mean(3, keepdim=True), pixels.var(3, keepdim=True, correction=0)
+    normal = (pixels - mean) / (variance + 1e-6).sqrt() * block.norm.weight + block.norm.bias
+    branch = block.pwconv2(F.gelu(block.pwconv1(normal))) * block.gamma
+    torch.testing.assert_close(block(x), x + branch.movedim(3, 1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "p"), [("28x10", None), ("28x20", 0.3), ("40x10", 0.3), ("40x14", 0.3)])

@@ -34,7 +34,7 @@ from gsem.auditing.check import Finding, check
 from gsem.auditing.context import RESAMPLES, AuditContext, fold_quietly
 from gsem.evaluation.statistics import bootstrap
 from gsem.losses import margin
-from gsem.nn.contract import are_probabilities
+from gsem.nn.contract import Logits, are_probabilities, without_logits
 from gsem.nn.gsem import GSeM
 from gsem.nn.insert import straight_through
 from gsem.rng import derive_seed, generator, seeded
@@ -360,7 +360,7 @@ def _calls(model: nn.Module, x: Tensor) -> list[_Call]:
         if seen[module].returned is None:
             seen[module].returned = _tensor(output)
 
-    names = {module: name for name, module in model.named_modules()}
+    names = {model: ""} | {module: name for name, module in without_logits(model).named_modules()}
     with ExitStack() as hooks, torch.no_grad(), seeded(0, x.device):
         for module in names:
             hooks.enter_context(module.register_forward_pre_hook(enter))
@@ -517,17 +517,20 @@ def _flagged(ctx: AuditContext, finding: Finding, probe: _Probe, ending: Blockin
 
 def surrogate(ctx: AuditContext, where: Blocking) -> tuple[str, nn.Module, Sequence[AttackSpec]] | None:
     """A way past the place, in words; a model with the same predictions whose gradient passes; and attacks on it."""
-    model, layers = ctx.model, dict(ctx.model.named_modules())
+    model, own = ctx.model, without_logits(ctx.model)
+    layers = dict(own.named_modules())
     if where.softmax and not where.layer:
         # The cross-entropy would put back the softmax that the logarithm takes away.
         way = "loss=margin on the logits before the softmax, or on the logarithm of the output"
         return way, Logarithm(model), [AttackSpec("apgd", ctx.effort | {"loss": "margin"})]
     if isinstance(layers[where.layer], GSeM):
         fixed = copy.deepcopy(model)
-        layer = fixed.get_submodule(where.layer)
+        layer = without_logits(fixed).get_submodule(where.layer)
         assert isinstance(layer, GSeM)
         layer.gradient = "corrected"
         return f'the layer {where.layer!r} set to gradient="corrected"', fixed, ctx.white
     if not where.layer or not where.keeps_shape:
         return None
-    return f'gsem.straight_through(model, "{where.layer}")', straight_through(model, where.layer), ctx.white
+    passed = straight_through(own, where.layer)
+    passed = Logits(passed, model.place) if type(model) is Logits else passed
+    return f'gsem.straight_through(model, "{where.layer}")', passed, ctx.white

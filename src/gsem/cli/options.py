@@ -361,6 +361,28 @@ def unknown(kind: str, name: str, known: Collection[str]) -> str:
     return f"{kind} {name!r} is unknown.{hint} Possible are: {', '.join(known)}"
 
 
+# Options that take several values, which may also be given one by one.
+SEVERAL = ("--insert-after", "--source")
+
+
+def _joined(words: list[str]) -> list[str]:
+    """`--source a --source b` as `--source a b`: tyro would keep the last alone."""
+    kept: list[str] = []
+    values: dict[str, list[str]] = {}
+    option = None
+    for word in words:
+        name, equals, value = word.partition("=")
+        known = name.replace("_", "-") if name.replace("_", "-") in SEVERAL else None
+        if known is not None:
+            values.setdefault(known, []).extend([value] if equals else [])
+            option = known
+        elif option is not None and not word.startswith("-"):
+            values[option].append(word)
+        else:
+            kept, option = [*kept, word], None
+    return kept + [word for name, several in values.items() for word in (name, *several)]
+
+
 def parse(kind: Any, command: str, words: list[str], **more: Any) -> Any:
     """The options of a command from its words.
 
@@ -374,7 +396,7 @@ def parse(kind: Any, command: str, words: list[str], **more: Any) -> Any:
     config = (tyro.conf.DisallowNone,)  # no "{None}|" before what an option takes
     try:
         with redirect_stderr(boxed):
-            return tyro.cli(kind, prog=f"gsem {command}", args=words, registry=registry, config=config, **more)
+            return tyro.cli(kind, prog=f"gsem {command}", args=_joined(words), registry=registry, config=config, **more)
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -9,7 +9,7 @@ from gsem._text import percent
 from gsem.attacks.suite import parse_attacks
 from gsem.cli.display import study_table
 from gsem.cli.options import StudyOptions, unknown
-from gsem.nn.models import canonical_name
+from gsem.nn.build import named
 from gsem.study import Variant, ablation, recipes, study
 from gsem.training.progress import Progress
 from gsem.training.recipe import Recipe
@@ -19,7 +19,7 @@ from gsem.training.run import TrainingInterrupted
 def study_command(console: Console, o: StudyOptions) -> None:
     attacks = [text.strip() for text in o.attacks.split(",")]
     parse_attacks(o.attacks)  # before the first training starts
-    variants = _variants(replace(o.recipe, model=canonical_name(o.recipe.model)), o)
+    variants = _variants(replace(o.recipe, model=named(o.recipe.model)), o)
     out = o.out or Path("runs") / f"study-{o.study}-{Path(o.recipe.data).stem}"
 
     def report(what: str, progress: Progress | None) -> None:

@@ -14,17 +14,9 @@ from gsem._fingerprint import data_fingerprint
 from gsem.cli.options import NetworkOptions, TaskOptions, VerifyOptions
 from gsem.data import Dataset, Split, balanced, load, to_float
 from gsem.evaluation.result import EvaluationResult
-from gsem.nn.insert import Normalized, normalized
+from gsem.nn.insert import Normalized, normalization, normalized
 from gsem.nn.load import load_model
 from gsem.training.recorded import find, find_named, places_of
-
-# Means and standard deviations of the training pixels in [0, 1], as the field's code normalises with.
-NORMALIZATION = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 
 @dataclass(frozen=True)
@@ -112,25 +104,12 @@ def load_network(spec: str, o: NetworkOptions) -> tuple[nn.Module, dict[str, Any
     model, metadata = load_model(spec, name=o.arch, num_classes=o.num_classes, levels=o.levels, noise=o.noise)
     if o.normalize is None or metadata:  # (a model of this package takes pixels)
         return model, metadata
-    return normalized(model, *_normalization(o.normalize)).eval(), metadata
+    return normalized(model, *normalization(o.normalize)).eval(), metadata
 
 
 def numbered(place: Path) -> Iterator[Path]:
     """`place`, `place-2`, `place-3`, …"""
     yield from (place if number == 1 else place.with_name(f"{place.name}-{number}") for number in count(1))
-
-
-def _normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if text in NORMALIZATION:
-        return NORMALIZATION[text]
-    try:
-        mean, std = (tuple(float(word) for word in part.split(",")) for part in text.split("/"))
-    except ValueError:
-        known = ", ".join(NORMALIZATION)
-        raise ValueError(
-            f"--normalize {text!r} is none of {known}, nor MEAN/STD like 0.5,0.5,0.5/0.2,0.2,0.2"
-        ) from None
-    return mean, std
 
 
 def _dataset(o: TaskOptions | VerifyOptions, metadata: dict[str, Any], saved: EvaluationResult | None) -> Dataset:

@@ -10,7 +10,7 @@ from gsem.cli.options import DemoOptions, EvaluateOptions, TrainOptions, command
 from gsem.cli.progress import Scalars, TrainingBar
 from gsem.cli.report import write_report
 from gsem.evaluation.result import EvaluationResult
-from gsem.nn.models import canonical_name
+from gsem.nn.build import named
 from gsem.training.progress import Progress
 from gsem.training.recipe import Recipe
 from gsem.training.recipes import RECIPES
@@ -24,7 +24,8 @@ AUDIT_SECONDS = 3.5
 
 def train_command(console: Console, o: TrainOptions) -> None:
     """Train, or resume a run, and print its best epoch."""
-    recipe = replace(o.recipe, model=canonical_name(o.recipe.model))
+    # (A run may be of a network that was passed in Python, whose name leads to none.)
+    recipe = o.recipe if o.resume is not None else replace(o.recipe, model=named(o.recipe.model))
     if o.print_config:
         console.print(recipe.to_toml(), end="", soft_wrap=True)
         return

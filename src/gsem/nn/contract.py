@@ -1,5 +1,6 @@
 """Checks of a model, its images and its labels by one forward pass, before anything is computed."""
 
+import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from gsem.rng import seeded
 
 ImagesLike = Float[Tensor, "b c h w"] | np.ndarray
 LabelsLike = Int[Tensor, " b"] | np.ndarray
+Place = Literal["attribute", "key", "first"]
+"""Where an output holds the logits: `output.logits`, `output["logits"]` or `output[0]`."""
 
 # Images of the one forward pass that shows what a model returns.
 PROBED = 8
@@ -187,7 +190,7 @@ def check_eval_mode(model: nn.Module) -> None:
 class Logits(nn.Module):
     """A model whose output holds the logits, as a model that returns them: [b, c, h, w] → [b, k]."""
 
-    def __init__(self, model: nn.Module, place: Literal["attribute", "key", "first"]):
+    def __init__(self, model: nn.Module, place: Place):
         super().__init__()
         self.model, self.place = model, place
         self.training = model.training  # not train(): it would reach into the model
@@ -198,6 +201,11 @@ class Logits(nn.Module):
         if self.place == "attribute":
             return output.logits
         return output["logits"] if self.place == "key" else output[0]
+
+
+def without_logits(model: nn.Module) -> nn.Module:
+    """The network inside the `Logits` of `plain_logits`, with the names of its layers; any other model itself."""
+    return model.model if type(model) is Logits else model
 
 
 def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, " b"], what: str = "label") -> nn.Module:
@@ -251,6 +259,40 @@ def are_probabilities(outputs: Float[Tensor, "b k"]) -> bool:
     return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all())
 
 
+def logits_place(model: nn.Module, x: Float[Tensor, "b c h w"], num_classes: int) -> Place | None:
+    """Where a network that is to be trained holds its logits, in train mode and in eval mode; None: it returns them.
+
+    The network is not changed: a copy of it runs.
+
+    Args:
+        x: a few images like those of the data.
+        num_classes: of the data.
+
+    Raises:
+        ValueError: a network that cannot be copied, does not run on the images, returns something else, holds its
+            logits elsewhere in train mode than in eval mode, or has not one logit for each class.
+    """
+    try:
+        model = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot be copied by copy.deepcopy ({type(error).__name__}: {error}), as averaged weights and "
+            "the attack need"
+        ) from error
+    trained, evaluated = (_answer(model.train(mode), x) for mode in (True, False))
+    place = _place(evaluated)
+    if _place(trained) != place:
+        raise ValueError(
+            f"the model returns a {type(evaluated).__name__} in eval mode, a {type(trained).__name__} in train mode: "
+            "wrap it in a module that returns the logits in both"
+        )
+    logits = evaluated if place is None else _answer(Logits(model, place), x)
+    _check_logits(logits, x)
+    if logits.shape[1] != num_classes:
+        raise ValueError(f"the model returns {logits.shape[1]} logits, but the data have {num_classes} classes")
+    return place
+
+
 def check_gradient(model: nn.Module, x: Float[Tensor, "b c h w"]) -> None:
     """What attacks that follow the gradient ask of the model that they differentiate.
 
@@ -287,7 +329,7 @@ def gradient(value: Tensor, x: Tensor, weights: Tensor | None = None, *, retain_
 _TAKEN = {"attribute": "its .logits are", "key": "its ['logits'] are", "first": "its first element is"}
 
 
-def _place(output: object) -> Literal["attribute", "key", "first"] | None:
+def _place(output: object) -> Place | None:
     if isinstance(output, Tensor):
         return None
     if isinstance(getattr(output, "logits", None), Tensor):
@@ -336,6 +378,11 @@ def _check_logits(logits: Tensor, some: Tensor) -> None:
             f"for images {list(some.shape)} the model returns {logits.dtype} {list(logits.shape)}, not floating-point "
             f"logits [{len(some)}, k]{one}"
         )
+    if logits.shape[1] == 1:
+        raise ValueError(
+            "the model returns one logit for each image; one logit z for two classes becomes two by "
+            "torch.cat([-z, z], 1)"
+        )
     bad = ~logits.isfinite().all(1)
     if bool(bad.any()):
         raise NotFinite(f"image {int(bad.nonzero()[0])}: the model's logits are not finite")
@@ -349,8 +396,6 @@ def _check_classes(y: Tensor, classes: int, what: str) -> None:
     problem = f"image {image} has {what} {int(y[image])}, but the model has {classes} classes"
     if int(y.min()) == 1 and int(y.max()) == classes:
         problem += "; labels start at 0: take y - 1"
-    if classes == 1:
-        problem += "; one logit z for two classes becomes two by torch.cat([-z, z], 1)"
     raise ValueError(problem)
 
 
@@ -395,6 +440,6 @@ def _differs(model: nn.Module, some: Tensor, logits: Tensor, named: list[tuple[s
 def _warn(text: str) -> None:
     """At the line outside this package that called."""
     depth, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gsem."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("gsem.", "contextlib")):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(text, stacklevel=depth)

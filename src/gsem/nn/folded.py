@@ -9,8 +9,9 @@ import operator
 import pickle
 import random
 import warnings
-from contextlib import nullcontext
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -258,6 +259,8 @@ class _Eager(_Folded):
                 ours.offsets, ours.gradient = theirs.offsets, theirs.gradient
 
     def forward(self, x: Tensor) -> Tensor:
+        # The layout that its forward was written for: a `view` may need it. (See `gsem.nn.build.PlainLayout`.)
+        x = x.clone(memory_format=torch.contiguous_format)
         with torch.autocast(x.device.type, self.dtype) if self.low else nullcontext():
             return self.copy(x.float() if self.low else x)
 
@@ -290,6 +293,28 @@ def _random_states(devices: list[torch.device]) -> bytes:
     return pickle.dumps([[state.numpy() for state in states], random.getstate(), np.random.get_state()])
 
 
+def _len(x: Any) -> Any:
+    return x.tracer.create_proxy("call_function", len, (x,), {}) if isinstance(x, fx.Proxy) else len(x)
+
+
+@contextmanager
+def _traceable_len(model: nn.Module) -> Iterator[None]:
+    """`len(x)` in a forward can be traced inside the block; fx alone refuses it."""
+    forwards = [getattr(type(m).forward, "__globals__", {}) for m in model.modules() if not _is_torchs(m)]
+    places = [g for g in {id(g): g for g in forwards}.values() if "len" not in g]
+    try:
+        for names in places:
+            names["len"] = _len
+        yield
+    finally:
+        for names in places:
+            del names["len"]
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
 def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The model's graph and the constants that its forward makes; the model and torch's stream are as before.
 
@@ -304,7 +329,8 @@ def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
     with eval_flags(model), torch.random.fork_rng(devices=devices):
         before = _random_states(devices)
         try:
-            graph = _Tracer().trace(model)
+            with _traceable_len(model):
+                graph = _Tracer().trace(model)
         finally:
             # fx hangs them on the model.
             constants = {name: model.__dict__.pop(name) for name in set(vars(model)) - attributes}
@@ -320,12 +346,20 @@ def _relu(x: Tensor) -> Tensor:
     return x.relu_()
 
 
-def _add(x: Tensor, other: Tensor) -> Tensor:
-    return x.add_(other) if x.shape == other.shape and x.dtype == other.dtype else x + other
+def _add(x: Any, other: Any) -> Any:
+    tensors = isinstance(x, Tensor) and isinstance(other, Tensor)  # sums of sizes are sums too
+    return x.add_(other) if tensors and x.shape == other.shape and x.dtype == other.dtype else x + other
 
 
 RELUS = (F.relu, torch.relu)
 ADDS = (operator.add, torch.add)
+
+
+def _allow_views(graph: fx.Graph) -> None:
+    """`view` becomes `reshape`, which is the same where `view` works, and works in the channels-last layout too."""
+    for node in graph.find_nodes(op="call_method", target="view"):
+        if not any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values())):
+            node.target = "reshape"
 
 
 def _reuse_memory(graph: fx.Graph, root: nn.Module) -> None:
@@ -373,6 +407,7 @@ def _traced(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, _FoldedGSe
         name = f"part{number}"
         root.add_module(name, _folded(source, behind, dtype))
         node.target = name
+    _allow_views(graph)
     _reuse_memory(graph, root)
     holder = _Held(model, [node.target for node in held], constants)
     with torch.no_grad():

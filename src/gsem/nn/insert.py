@@ -19,6 +19,7 @@ def insert(
     levels: int = 6,
     noise: int = 4,
     gradient: Gradient = "corrected",
+    quantiser: bool = True,
     example: Float[Tensor, "b c h w"] | None = None,
 ) -> nn.Module:
     """Put a `GSeM` behind the layer named `after`, in place: the layer becomes `Sequential(layer, GSeM)`.
@@ -37,7 +38,7 @@ def insert(
         model: any network of images; it is changed, and returned.
         after: the name of the layer, as `model.named_modules()` gives it. A layer that stands under several names
             is replaced under all of them.
-        levels, noise, gradient: of the `GSeM`.
+        levels, noise, gradient, quantiser: of the `GSeM`.
         example: an input of the model, for the forward pass; it is taken to the model's device and, unless it holds
             integers, to its dtype. Without one, square images of the usual sides are tried, with the channels of the
             first convolution.
@@ -55,7 +56,7 @@ def insert(
     seen = probe(model, layer, images(model, example), given=example is not None)
     features = feature_map(model, after, layer, seen)
     axis = channel_axis(model, after, layer, seen)
-    gsem = GSeM(features.shape[axis], levels=levels, noise=noise, gradient=gradient)
+    gsem = GSeM(features.shape[axis], levels, noise, gradient, quantiser)
     behind = gsem if axis == 1 else ChannelsLast(gsem)
     # The output's device and dtype, not the layer's own: a ReLU has neither.
     behind.to(device=features.device, dtype=features.dtype).train(layer.training)
@@ -140,6 +141,33 @@ def normalized(model: nn.Module, mean: float | Sequence[float], std: float | Seq
     wrapped = Normalized(model, *buffers)
     wrapped.training = model.training  # not train(): it would reach into the model
     return wrapped
+
+
+# Means and standard deviations of the training pixels in [0, 1], as the field's code normalises with.
+NORMALIZATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of a name of `NORMALIZATION`, or of a text like `0.5,0.5,0.5/0.2,0.2,0.2`.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if text in NORMALIZATION:
+        return NORMALIZATION[text]
+    try:
+        mean, std = (tuple(float(word) for word in part.split(",")) for part in text.split("/"))
+    except ValueError:
+        known = ", ".join(NORMALIZATION)
+        raise ValueError(
+            f"--normalize {text!r} is none of {known}, nor MEAN/STD like 0.5,0.5,0.5/0.2,0.2,0.2"
+        ) from None
+    return mean, std
 
 
 class StraightThrough(nn.Module):

@@ -1,17 +1,15 @@
 """Load a model from a run directory, a checkpoint, a published state dict, or a function."""
 
-import importlib
-import os
 import shlex
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gsem._io import BEST, LAST, part, read_checkpoint, read_metadata
-from gsem.nn.models import create_model, load_published
+from gsem.nn.build import Network, import_network, rebuild_network
+from gsem.nn.models import check_weights, load_published, read_weights
 
 
 def _checkpoint_of(path: Path) -> Path | None:
@@ -52,6 +50,7 @@ def _of_this_run(path: Path, checkpoint: Path, meta: dict[str, Any]) -> dict[str
 def load_model(
     spec: str | Path,
     *,
+    model: Network | None = None,
     name: str | None = None,
     num_classes: int = 10,
     levels: int = 6,
@@ -63,10 +62,12 @@ def load_model(
         spec: a run directory (its best checkpoint; where there is none, its last, with a warning), a `.safetensors`
             checkpoint, a published `.pt` state dict (then `name`, `num_classes`, `levels` and `noise` describe
             it), or `package.module:function`, a function without arguments that returns the model.
+        model: of a run or checkpoint of gsem train, the network that it was trained on, or a function that makes it,
+            where none can be imported. It is copied; the copy gets what the run inserted, and its weights.
 
     Raises:
         FileNotFoundError, ValueError: naming what was not found, or not understood; a run directory with the
-            checkpoint of another run.
+            checkpoint of another run; a network of another structure than the run's.
     """
     path = Path(spec)
     if path.exists() or path.suffix in (".safetensors", ".pt", ".pth"):
@@ -83,29 +84,41 @@ def load_model(
         tensors, meta = read_checkpoint(checkpoint)
         if path.is_dir():
             meta = _of_this_run(path, checkpoint, meta)
-        model = create_model(**meta["model"])
-        # A `last` checkpoint carries averaged weights beside the raw ones; they are the model.
-        model.load_state_dict(part(tensors, "ema") or part(tensors, "model"))
-        return model.eval(), meta
+        network = rebuild_network(meta["model"], model, run=path)
+        weights = _averaged(tensors)
+        check_weights(weights, network.state_dict(), f"{checkpoint} does not fit {meta['model']['name']}")
+        network.load_state_dict(weights)
+        return network.eval(), meta
     if ":" in str(spec):
-        return _from_factory(str(spec)).eval(), {}
+        try:
+            return import_network(str(spec)).eval(), {}
+        except ImportError as error:
+            raise ValueError(str(error)) from error
     raise FileNotFoundError(
         f"{str(spec)!r} is no run directory, checkpoint or published .pt that exists here, and no "
         "package.module:function"
     )
 
 
-def _from_factory(spec: str) -> nn.Module:
-    module, _, function = spec.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)  # the caller's own files, as `python -m` would find them
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot take a model from {spec!r}: {error}") from error
-    finally:
-        sys.path.remove(here)
-    made = make if isinstance(make, nn.Module) else make()
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{spec!r} returned a {type(made).__name__}, not a torch.nn.Module")
-    return made
+def weights_in(spec: str | Path) -> dict[str, Tensor]:
+    """The state dict of what `load_model` takes. Of a run, a checkpoint or a `.pt`, no network is built.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or is no checkpoint.
+    """
+    path = Path(spec)
+    if path.suffix in (".pt", ".pth"):
+        return read_weights(path)
+    if ":" in str(spec) and not path.exists():
+        return load_model(spec)[0].state_dict()
+    checkpoint = _checkpoint_of(path) if path.exists() else None
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{path} is no run directory, .safetensors checkpoint or published .pt that exists here"
+        )
+    return _averaged(read_checkpoint(checkpoint)[0])
+
+
+def _averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # A `last` checkpoint carries averaged weights beside the raw ones; they are the model.
+    return part(tensors, "ema") or part(tensors, "model")

@@ -1,11 +1,7 @@
-"""CIFAR ResNets and pre-activation WideResNets, each with a GSeM after the stem or without one.
+"""The networks by name, each with a GSeM behind the stem or without one, and the reading of published state dicts.
 
-Sources: K. He et al., "Deep residual learning for image recognition", CVPR 2016, in its CIFAR form (3×3 stem, no
-max-pool); S. Zagoruyko and N. Komodakis, "Wide residual networks", BMVC 2016; the GSeM paper (see `gsem.nn.gsem`)
-for the place of the module, and its published checkpoints for the names of the weights.
-
-Every model maps images in [0, 1], [b, in_channels, h, w] of any size, to logits [b, num_classes]; there is no
-input normalisation.
+Every model maps images in [0, 1], [b, in_channels, h, w] of any size that its patches and strides allow, to logits
+[b, num_classes]; there is no input normalisation.
 """
 
 import difflib
@@ -16,167 +12,44 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from gsem.nn.convnext import ConvNeXt
 from gsem.nn.gsem import Gradient, GSeM, _integer
+from gsem.nn.resnets import BasicBlock, Bottleneck, PreActResNet, ResNet, WideResNet
+from gsem.nn.vit import ViT
 
-# Makes the module after the stem from its channel count: a GSeM, or `nn.Identity` in a plain network.
-Stem = Callable[[int], nn.Module]
-
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut, [b, inputs, h, w] → [b, width, h/stride, w/stride]."""
-
-    expansion = 1
-
-    def __init__(self, inputs: int, width: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = _shortcut(inputs, width, stride)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
-
-
-class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions and a shortcut, [b, inputs, h, w] → [b, 4 · width, h/stride, w/stride]."""
-
-    expansion = 4
-
-    def __init__(self, inputs: int, width: int, stride: int):
-        super().__init__()
-        outputs = self.expansion * width
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.shortcut = _shortcut(inputs, outputs, stride)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x))
-
-
-def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    if stride == 1 and inputs == outputs:
-        return nn.Sequential()
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-
-class ResNet(nn.Module):
-    """stem conv – BN – ReLU – GSeM – four stages of residual blocks – global average pool – linear."""
-
-    def __init__(
-        self,
-        block: type[BasicBlock] | type[Bottleneck],
-        blocks: tuple[int, int, int, int],
-        width: int = 64,
-        *,
-        gsem: Stem = nn.Identity,
-        num_classes: int = 10,
-        in_channels: int = 3,
-    ):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.gsem_module = gsem(width)
-        stages, inputs = [], width
-        for number, length in enumerate(blocks):
-            stage_width = width * 2**number
-            stage = []
-            for i in range(length):
-                stage.append(block(inputs, stage_width, stride=2 if number > 0 and i == 0 else 1))
-                inputs = stage_width * block.expansion
-            stages.append(nn.Sequential(*stage))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.linear = nn.Linear(inputs, num_classes)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        out = self.gsem_module(F.relu(self.bn1(self.conv1(x))))
-        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(out.mean((2, 3)))
-
-
-class PreActBlock(nn.Module):
-    """BN – ReLU – conv twice, and a shortcut from the raw input; the stride is the second convolution's."""
-
-    def __init__(self, inputs: int, width: int, stride: int, dropout: float):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, width, 3, padding=1)
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1)
-        project = stride != 1 or inputs != width
-        self.shortcut = nn.Sequential(*([nn.Conv2d(inputs, width, 1, stride)] if project else []))
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        out = self.dropout(self.conv1(F.relu(self.bn1(x))))
-        out = self.conv2(F.relu(self.bn2(out)))
-        return out + self.shortcut(x)
-
-
-class WideResNet(nn.Module):
-    """stem conv – GSeM – three stages of pre-activation blocks – BN – ReLU – global average pool – linear.
-
-    The stem has 64 channels, not 16 as in Zagoruyko and Komodakis, so that the GSeM has 64 too; convolutions carry
-    a bias, and nothing stands between the stem and the GSeM. So are the published checkpoints.
-    """
-
-    def __init__(
-        self,
-        depth: int,
-        widen: int,
-        dropout: float = 0.0,
-        stem: int = 64,
-        *,
-        gsem: Stem = nn.Identity,
-        num_classes: int = 10,
-        in_channels: int = 3,
-    ):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1)
-        self.gsem_module = gsem(stem)
-        stages, inputs = [], stem
-        for width, stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
-            stage = []
-            # A block has two convolutions, and there are three stages; the other four of the depth are the stem
-            # and the three projections.
-            for i in range((depth - 4) // 6):
-                stage.append(PreActBlock(inputs, width, stride if i == 0 else 1, dropout))
-                inputs = width
-            stages.append(nn.Sequential(*stage))
-        self.layer1, self.layer2, self.layer3 = stages
-        self.bn1 = nn.BatchNorm2d(inputs, momentum=0.9)
-        self.linear = nn.Linear(inputs, num_classes)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        out = self.layer3(self.layer2(self.layer1(self.gsem_module(self.conv1(x)))))
-        return self.linear(F.relu(self.bn1(out)).mean((2, 3)))
-
+_SMALL = (1, 1, 1, 1)
+_EIGHTEEN = (2, 2, 2, 2)
 
 _PLAIN: dict[str, tuple[str, Callable[..., nn.Module]]] = {
-    "resnet10x16": ("small ResNet-10, widths 16 to 128", partial(ResNet, BasicBlock, (1, 1, 1, 1), 16)),
-    "resnet18": ("ResNet-18, basic blocks", partial(ResNet, BasicBlock, (2, 2, 2, 2))),
+    "resnet10x16": ("small ResNet-10, widths 16 to 128", partial(ResNet, BasicBlock, _SMALL, 16)),
+    "resnet18": ("ResNet-18, basic blocks", partial(ResNet, BasicBlock, _EIGHTEEN)),
     "resnet34": ("ResNet-34, basic blocks", partial(ResNet, BasicBlock, (3, 4, 6, 3))),
     "resnet50": ("ResNet-50, bottleneck blocks", partial(ResNet, Bottleneck, (3, 4, 6, 3))),
     "resnet101": ("ResNet-101, bottleneck blocks", partial(ResNet, Bottleneck, (3, 4, 23, 3))),
     "resnet152": ("ResNet-152, bottleneck blocks", partial(ResNet, Bottleneck, (3, 8, 36, 3))),
+    "preactresnet10x16": ("small PreActResNet-10, widths 16 to 128", partial(PreActResNet, _SMALL, 16)),
+    "preactresnet18": ("PreActResNet-18", partial(PreActResNet, _EIGHTEEN)),
+    "preactresnet18-silu": ("PreActResNet-18, SiLU", partial(PreActResNet, _EIGHTEEN, activation=F.silu)),
     "wideresnet10x2": ("small WideResNet-10-2, widths 32 to 128", partial(WideResNet, 10, 2, stem=16)),
     "wideresnet28x10": ("WideResNet-28-10", partial(WideResNet, 28, 10)),
+    "wideresnet28x10-silu": ("WideResNet-28-10, SiLU", partial(WideResNet, 28, 10, activation=F.silu)),
     "wideresnet28x20": ("WideResNet-28-20, dropout 0.3", partial(WideResNet, 28, 20, 0.3)),
     "wideresnet40x10": ("WideResNet-40-10, dropout 0.3", partial(WideResNet, 40, 10, 0.3)),
     "wideresnet40x14": ("WideResNet-40-14, dropout 0.3", partial(WideResNet, 40, 14, 0.3)),
+    "vit2x32": ("small vision transformer, 2 blocks, width 32, patches of 2", partial(ViT, 2, 32, heads=2, patch=2)),
+    "vit-small": ("ViT-S, patches of 4 (images of 32)", partial(ViT, 12, 384, heads=6, patch=4)),
+    "vit-small-patch16": ("ViT-S, patches of 16 (images of 224)", partial(ViT, 12, 384, heads=6, patch=16)),
+    "convnext3x16": ("small ConvNeXt, 3 blocks, widths 16 to 64", partial(ConvNeXt, (1, 1, 1), (16, 32, 64), patch=2)),
+    "convnext-tiny": (
+        "ConvNeXt-T, patches of 2 (images of 32)",
+        partial(ConvNeXt, (3, 3, 9, 3), (96, 192, 384, 768), patch=2),
+    ),
+    "convnext-tiny-patch4": (
+        "ConvNeXt-T, patches of 4 (images of 224)",
+        partial(ConvNeXt, (3, 3, 9, 3), (96, 192, 384, 768), patch=4),
+    ),
 }
 
 MODELS: dict[str, str] = {f"gsem-{name}": f"{line}, GSeM after the stem" for name, (line, _) in _PLAIN.items()}
@@ -214,7 +87,7 @@ def create_model(
     gradient: Gradient = "corrected",
     quantiser: bool = True,
 ) -> nn.Module:
-    """A new model, with torch's default initialisation (it follows `torch.manual_seed`), in training mode.
+    """A new model, initialised as its family is (by `torch.manual_seed`), in training mode.
 
     Args:
         name: a key of `MODELS`, or the paper's spelling of one.
@@ -260,13 +133,14 @@ def load_published(
         ValueError: the file is no checkpoint, or the weights are those of another architecture.
     """
     model = create_model(name, num_classes, in_channels, levels, noise)
-    weights = _read_weights(Path(path))
+    weights = read_weights(Path(path))
     check_weights(weights, model.state_dict(), f"{path} does not fit {canonical_name(name)}")
     model.load_state_dict(weights)
     return model.eval()
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a `.pt` file, read without executing anything in it. Raises as `load_published`."""
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     if not path.is_file():
@@ -308,7 +182,9 @@ def check_weights(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str
         raise ValueError(f"{what}: of its names, {' and '.join(parts)}; is it another model's?")
     for key, value in wanted.items():
         if found[key].shape != value.shape:
-            hint = {"linear": "num_classes", "conv1": "in_channels"}.get(key.split(".")[0], "the model's name")
+            hint = {"linear": "num_classes", "head": "num_classes", "conv1": "in_channels"}.get(
+                key.split(".")[0], "the model's name"
+            )
             raise ValueError(
                 f"{what}: {key!r} has shape {tuple(found[key].shape)}, not {tuple(value.shape)}; is {hint} right?"
             )

@@ -157,7 +157,7 @@ def channel_axis(model: nn.Module, after: str, layer: nn.Module, seen: Seen) -> 
         UserWarning: the axes cannot be distinguished; axis 1 is taken.
     """
     assert isinstance(seen.output, Tensor)
-    if type(layer) in (nn.Conv2d, nn.BatchNorm2d):
+    if type(layer) in (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm):
         return 1
     shape, (h, w) = list(seen.output.shape), seen.image.shape[2:]
     for other in (seen.image[..., : max(h // 2, 1), : max(w // 2, 1)], seen.image.repeat(1, 1, 2, 2)):

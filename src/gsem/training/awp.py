@@ -75,5 +75,7 @@ def _ascent_gradient(model: nn.Module, weights: list[Tensor], x_adv: Tensor, y: 
         # Only the direction counts. In fp16 the gradient of a mean over many images would vanish.
         share = "sum" if logits.dtype == torch.float16 else "mean"
         loss = F.cross_entropy(logits.float() if low else logits, y, reduction=share) / draws
-        torch._foreach_add_(total, torch.autograd.grad(loss, weights))
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)  # (a network may have weights for other uses)
+        used = [(sum_, g) for sum_, g in zip(total, grads, strict=True) if g is not None]
+        torch._foreach_add_([sum_ for sum_, _ in used], [g for _, g in used])
     return total

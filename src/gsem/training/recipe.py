@@ -54,7 +54,13 @@ class Recipe:
     flip: bool | None = None
     """Flip images horizontally in the augmentation. Default: as the data set states (images yes, digits no)."""
     model: str = "gsem-resnet10x16"
-    """Network to train; `gsem models` lists them."""
+    """Network to train: one that `gsem models` lists, a function of your own without arguments that returns one
+    (package.module:function), or timm:NAME."""
+    insert_after: tuple[str, ...] = ()
+    """Layers of the network to put a GSeM behind, by their names in named_modules(). Default: none."""
+    normalize: str | None = None
+    """Normalisation that the network expects of its input: cifar10, cifar100, svhn, imagenet, or MEAN/STD. Attacks
+    stay in pixels. Default: none."""
     levels: int = 6
     """GSeM's quantisation levels per unit of a feature (the paper's alpha)."""
     noise: int = 4
@@ -200,7 +206,7 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"milestones": list(self.milestones)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: "Recipe | None" = None) -> "Recipe":
@@ -264,11 +270,17 @@ def _typed(field: str, value: Any) -> Any:
         except (ValueError, TypeError, ZeroDivisionError):
             pass
     elif get_origin(wanted) is tuple and isinstance(value, list | tuple):
-        if all(type(one) is int for one in value):
+        if all(type(one) is get_args(wanted)[0] for one in value):
             return tuple(value)
     elif get_origin(wanted) is Literal or type(value) is wanted:
         return value
-    names = {float: "a number", int: "an integer", bool: "true or false", str: "a text"}
+    names = {
+        float: "a number",
+        int: "an integer",
+        bool: "true or false",
+        str: "a text",
+        tuple[str, ...]: "a list of texts",
+    }
     raise ValueError(f"{field} = {value!r} is not {names.get(wanted, 'a list of integers')}")
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 from gsem._fingerprint import model_fingerprint
 from gsem._io import BEST, LAST, read_checkpoint_metadata, read_metadata
 from gsem._text import percent
+from gsem.data import Dataset
+from gsem.nn.build import Network, Wanted
 from gsem.nn.load import load_model
 from gsem.training.progress import Counters, rank
 from gsem.training.recipe import Recipe
@@ -40,6 +42,8 @@ class Run:
     recipe: Recipe
     metrics: list[dict[str, Any]]
     """One per epoch: epoch (from 1, over all rounds), loss, clean and robust validation accuracy (0 to 1), …"""
+    network: Network | None = field(default=None, compare=False)
+    """The network or its factory, where it was passed in Python."""
 
     def __repr__(self) -> str:
         """The path, the recipe, and the validation accuracies of the best epoch."""
@@ -72,7 +76,7 @@ class Run:
 
     def model(self) -> nn.Module:
         """The model of the best epoch, in eval mode."""
-        return load_model(self.path)[0]
+        return load_model(self.path, model=self.network)[0]
 
 
 def model_meta(recipe: Recipe, *, classes: tuple[str, ...], shape: tuple[int, int, int], eps: float) -> dict:
@@ -90,6 +94,22 @@ def model_meta(recipe: Recipe, *, classes: tuple[str, ...], shape: tuple[int, in
         },
         "data": {"classes": list(classes), "shape": list(shape), "eps": eps},
     }
+
+
+def wanted_network(recipe: Recipe, data: Dataset, given: Network | None) -> Wanted:
+    """What the recipe and the data ask of the network."""
+    return Wanted(
+        name=recipe.model,
+        given=given,
+        shape=data.shape,
+        num_classes=len(data.classes),
+        levels=recipe.levels,
+        noise=recipe.noise,
+        gradient=recipe.gradient,
+        quantiser=recipe.quantiser,
+        insert_after=recipe.insert_after,
+        normalize=recipe.normalize,
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

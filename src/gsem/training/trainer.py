@@ -4,8 +4,10 @@ RNG state is never saved: each step derives its seeds from (seed, round, step), 
 and resumed computes the same as an uninterrupted one.
 """
 
+import copy
 import json
 import platform
+import re
 import shlex
 import time
 import warnings
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsem._env import commit, device_named, release
 from gsem._fingerprint import model_fingerprint
@@ -26,8 +28,9 @@ from gsem._lock import locked
 from gsem.data import as_dataset, load, read_extra
 from gsem.data.batches import Batch, batches_of
 from gsem.data.images import DamagedImage
-from gsem.nn.load import load_model
-from gsem.nn.models import check_weights, create_model
+from gsem.nn.build import Network, build_network, check_named, check_same_network, named
+from gsem.nn.load import weights_in
+from gsem.nn.models import check_weights
 from gsem.rng import derive_seed, reseed, seeded
 from gsem.training.progress import Counters, Progress, Schedule, epoch_order
 from gsem.training.recipe import Recipe
@@ -40,6 +43,7 @@ from gsem.training.run import (
     model_meta,
     read_metrics,
     recorded_precision,
+    wanted_network,
 )
 from gsem.training.step import Average, Stepper
 from gsem.training.validation import Validator
@@ -54,6 +58,7 @@ def train(
     out: str | Path | None = None,
     data: Any = None,
     hold: bool | None = None,
+    model: Network | str | None = None,
     device: str | None = None,
     resume: bool = False,
     compiled: bool = False,
@@ -69,6 +74,10 @@ def train(
             resume it, pass the same again.
         hold: whether the training images are held on the device, or read by worker processes batch by batch; default:
             held up to 4 GiB (see `gsem.data.Dataset`). It changes no result.
+        model: the network to train, or a function without arguments that returns it; `recipe.model` unless given. It
+            maps images to logits, or to an object or dict with `logits`. A network is copied and starts from the
+            weights that it has; to resume its run or load its model, pass it again. A function that can be imported is
+            recorded by its name.
         device: "cpu", "cuda", "cuda:N"; default: the GPU where there is one.
         resume: resume the run in `out` where it stopped. On a CPU, it ends with the same bits as without the stop.
         compiled: run the passes by torch.compile. Its first steps take minutes; on a CPU it gains nothing.
@@ -76,34 +85,41 @@ def train(
 
     Raises:
         ValueError: a run is already there (and `resume` was not asked for), it follows another recipe, was trained
-            on other data, or is in progress in another process (`Locked`).
+            on other data, or is in progress in another process (`Locked`); a network that cannot be built, or does not
+            fit the data.
         gsem.data.DamagedImage: a streamed image cannot be read, after the training was saved; it can be resumed.
         TrainingDiverged: the loss or gradient is not finite, or exploded.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the running step was saved.
     """
     if data is not None:
         data = as_dataset(data)
+    if model is not None:
+        recipe = replace(recipe, model=named(model))
     if out is None:
         name = (data or load(recipe.data, recipe.data_path, resize=recipe.resize)).name
-        out = Path("runs") / f"{recipe.name}-{Path(name).stem}-{recipe.model}-seed{recipe.seed}"
+        of_model = re.sub(r"[^\w.]+", "-", recipe.model)
+        out = Path("runs") / f"{recipe.name}-{Path(name).stem}-{of_model}-seed{recipe.seed}"
     path = Path(out)
     former = read_metadata(path) if resume and (path / LAST).exists() else None
     found = training_data(recipe, data, former, path)
     if hold is not None:
         found = replace(found, source=replace(found.source, hold=hold))
     recipe = found.recipe
+    network = None if isinstance(model, str) else model
+    if former is not None and network is None:
+        check_named(former["model"], path)
     where = device_named(device)
     with seeded(derive_seed(recipe.seed, "run"), where), deterministic(recipe.deterministic):
         # A resumed run keeps its precision, also on a machine where `auto` would now choose another.
         used = recorded_precision(path, where) if resume else {}
-        loop = Trainer(recipe, found, path, where, compiled, used)
+        loop = Trainer(recipe, found, network, path, where, compiled, used)
         path.mkdir(parents=True, exist_ok=True)
         instead = "wait for its end, or stop it" if resume else "wait for its end, or choose another --out"
         with locked(path / ".lock", f"training in {path}", instead):
             loop.begin_or_restore(resume)
             with finish_step_on_interrupt() as interrupted:
                 loop.run(interrupted, on_progress)
-    return Run(path, recipe, read_metrics(path))
+    return Run(path, recipe, read_metrics(path), network)
 
 
 _COLLAPSED = (
@@ -116,7 +132,14 @@ class Trainer:
     """A training run in memory: images, weights, optimizer, and what is counted."""
 
     def __init__(
-        self, recipe: Recipe, data: TrainingData, path: Path, device: torch.device, compiled: bool, used: dict[str, Any]
+        self,
+        recipe: Recipe,
+        data: TrainingData,
+        network: Network | None,
+        path: Path,
+        device: torch.device,
+        compiled: bool,
+        used: dict[str, Any],
     ):
         self.recipe, self.path, self.device = recipe, path, device
         source = data.source
@@ -132,19 +155,14 @@ class Trainer:
         self.schedule = Schedule(recipe, len(self._order(0, 0)))
         self.last, self.best = path / LAST, path / BEST
         reseed(derive_seed(recipe.seed, "weights"), device)
-        model = self._new_model()
+        model, self.meta["model"] = build_network(wanted_network(recipe, source, network), device)
         equal = recipe.swa_from is not None
-        average = Average(model, self._new_model(), recipe.ema, equal) if recipe.ema or equal else None
+        average = Average(model, copy.deepcopy(model), recipe.ema, equal) if recipe.ema or equal else None
         self.stepper = Stepper(replace(recipe, **used), source, eps, model, average, compiled=compiled)
-        chosen = self.stepper.used.items()
-        self.meta["precision"] = {field: {"asked": getattr(recipe, field), "used": value} for field, value in chosen}
+        chosen = self.stepper.used
+        self.meta["precision"] = {f: {"asked": getattr(recipe, f), "used": chosen[f]} for f in chosen}
         self.validate = Validator(self.stepper, validation.to(device))
         self.counters = Counters()
-
-    def _new_model(self) -> nn.Module:
-        model = create_model(**self.meta["model"])
-        # (torch's stubs lack memory_format for modules.)
-        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def begin_or_restore(self, resume: bool) -> None:
         """Begin the run, or resume it where it stopped.
@@ -166,8 +184,7 @@ class Trainer:
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         weights = self.stepper.model.state_dict()
         if self.recipe.init_from is not None:
-            of_model = {key: self.meta["model"][key] for key in ("name", "num_classes", "levels", "noise")}
-            ours, weights = weights, load_model(self.recipe.init_from, **of_model)[0].state_dict()
+            ours, weights = weights, weights_in(self.recipe.init_from)
             check_weights(weights, ours, f"init_from {self.recipe.init_from} does not fit {self.recipe.model}")
         self.stepper.load_weights(weights)
         metadata = self.meta | {"gsem_torch": torch.__version__, "machine": platform.machine()}
@@ -186,6 +203,7 @@ class Trainer:
         if former != self.recipe:
             changed = [k for k, v in self.recipe.to_dict().items() if former.to_dict()[k] != v]
             raise ValueError(f"{self.path} follows another recipe (other {', '.join(changed)}): choose another --out")
+        self.meta["model"] = check_same_network(meta["model"], self.meta["model"], self.path)
         self.stepper.restore(tensors, meta["state"].pop("scaler"))
         self.counters = Counters.from_dict(meta["state"])
         metadata = read_metadata(self.path)
