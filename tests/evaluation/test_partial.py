@@ -17,7 +17,7 @@ import torch
 import gsem
 from gsem._fingerprint import data_fingerprint, model_fingerprint, same_model
 from gsem.evaluation.evaluate import _Evaluation, evaluate
-from gsem.evaluation.partial import Ledger
+from gsem.evaluation.partial import FinishedBatches
 from gsem.evaluation.result import EvaluationResult
 from gsem.evaluation.verify import verify
 from killed_evaluation import question
@@ -158,7 +158,7 @@ def test_an_evaluation_that_finished_nothing_leaves_the_place_free(tmp_path, mon
             evaluate(**question() | {"model": small_net()}, save=tmp_path / "r")
     assert list(tmp_path.iterdir()) == []
     # Also where the crash left no time to clear it away.
-    Ledger(tmp_path / "r", {"eps": 0.3})
+    FinishedBatches(tmp_path / "r", {"eps": 0.3})
     halves_ = question() | {"model": Halves(), "attacks": "clean"}
     assert len(evaluate(**halves_, save=tmp_path / "r").scores) == 1
 
@@ -235,8 +235,8 @@ def test_the_fingerprint_of_a_state_that_is_no_tensor():
 
 
 def test_the_question_is_what_json_makes_of_it(tmp_path):
-    Ledger(tmp_path / "r", {"noise": ("fresh",), "eps": 0.1})
-    Ledger(tmp_path / "r", {"noise": ["fresh"], "eps": 0.1})
+    FinishedBatches(tmp_path / "r", {"noise": ("fresh",), "eps": 0.1})
+    FinishedBatches(tmp_path / "r", {"noise": ["fresh"], "eps": 0.1})
     assert json.loads((tmp_path / "r.unfinished/question.json").read_text()) == {"noise": ["fresh"], "eps": 0.1}
 
 

@@ -34,7 +34,7 @@ DRAWS, QUICK_DRAWS = 100, 20
 # All checks by name, as they are made and shown: module by module, in the order in which each module has them.
 MODULES = (noise, gradient, indicators, binarization, sweeps, blackbox)
 CHECKS = {c.name: c for module in MODULES for c in vars(module).values() if isinstance(c, RegisteredCheck)}
-CHECKS["noise"] = CHECKS.pop("noise")  # last: it repeats the attacks in question
+CHECKS["noise"] = CHECKS.pop("noise")  # last: it repeats the audited attacks
 
 
 @exact_float32()

@@ -222,7 +222,7 @@ class AuditContext(AuditTask):
 
     @_shared
     def white_box(self) -> Points:
-        """The worst that the white-box attacks in question reach: the robust accuracy under audit."""
+        """The worst that the white-box audited attacks reach: the robust accuracy under audit."""
         self.on_progress("the evaluation itself")
         first = self.clean.worse_of(self.score(self.path.x_adv, "returned"))
         return self.cascade([a for a in self.white if a is not self.primary_attack], first, "base")
@@ -234,7 +234,7 @@ class AuditContext(AuditTask):
 
     @_shared
     def unbounded(self) -> Points:
-        """The worst that the attacks in question reach without a bound."""
+        """The worst that the audited attacks reach without a bound."""
         points = self.clean
         for attack in self.white:
             points = points.worse_of(self.on_remaining(attack, points, "unconstrained", eps=self.widest))

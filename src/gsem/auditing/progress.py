@@ -50,7 +50,7 @@ def attack_passes(ctx: AuditContext, attack: AttackSpec) -> float:
 def planned(ctx: AuditContext, names: Sequence[str]) -> dict[str, float]:
     """Passes per image of each check, roughly; 1 of a check that is not listed here.
 
-    The first check that needs the attacks in question runs them.
+    The first check that needs the audited attacks runs them.
     """
     options = ctx.options(ctx.primary_attack)
     primary, white = attack_passes(ctx, ctx.primary_attack), sum(attack_passes(ctx, a) for a in ctx.white)

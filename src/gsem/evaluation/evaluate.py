@@ -25,7 +25,7 @@ from gsem.attacks._core import distances
 from gsem.attacks._types import Norm
 from gsem.attacks.own import AnyAttack, AttackLike, listed
 from gsem.attacks.suite import SUITES, AttackSpec, suite
-from gsem.evaluation.partial import Ledger, computed, question, saved_result
+from gsem.evaluation.partial import FinishedBatches, computed, question, saved_result
 from gsem.evaluation.result import VOTERS, AttackScores, EvaluationResult, attack_name, joined, with_ending
 from gsem.nn.contract import ImagesLike, LabelsLike, check_gradient, checked, plain_logits
 from gsem.nn.folded import fold
@@ -168,9 +168,9 @@ def evaluate(
     } | ({} if about is None else {"about": dict(about)})
     task = _Task(model, x, y, eps, norm, metadata["draws"], modes, seed, batch_size, save_adv)
 
-    def scored(ledger: Ledger | None) -> EvaluationResult:
+    def scored(on_disk: FinishedBatches | None) -> EvaluationResult:
         with _reworded(named), out_of_memory_names(batch_size):
-            scores = _scores(task, chosen, source_models, ledger, on_progress)
+            scores = _scores(task, chosen, source_models, on_disk, on_progress)
         return EvaluationResult(scores, y.cpu().numpy(), metadata, numbers)
 
     if save is None:
@@ -269,7 +269,7 @@ def _scores(
     task: _Task,
     attacks: Sequence[AnyAttack],
     source_models: Mapping[str, nn.Module],
-    ledger: Ledger | None,
+    on_disk: FinishedBatches | None,
     on_progress: Report | None,
 ) -> list[AttackScores]:
     """Every attack in every mode of the noise."""
@@ -285,7 +285,7 @@ def _scores(
             sources = undefended(task.model) | dict(source_models) if transferred else {}
             folded = fold(task.model)
             folded_sources: dict[str, nn.Module] = {name: fold(source) for name, source in sources.items()}
-            evaluation = _Evaluation(task, mode, folded, folded_sources, ledger, on_progress)
+            evaluation = _Evaluation(task, mode, folded, folded_sources, on_disk, on_progress)
             if mode == "fresh" and any(a.follows_gradient for a in asked):
                 check_gradient(folded, task.x)
             scores += [evaluation.score(attack) for attack in asked]
@@ -300,7 +300,7 @@ class _Evaluation:
     mode: str
     folded: nn.Module
     source_models: dict[str, nn.Module]
-    ledger: Ledger | None
+    on_disk: FinishedBatches | None
     on_progress: Report | None
 
     @property
@@ -315,11 +315,11 @@ class _Evaluation:
         parts: list[AttackScores] = []
         for first in range(0, len(task.x), task.batch_size):
             watch.begin(min(task.batch_size, len(task.x) - first))
-            part = self.ledger.read(name, first) if self.ledger is not None else None
+            part = self.on_disk.read(name, first) if self.on_disk is not None else None
             if part is None:
                 part = self._batch(attack, name, first, watch)
-                if self.ledger is not None:
-                    self.ledger.write(name, first, part)
+                if self.on_disk is not None:
+                    self.on_disk.write(name, first, part)
             parts.append(part)
             watch.finished(part)
         return joined(parts, save_adv=task.save_adv)

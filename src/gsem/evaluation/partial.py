@@ -114,7 +114,7 @@ class Unfinished:
             self.discard()
 
 
-class Ledger(Unfinished):
+class FinishedBatches(Unfinished):
     """The finished batches of an evaluation: one file for each batch of each attack."""
 
     def _file(self, name: str, first: int) -> Path:
@@ -181,8 +181,10 @@ def saved_result(
     return result
 
 
-def computed(out: str | Path, asked: dict[str, Any], scored: Callable[[Ledger], EvaluationResult]) -> EvaluationResult:
-    """The result of `scored`, with a ledger beside `out` meanwhile, saved there.
+def computed(
+    out: str | Path, asked: dict[str, Any], scored: Callable[[FinishedBatches], EvaluationResult]
+) -> EvaluationResult:
+    """The result of `scored`, with its finished batches beside `out` meanwhile, saved there.
 
     Raises:
         AnotherQuestion: a result of something else is there. Locked: another process evaluates into `out`.
@@ -192,12 +194,12 @@ def computed(out: str | Path, asked: dict[str, Any], scored: Callable[[Ledger], 
     instead = "wait for its end, or choose another --out"
     with locked(out.with_name(f".{out.name}.lock"), f"evaluating into {out}", instead):
         refuse_to_overwrite(out, asked)
-        ledger = Ledger(out, asked)
+        on_disk = FinishedBatches(out, asked)
         try:
-            result = scored(ledger)
+            result = scored(on_disk)
         except BaseException:
-            ledger.discard_if_empty()
+            on_disk.discard_if_empty()
             raise
         result.save(out)
-        ledger.discard()
+        on_disk.discard()
     return result

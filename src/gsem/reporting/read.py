@@ -129,12 +129,12 @@ def _read_run(path: Path, chosen: Path | None) -> RunReport:
         raise FileNotFoundError(f"{path} holds no recipe.json: it is no run of gsem train")
     metadata = _json(recipe) if recipe.is_file() else {}
     entry = RunReport(path=path, name=path.resolve().name, spec=_spec(path), metadata=metadata, metrics=_metrics(path))
-    subject, unmatched = _subject(path) if metadata else (None, [])
+    network, unmatched = _fingerprint_of(path) if metadata else (None, [])
     results = _numbered(path, "evaluation", ".npz") or sorted(path.glob("test-fresh.npz"))
     skipped, other = [], None
     for file in reversed(results) if chosen is None else [chosen]:
         result, summary = _result(file)
-        other = other_network(result.metadata, subject)
+        other = other_network(result.metadata, network)
         if other is None or chosen is not None:
             others = tuple(f.name for f in results if f != file and f not in skipped)
             entry = replace(entry, result=result, summary=summary, file=file.name, others=others)
@@ -148,10 +148,10 @@ def _read_run(path: Path, chosen: Path | None) -> RunReport:
         entry = replace(entry, name=name, spec=spec, metadata={}, metrics=(), others=())
         if metadata:
             unmatched.append(f"recipe.json, metrics.jsonl: {chosen.name} is not of this run ({other})")
-    return _with_audit(entry, subject if chosen is None else None, unmatched)
+    return _with_audit(entry, network if chosen is None else None, unmatched)
 
 
-def _subject(path: Path) -> tuple[dict[str, str] | None, list[str]]:
+def _fingerprint_of(path: Path) -> tuple[dict[str, str] | None, list[str]]:
     """The fingerprint of the run's model, where it has a checkpoint; and a sentence where that cannot be read."""
     try:
         return run_fingerprint(path), []
@@ -226,20 +226,20 @@ def _damage_named(file: Path, advice: str = "") -> Iterator[None]:
         raise ValueError(f"{file} is {what} ({text})" + (f": {advice}" if advice else "")) from None
 
 
-def _with_audit(entry: RunReport, subject: dict[str, str] | None, unmatched: list[str]) -> RunReport:
+def _with_audit(entry: RunReport, network: dict[str, str] | None, unmatched: list[str]) -> RunReport:
     """With the latest audit of this network that made all checks; where there is none, the latest.
 
     Args:
-        subject: the fingerprint of the network, used where there is no evaluation.
+        network: the fingerprint of the network, used where there is no evaluation.
         unmatched: the files not shown so far, with their reasons.
     """
     audits = []
     if entry.result is not None:
-        subject = entry.result.metadata.get("fingerprint", {})
+        network = entry.result.metadata.get("fingerprint", {})
     for file in _audits(entry.path):
         with _damage_named(file, "audit again"):
             audit = Audit.load(file)
-        other = other_network(audit.metadata, subject)
+        other = other_network(audit.metadata, network)
         if other is None and entry.result is not None:
             other = other_question(audit.metadata, entry.result.metadata)
         if other is None:
@@ -250,25 +250,25 @@ def _with_audit(entry: RunReport, subject: dict[str, str] | None, unmatched: lis
     return replace(entry, audit=chosen[-1] if chosen else None, unmatched=tuple(unmatched))
 
 
-def other_network(metadata: Mapping[str, Any], subject: Mapping[str, str] | None) -> str | None:
-    """Why an evaluation or audit is not of the network `subject`; None where it is.
+def other_network(metadata: Mapping[str, Any], network: Mapping[str, str] | None) -> str | None:
+    """Why an evaluation or audit is not of the network `network`; None where it is.
 
     Args:
         metadata: the metadata of the evaluation or audit.
-        subject: the network's fingerprint. None where there is nothing to compare with; {} where it is not recorded.
+        network: the network's fingerprint. None where there is nothing to compare with; {} where it is not recorded.
     """
     found = metadata.get("fingerprint")
-    if subject is None or same_model(found, subject):
+    if network is None or same_model(found, network):
         return None
-    if not subject:
+    if not network:
         return "the evaluation does not record its network (it was made by an earlier version of gsem)"
     if not found:
         return "it does not record its network (it was made by an earlier version of gsem)"
     named = metadata.get("about", metadata).get("model")
     name = f" ({bare(named)})" if named else ""
-    if found.get("structure") == subject.get("structure"):
+    if found.get("structure") == network.get("structure"):
         return f"it is of other weights{name}"
-    if found.get("weights") == subject.get("weights"):
+    if found.get("weights") == network.get("weights"):
         return f"it is of the same weights in another network, or with another setting{name}"
     return f"it is of another network{name}"
 
