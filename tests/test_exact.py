@@ -1,6 +1,7 @@
 """What decides or scores multiplies float32 exactly, on every device, and the caller's settings come back."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,3 +111,13 @@ def test_a_full_memory_names_a_smaller_batch():
         gsem.evaluate(Full().eval(), x, zeros(x), "pgd:steps=1", eps=0.1, batch_size=128)
     with pytest.raises(torch.OutOfMemoryError, match="even one image is too much"), out_of_memory_names(1):
         raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_training_that_does_not_fit_names_a_smaller_batch(tmp_path, few_digits, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("gsem.training.step.Stepper.__call__", full)
+    recipe = replace(gsem.RECIPES["gcat"], batch_size=64)
+    with pytest.raises(torch.OutOfMemoryError, match="full with 64 images at once: try batch_size=32"):
+        gsem.train(recipe, out=tmp_path / "run", data=few_digits, device="cpu")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gsem._env import commit, device_named, release
+from gsem._env import commit, device_named, out_of_memory_names, release
 from gsem._fingerprint import model_fingerprint
 from gsem._interrupt import Interruption, finish_step_on_interrupt
 from gsem._io import BEST, LAST, append_line, part, read_checkpoint, read_metadata, save_checkpoint, write_atomically
@@ -117,7 +117,7 @@ def train(
         instead = "wait for its end, or stop it" if resume else "wait for its end, or choose another --out"
         with locked(path / ".lock", f"training in {path}", instead):
             loop.begin_or_restore(resume)
-            with finish_step_on_interrupt() as interrupted:
+            with finish_step_on_interrupt() as interrupted, out_of_memory_names(recipe.batch_size):
                 loop.run(interrupted, on_progress)
     return Run(path, recipe, read_metrics(path), network)
 
