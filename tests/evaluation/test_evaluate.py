@@ -135,8 +135,9 @@ def test_transfer_without_a_source_is_refused_before_anything_is_computed(tmp_pa
 
 def test_a_source_that_does_not_fit_is_named():
     x, y = halves(6)
-    two = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 1))
-    with pytest.raises(ValueError, match=r"source 'two': image 1 \(row 8 of the data set\) has label 1"):
+    y[1] = 2
+    two = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 2))
+    with pytest.raises(ValueError, match=r"source 'two': image 1 \(row 8 of the data set\) has label 2"):
         evaluate(Halves(), x, y, "transfer", eps=0.1, source_models={"two": two}, rows=[7, 8, 9, 10, 11, 12])
 
 
@@ -219,6 +220,7 @@ def test_no_scoring_draw_was_seen_by_a_search():
         drawn: list[tuple[bool, Tensor]]
 
         def forward(self, x: Tensor) -> Tensor:
+            assert x.max() <= 1  # a condition on values, so that the folded model runs this code and no trace of it
             noise = torch.rand(len(x))
             Recorder.drawn.append((x.requires_grad, noise))
             return Halves()(x) + 0.01 * noise[:, None]

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -16,6 +16,7 @@ from gsem.data.images import DamagedImage, Images, Joined
 Batch: TypeAlias = tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Training images as batches on the device. Which rows a batch holds is for the caller to say."""
 
