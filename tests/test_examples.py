@@ -1,6 +1,7 @@
 """Every example runs to its end, with fewer epochs than by default, and prints what it promises."""
 
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -56,6 +57,19 @@ def test_train_and_evaluate(run):
     assert set(masked) == set(corrected) == {"clean", "pgd20-eot5", "worst"}
     assert masked["clean"] == corrected["clean"] > 40  # the setting of the gradient does not touch the output
     assert max(masked["worst"], corrected["worst"]) < masked["clean"] - 10
+
+
+def test_dataset_object(run):
+    out = run(EXAMPLES / "04_dataset_object.py", "2")
+    assert "2 of 2 epochs; best: epoch" in out
+    found = accuracies(out)
+    assert tuple(found) == ("clean", "pgd10-eot5", "worst", "worst@frozen", "worst@off")
+    assert found["worst"] < found["clean"] and found["clean"] > 30
+    description = json.loads(Path("runs/scans/recipe.json").read_text())
+    assert description["data"]["classes"][:2] == ["zero", "one"] and description["model"]["in_channels"] == 1
+    # As a notebook takes it: every cell begins with a comment, and there is no main function.
+    text = (EXAMPLES / "04_dataset_object.py").read_text()
+    assert len(re.findall(r"^# %% \w", text, re.M)) == 4 and "__main__" not in text
 
 
 def test_your_own_network(tmp_path, monkeypatch, capsys):

@@ -130,6 +130,18 @@ def test_items_of_every_kind_are_the_same_images(image, hold):
     assert torch.equal(source.test().x[:], EXPECTED[:4])
 
 
+@pytest.mark.parametrize("hold", [True, False])
+def test_grey_pil_images_are_read_without_a_warning(hold):
+    # Their arrays are views that cannot be written. torch warns of such ones once in a process, unless asked.
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        source = from_torch(Items(lambda row: Image.fromarray(PIXELS[row, ..., 0])), hold=hold)
+        assert torch.equal(train_of(source).held(), EXPECTED[:, :1])
+    finally:
+        torch.set_warn_always(before)
+
+
 def test_listed_labels_are_used_if_they_agree_with_the_items():
     items = Items(targets=LABELS.tolist(), classes=["a", "b", "c"])
     source = from_torch(items)

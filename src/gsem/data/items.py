@@ -116,7 +116,7 @@ class ItemImages(Images):
         chosen = numbers(rows, len(self)).tolist()
         x = torch.empty((len(chosen), *self.shape[1:]), dtype=torch.uint8)
         for i, row in enumerate(chosen):
-            x[i] = torch.from_numpy(self.one(row))
+            x.numpy()[i] = self.one(row)  # (not from_numpy, which warns of a PIL image's read-only array)
         return x
 
     def check_repeatable(self) -> None:
