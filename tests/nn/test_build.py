@@ -186,10 +186,13 @@ def test_a_change_of_the_factorys_source_is_noticed(tmp_path, monkeypatch):
 def timm(monkeypatch):
     """A stand-in with timm's `create_model`."""
 
-    def create_model(name, num_classes, in_chans):
+    def create_model(name, num_classes=10, in_chans=1, pretrained=False):
         if name != "small":
             raise RuntimeError(f"Unknown model ({name})")
-        return nn.Sequential(nn.Conv2d(in_chans, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, num_classes))
+        net = nn.Sequential(nn.Conv2d(in_chans, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, num_classes))
+        if pretrained:
+            nn.init.constant_(net[3].bias, 7.0)
+        return net
 
     module = types.SimpleNamespace(create_model=create_model, __version__="1.2.3")
     monkeypatch.setitem(sys.modules, "timm", module)
@@ -207,10 +210,18 @@ def test_a_network_of_timm(timm):
         rebuild_network(described)
 
 
+def test_a_pretrained_network_of_timm_is_loaded_to_be_evaluated(timm):
+    model, metadata = gsem.load_model("timm:small")
+    assert (model[3].bias == 7).all() and not model.training and metadata == {}
+    with pytest.raises(ValueError, match=r"timm.create_model\('huge'\) failed"):
+        gsem.load_model("timm:huge")
+
+
 def test_timm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match="'timm:small' needs the package timm"):
-        build_network(wanted("timm:small"))
+    for load in (lambda: build_network(wanted("timm:small")), lambda: gsem.load_model("timm:small")):
+        with pytest.raises(ValueError, match="'timm:small' needs the package timm"):
+            load()
 
 
 def test_tied_tensors_are_stored_once_and_overlapping_ones_apart(tmp_path):

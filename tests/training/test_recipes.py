@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gsem.cli.main import read
+from gsem.nn.models import canonical_name
 from gsem.training.recipe import Recipe
 from gsem.training.recipes import DESCRIPTIONS, RECIPES
 
@@ -13,6 +14,13 @@ from gsem.training.recipes import DESCRIPTIONS, RECIPES
 def test_every_recipe_has_its_name_and_a_line():
     assert set(DESCRIPTIONS) == set(RECIPES)
     assert all(recipe.name == name for name, recipe in RECIPES.items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"), [("fast-at", "preactresnet18"), ("trades-generated", "wideresnet28x10-silu")]
+)
+def test_baselines_train_the_network_of_their_papers(recipe, model):
+    assert RECIPES[recipe].model == canonical_name(model) == model
 
 
 def test_the_published_recipe_pays_what_the_paper_pays():

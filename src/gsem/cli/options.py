@@ -122,7 +122,8 @@ class ModelOptions:
     """The model that is attacked, by which attacks."""
 
     model: Positional[str] = ""
-    """A run directory, a .safetensors checkpoint, a published .pt, or package.module:function. Default: --model."""
+    """A run directory, a .safetensors checkpoint, a published .pt, package.module:function, or timm:NAME with timm's
+    pretrained weights. Default: --model."""
     named_model: Annotated[str, tyro.conf.arg(name="model")] = ""
     """The same as MODEL, as an option. Default: MODEL."""
     suite: str | None = None
@@ -229,7 +230,8 @@ class VerifyOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
     result: Positional[str]
     """The .npz of gsem evaluate --save-adv."""
     model: str
-    """The evaluated model: a run directory, a .safetensors checkpoint, a published .pt, or package.module:function."""
+    """The evaluated model: a run directory, a .safetensors checkpoint, a published .pt, package.module:function, or
+    timm:NAME."""
     draws: int = 100
     """Fresh draws of the noise for each image and attack."""
     seed: int = 1

@@ -199,11 +199,14 @@ def check_same_network(described: dict[str, Any], built: Mapping[str, Any], run:
 
 
 def import_network(spec: str) -> nn.Module:
-    """The network of `package.module:function`, or of a module's attribute that is one.
+    """The network of `package.module:function`, of a module's attribute that is one, or of `timm:NAME`, pretrained.
 
     Raises:
-        ImportError: the function is not found. ValueError: it needs arguments, fails or returns no module.
+        ImportError: the function, or timm, is not found. ValueError: it needs arguments, fails or returns no module;
+            timm has no such network, or no weights for it.
     """
+    if spec.startswith(TIMM):
+        return _from_timm(spec, pretrained=True)[0]
     return _made(_found(spec), spec)
 
 
@@ -228,7 +231,7 @@ def _base(described: Mapping[str, Any], given: Network | None) -> tuple[nn.Modul
         network = _made(given, name)
         return network, _source(given, network)
     if name.startswith(TIMM):
-        return _from_timm(described)
+        return _from_timm(name, num_classes=described["num_classes"], in_chans=described["in_channels"])
     if ":" in name:
         make = _found(name)
         network = _made(make, name)
@@ -236,14 +239,14 @@ def _base(described: Mapping[str, Any], given: Network | None) -> tuple[nn.Modul
     return create_model(**{key: value for key, value in described.items() if key != "own"}), {}
 
 
-def _from_timm(described: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _from_timm(spec: str, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
-        raise ImportError(f"{described['name']!r} needs the package timm ({error})") from error
-    name = described["name"].removeprefix(TIMM)
+        raise ImportError(f"{spec!r} needs the package timm ({error})") from error
+    name = spec.removeprefix(TIMM)
     try:
-        network = timm.create_model(name, num_classes=described["num_classes"], in_chans=described["in_channels"])
+        network = timm.create_model(name, **arguments)
     except Exception as error:
         raise ValueError(f"timm.create_model({name!r}) failed: {type(error).__name__}: {error}") from error
     return network, {"hash": timm.__version__, "file": f"timm {timm.__version__}"}

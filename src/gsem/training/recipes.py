@@ -74,11 +74,12 @@ TRADES_AWP = replace(
     TRADES, name="trades-awp", awp=0.005, awp_warmup=10.0, epochs=200, milestones=(100, 150), weight_decay=5e-4
 )
 
-# N-FGSM with the values of de Jorge et al. (2022) for CIFAR-10: noise of twice eps, a step of eps, a rate that rises
-# and falls along lines. Watching for catastrophic overfitting is ours.
+# N-FGSM with the values of de Jorge et al. (2022) for CIFAR-10 and PreActResNet-18: noise of twice eps, a step of eps,
+# a rate that rises and falls along lines. Watching for catastrophic overfitting is ours.
 FAST_AT = replace(
     PGD_AT,
     name="fast-at",
+    model="preactresnet18",
     steps=1,
     attack_init="noise",
     epochs=30,
@@ -106,7 +107,7 @@ PGD_AT_AVERAGE = replace(
 TRADES_GENERATED = replace(
     PGD_AT_AVERAGE,
     name="trades-generated",
-    model="wideresnet28x10",
+    model="wideresnet28x10-silu",
     extra_share=0.7,
     objective="trades",
     kl_weight=5.0,
