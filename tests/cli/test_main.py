@@ -109,6 +109,7 @@ def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path):
         "import torch\n"
         "def net():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))\n"
         "def number():\n    return 3\n"
+        "def one():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))\n"
         "made = net()\n"
     )
     code, out, _ = run(capsys, "evaluate", "mine:net", "--data", npz, "--attacks", "clean,pgd:steps=2")
@@ -121,6 +122,7 @@ def test_a_factory_is_evaluated(capsys, npz, in_tmp, tmp_path):
     assert "images.npz holds no result of gsem evaluate" in refused(capsys, "verify", npz, "--model", "mine:net")
     assert "attack ''" in refused(capsys, "evaluate", "mine:net", "--data", npz, "--attacks", "")
     assert "not a torch.nn.Module" in refused(capsys, "evaluate", "mine:number", "--data", npz)
+    assert "mine:one: the model" in refused(capsys, "train", "--data", npz, "--model", "mine:one")  # no emoji
     assert str(tmp_path) not in sys.path
     assert "is no run directory" in refused(capsys, "evaluate", npz, "--data", npz)
     assert "nett" in refused(capsys, "evaluate", "mine:nett", "--data", npz)

@@ -90,6 +90,10 @@ def with_arguments(classes: int) -> nn.Module:
     return Convolutional(classes)
 
 
+def failing() -> nn.Module:
+    raise FileNotFoundError("there is no file 'weights.pt'")
+
+
 def no_module() -> str:
     return "resnet18"
 

@@ -104,6 +104,7 @@ def test_the_folded_model_answers_as_the_network_does(name):
     ("name", "change", "message"),
     [
         ("with_arguments", {}, r"needs arguments \(missing a required argument: 'classes'\).*def make\(\)"),
+        ("failing", {}, "failing' failed: FileNotFoundError: .*'weights.pt'"),
         ("no_module", {}, "returned a str, not a torch.nn.Module"),
         ("of_five_classes", {}, "returns 5 logits, but the data have 10 classes"),
         ("of_one_logit", {}, r"one logit .*torch.cat\(\[-z, z\], 1\)"),

@@ -55,8 +55,8 @@ usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help lists its options)
   --version  print the version
 """
 
-console = Console(highlight=False, markup=False)
-errors = Console(stderr=True, highlight=False, markup=False)
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 # Of each command: what its words become, and the function (console, options) that runs it.
 COMMANDS: dict[str, tuple[type, str]] = {

@@ -139,7 +139,7 @@ def run_evaluation(options: EvaluateOptions) -> EvaluationResult:
         replace(a, options=a.options | ({"eot": o.att_eot_num} if "eot" in a.entry.options else {}))
         for a in (*suite(o.suite), *([AttackSpec("transfer")] if o.suite in ("paper", "standard") else []))
     ]
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     out = Path(o.model_load_path.removesuffix(".pt"))
     finished = with_ending(out, ".npz").exists()
     with AttackBar(console) as bar:

@@ -278,7 +278,10 @@ def _made(make: Any, name: str) -> nn.Module:
         ) from None
     except ValueError:  # what is written in C has no signature
         pass
-    made = make()
+    try:
+        made = make()
+    except Exception as error:
+        raise ValueError(f"{name!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name!r} returned a {type(made).__name__}, not a torch.nn.Module")
     return made
