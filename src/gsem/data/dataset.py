@@ -142,10 +142,10 @@ def validation_per_class(y: Int64[Tensor, "n"], classes: Sequence[str]) -> int:
         ValueError: a class has fewer than 2 images.
     """
     counts = torch.bincount(y, minlength=len(classes)).tolist()
-    for name, count in zip(classes, counts, strict=True):
+    for label, (name, count) in enumerate(zip(classes, counts, strict=True)):
         if count < 2:
             raise ValueError(
-                f"class {name!r} has {count} training image{'s' * (count != 1)}: "
+                f"class {name!r} (label {label}) has {count} training image{'s' * (count != 1)}: "
                 "at least 2 are needed, one to train and one to validate"
             )
     return min(max(1, min(len(y) // 10, 1000) // len(classes)), min(counts) // 2)
