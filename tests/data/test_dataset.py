@@ -62,9 +62,9 @@ def test_validation_size(counts, per_class):
 
 
 def test_a_class_of_one_image_is_named():
-    with pytest.raises(ValueError, match="'class-1' .label 1. has 1 training image: at least 2"):
+    with pytest.raises(ValueError, match=r"'class-1' \(label 1\) has 1 training image: at least 2"):
         source_of([0, 0, 1, 2, 2], 3).training()
-    with pytest.raises(ValueError, match="'class-2' .label 2. has 0 training images"):
+    with pytest.raises(ValueError, match=r"'class-2' \(label 2\) has 0 training images"):
         source_of([0, 0, 1, 1], 3).training()
 
 

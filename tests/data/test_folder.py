@@ -229,5 +229,5 @@ def test_what_is_wrong_with_the_folders_is_named(tmp_path):
 
 def test_a_class_of_one_image_cannot_be_validated(tmp_path):
     make(tmp_path, count=1)
-    with pytest.raises(ValueError, match="class 'cat' .* has 1 training image"):
+    with pytest.raises(ValueError, match=r"class 'cat' .* has 1 training image"):
         load(str(tmp_path)).training()
