@@ -17,10 +17,11 @@ from gsem.attacks._types import Norm
 from gsem.attacks.own import listed
 from gsem.attacks.suite import SUITES, AttackSpec, suite
 from gsem.auditing import binarization, blackbox, gradient, indicators, noise, sweeps
-from gsem.auditing.check import Audit, RegisteredCheck, verdict
+from gsem.auditing.check import Audit, RegisteredCheck
 from gsem.auditing.context import PRIMARY, AuditContext, fold_quietly, lowest
 from gsem.auditing.partial import Finished, Partial, refuse_to_overwrite
 from gsem.auditing.progress import Progress, ProgressReporter, planned
+from gsem.auditing.verdict import verdict
 from gsem.evaluation.evaluate import undefended
 from gsem.evaluation.result import with_ending
 from gsem.nn.contract import ImagesLike, LabelsLike, checked, plain_logits

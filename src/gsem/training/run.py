@@ -16,7 +16,7 @@ from gsem._text import percent
 from gsem.data import Dataset
 from gsem.nn.build import Network, Wanted
 from gsem.nn.load import load_model
-from gsem.training.progress import Counters, rank
+from gsem.training.model_selection import Counters, rank
 from gsem.training.recipe import Recipe
 
 

@@ -32,7 +32,8 @@ from gsem.nn.build import Network, build_network, check_named, check_same_networ
 from gsem.nn.load import weights_in
 from gsem.nn.models import check_weights
 from gsem.rng import derive_seed, reseed, seeded
-from gsem.training.progress import Counters, Progress, Schedule, epoch_order
+from gsem.training.model_selection import Counters
+from gsem.training.progress import Progress, Schedule, epoch_order
 from gsem.training.recipe import Recipe
 from gsem.training.recorded import TrainingData, training_data
 from gsem.training.run import (
