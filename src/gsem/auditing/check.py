@@ -58,7 +58,7 @@ class Check:
 
 @dataclass(frozen=True)
 class RegisteredCheck:
-    """A function that finds, with what is fixed about its check. Called with the context, it gives the `Check`."""
+    """The function of a check with its name, question, threshold and paper. A call with a context gives a `Check`."""
 
     function: "Callable[[AuditContext], Finding]"
     name: str
@@ -121,7 +121,7 @@ class Audit:
 
     @property
     def accuracies(self) -> str:
-        """The accuracy in question, in words: `clean 88.3%, attacked 41.4%, lowest found 40.6%`."""
+        """The audited accuracy, in words: `clean 88.3%, attacked 41.4%, lowest found 40.6%`."""
         names = {"clean": "clean", "attacked": "attacked", "lowest": "lowest found"}
         known = {words: self.metadata.get(key) for key, words in names.items()}
         return ", ".join(f"{words} {found['accuracy']:.1%}" for words, found in known.items() if found is not None)

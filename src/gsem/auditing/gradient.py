@@ -6,13 +6,13 @@ the noise, d a direction and g what autograd returns:
     a = (L(x + h·d) − L(x − h·d)) / 2h,      b = ⟨g(x), d⟩,      slope = Σ ab / Σ b²
 
 The loss is the margin: the cross-entropy of a few misclassified images would outweigh that of all others.
-With a slope of 1 the gradient is the loss's; with one of 1.3 the loss changes by three tenths more than the gradient
-predicts; with b = 0 and a ≠ 0 the gradient is blocked. Each draw of the noise is the same on both sides of the
+With a slope of 1 the gradient is that of the loss; with one of 1.3 the loss changes by three tenths more than the
+gradient predicts; with b = 0 and a ≠ 0 the gradient is blocked. Each draw of the noise is the same on both sides of the
 difference and in b.
 
-A loss that is bent within h moves a away from b too. There b is averaged over the segment from x − h·d to x + h·d
-(Gauss–Legendre, 3 points): for a differentiable loss that average equals a, however bent it is (the fundamental
-theorem of calculus), and for a masked gradient it does not.
+If the loss is curved within h, a differs from b too. In that case b is averaged over the segment from x − h·d to
+x + h·d (Gauss–Legendre, 3 points). For a differentiable loss that average equals a, however curved the loss is (the
+fundamental theorem of calculus); for a masked gradient it does not.
 """
 
 import copy
@@ -221,7 +221,7 @@ class Blocking:
     before: str | None
     """If it is what the module itself does, not a layer inside: the first layer behind, from which all is well."""
     keeps_shape: bool
-    """Whether it gives a tensor of the shape it takes, so that a straight-through gradient fits."""
+    """Whether its output has the shape of its input, so that a straight-through gradient fits."""
     after: str | None = None
     """If it is what the module itself does: the last layer, if the gradient is still wrong at its output."""
     softmax: bool = False
@@ -240,7 +240,7 @@ class Blocking:
 
 @dataclass
 class _Call:
-    """The first call of a module: what it was given and returned, and the name of the module that called it."""
+    """The first call of a module: its input, its output, and the name of the module that called it."""
 
     name: str
     module: nn.Module

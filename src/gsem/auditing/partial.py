@@ -33,7 +33,7 @@ INCIDENTAL = ("torch", "device")
 
 
 class AnotherAudit(ValueError):
-    """What is at a place, finished or not, is something else."""
+    """A file or an unfinished audit at this path belongs to another audit."""
 
 
 def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""gsem recipes, gsem models and gsem data: what there is."""
+"""gsem recipes, gsem models and gsem data: the lists of recipes, networks and data sets."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Images that are read when they are asked for: what takes the place of a tensor where a set is too large for one."""
+"""Images that are read from disk on access, instead of a tensor, for data sets too large for memory."""
 
 import os
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""Finished batches on disk, so that an interrupted evaluation resumes; and saved results of the same question."""
+"""Resuming an evaluation: finished batches on disk, and saved results, for the same model, images and arguments."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ class Unfinished:
     what = "an unfinished evaluation"
     refusal: type[ValueError] = ValueError
     patterns: tuple[str, ...] = ("*.npz",)
-    """Of the files that hold finished parts."""
+    """Glob patterns of the files that hold finished parts."""
 
     def __init__(self, path: str | Path, question: Mapping[str, Any]):
         self.folder = with_ending(path, ".unfinished")
@@ -140,7 +140,7 @@ class FinishedBatches(Unfinished):
 
 
 class AnotherQuestion(ValueError):
-    """The result that is saved at a place is one of something else."""
+    """The result that is saved at this path has another model, other images or other arguments."""
 
     def __init__(self, out: Path, different: list[str]):
         super().__init__(
@@ -167,7 +167,7 @@ def saved_result(
     """The result of this question that is saved at `out`, if there is one.
 
     Args:
-        rows: of the images in their data set, where the caller gave them.
+        rows: the rows of the images in their data set, where the caller gave them.
 
     Raises:
         AnotherQuestion: the result there is one of something else.

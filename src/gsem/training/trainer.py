@@ -1,4 +1,4 @@
-"""One loop for every recipe: attack the rows that the recipe names, average the gradient over draws, step.
+"""The training loop of every recipe: attack a batch, average the gradient over draws, step; and resuming.
 
 RNG state is never saved: each step derives its seeds from (seed, round, step), so that a run that is killed anywhere
 and resumed computes the same as an uninterrupted one.
@@ -130,7 +130,7 @@ _COLLAPSED = (
 
 
 class Trainer:
-    """A training run in memory: images, weights, optimizer, and what is counted."""
+    """A training run in memory: images, weights, optimizer and counters."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class Trainer:
         former = Recipe.from_dict(meta["recipe"])
         if former != self.recipe:
             changed = [k for k, v in self.recipe.to_dict().items() if former.to_dict()[k] != v]
-            raise ValueError(f"{self.path} follows another recipe (other {', '.join(changed)}): choose another --out")
+            raise ValueError(f"{self.path} has another recipe (different {', '.join(changed)}): choose another --out")
         self.meta["model"] = check_same_network(meta["model"], self.meta["model"], self.path)
         self.stepper.restore(tensors, meta["state"].pop("scaler"))
         self.counters = Counters.from_dict(meta["state"])
@@ -283,7 +283,7 @@ class Trainer:
         self.counters.step += 1
 
     def _begin_round(self, round_: int) -> None:
-        """The schedule again from the best weights, with a new optimizer (method: 5 rounds as published)."""
+        """Start the schedule again from the best weights, with a new optimizer (the paper has 5 rounds)."""
         tensors, _ = read_checkpoint(self.best)
         self.stepper.load_weights(part(tensors, "model"))
         self.stepper.new_optimizer()
