@@ -72,7 +72,7 @@ def _at_its_place(
     The place is `out`; without it, the first of `default`, `default-2`, … that holds this evaluation or none.
 
     Raises:
-        AnotherQuestion: `out` holds an evaluation of something else.
+        AnotherQuestion: `out` holds a different evaluation.
     """
     for place in [out] if out is not None else numbered(default):
         finished = with_ending(place, ".npz").exists()

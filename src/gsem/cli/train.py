@@ -62,7 +62,7 @@ def _run(console: Console, o: TrainOptions, *, resume: bool) -> Run:
             command = command_line("train", resume=str(stopped))
             raise stopped.kind(f"stopped; saved. Resume with: {command}") from None
     if not begun:
-        console.print("this training is finished: nothing is left to train")
+        console.print("this training is already finished")
     return run
 
 

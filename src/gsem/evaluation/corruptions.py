@@ -21,7 +21,7 @@ from gsem.rng import derive_seed
 
 
 class AnotherCorruptions(ValueError):
-    """A file holds accuracies of another model, of other images or draws, or something else."""
+    """A file holds accuracies of another model, other images or other draws, or no accuracies."""
 
 
 class Cell(NamedTuple):
@@ -108,7 +108,7 @@ def evaluate_corruptions(
         on_progress: called with each new cell.
 
     Raises:
-        AnotherCorruptions: `save` holds something else.
+        AnotherCorruptions: `save` is the file of another evaluation, or of none.
         ValueError: there are no corruptions, draws or images are below 1, an image is damaged, or a logit is not
             finite.
     """
@@ -158,7 +158,7 @@ def _finished(path: Path | None, metadata: dict[str, Any]) -> dict[tuple[str, in
     """The cells of a file of the same evaluation; none if there is no file.
 
     Raises:
-        AnotherCorruptions: the file holds something else.
+        AnotherCorruptions: it is the file of another evaluation, or of none.
     """
     if path is None or not path.exists():
         return {}
@@ -167,12 +167,10 @@ def _finished(path: Path | None, metadata: dict[str, Any]) -> dict[tuple[str, in
         then = {key: found["metadata"][key] for key in metadata}
         cells = [Cell(**cell) for cell in found["cells"]]
     except (ValueError, KeyError, TypeError):
-        raise AnotherCorruptions(
-            f"{path} holds something else than accuracies under corruptions: choose another file"
-        ) from None
+        raise AnotherCorruptions(f"{path} holds no accuracies under corruptions: choose another file") from None
     if then != metadata:
         other = ", ".join(key.replace("_", " ") for key in metadata if then[key] != metadata[key])
-        raise AnotherCorruptions(f"{path} holds an evaluation of something else (other {other}): choose another file")
+        raise AnotherCorruptions(f"{path} holds a different evaluation (different {other}): choose another file")
     return {(cell.corruption, cell.severity): cell for cell in cells}
 
 

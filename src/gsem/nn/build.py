@@ -163,8 +163,8 @@ def rebuild_network(
     if given is None and not (same and own.get("source", {}).get("hash") == source.get("hash")):
         changed = "" if same else ", and its modules or settings differ"
         warnings.warn(
-            f"the source of {described['name']!r} changed since {run} began{changed}: the network is built by what is "
-            f"there now, {source.get('file', 'gsem')}",
+            f"the source of {described['name']!r} changed since {run} began{changed}: the network is built from the "
+            f"present source, {source.get('file', 'gsem')}",
             stacklevel=3,
         )
     return network
@@ -194,7 +194,9 @@ def check_same_network(described: dict[str, Any], built: Mapping[str, Any], run:
             f"the network has other modules or settings than when {run} began: give the network of the run"
         )
     if then.get("source", {}).get("hash") != now.get("source", {}).get("hash"):
-        warnings.warn(f"the source of the network changed since {run} began: the new one is trained on", stacklevel=3)
+        warnings.warn(
+            f"the source of the network changed since {run} began: the training resumes with the new one", stacklevel=3
+        )
     return described
 
 
