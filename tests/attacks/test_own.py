@@ -1,4 +1,4 @@
-"""An attack function of the caller's own in an evaluation: named, judged, saved and resumed like the others."""
+"""An attack function of the caller's own in an evaluation: named, scored, saved and resumed like the others."""
 
 import re
 from functools import partial

@@ -1,4 +1,4 @@
-"""An evaluation that is interrupted ends with the table of the uninterrupted one; saved examples are judged again."""
+"""An evaluation that is interrupted ends with the table of the uninterrupted one; saved examples are checked again."""
 
 import json
 import random

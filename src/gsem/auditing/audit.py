@@ -81,8 +81,8 @@ def audit(
         surrogate: a model that the attacks differentiate instead of `model`, as in BPDA or with a substitute network.
         save: where the audit goes (`Audit.save`). Each finished check is kept beside it meanwhile, in a folder
             `….unfinished`, and the same call resumes after the last of them, to the same audit.
-        about: what the caller wants to be kept in the audit's metadata; its "command", if there is one, is what
-            repeats the audit, and with `--only NAME` a check alone.
+        about: more entries for the audit's metadata. A "command" among them is shown as the one that repeats the audit,
+            and with `--only NAME` a single check.
         on_progress: called with a `Progress` while it runs.
 
     Raises:
@@ -241,7 +241,7 @@ def _metadata(
         "seconds": round(sum(part.seconds for part in parts), 1),
         **(dict(about) if about is not None else {}),
     }
-    if ctx.attacked:  # (where no check asked for the attacks, they did not run)
+    if ctx.attacked:  # (if no check needed the attacks, they did not run)
         worst = lowest([ctx.white_box.shares, *(np.array(part.lowest) for part in parts if part.lowest is not None)])
         # Chosen on selection draws, the merged points may score higher by the noise of the scoring draws.
         attacked, merged = ctx.accuracy(ctx.white_box), ctx.accuracy(worst[1])

@@ -297,7 +297,7 @@ def blocking(probe: _Probe, on_progress: Callable[[str], None]) -> Blocking:
             break
         call = inside
     if isinstance(call.module, AFFINE):
-        # Its derivative is exact: what is found there is bent, or lost, behind it.
+        # Its derivative is exact, so the gradient is lost, or the loss curved, behind it.
         return Blocking("", kind, None, False, call.name)
     assert call.given is not None and call.returned is not None
     before = None if right_from is None else right_from.name
@@ -420,21 +420,21 @@ _SILENT = (
 def gradient(ctx: AuditContext) -> Finding:
     """Slope of central differences on autograd's derivative, at points from which attacks start."""
     found = compare(ctx)
-    bent: list[Slope] = []
+    averaged: list[Slope] = []
     suspicious = _consecutive(found)
     if suspicious and not all(f.blocked for f in found):
-        ctx.on_progress("again, with the derivative averaged along the way")
-        bent = compare(ctx, along=True)
-        suspicious = _consecutive(bent)
-    decisive = bent or found
+        ctx.on_progress("again, with the derivative averaged over the segment")
+        averaged = compare(ctx, along=True)
+        suspicious = _consecutive(averaged)
+    decisive = averaged or found
     outside = [f for f in decisive if f.outside(WITHIN)]
     one = outside[0] if suspicious else decisive[0]
-    reason, details = f"{_in_words(one)} on {len(ctx.x)} images", _details(found, bent)
+    reason, details = f"{_in_words(one)} on {len(ctx.x)} images", _details(found, averaged)
     if all(f.silent for f in found):
         reason = "the loss does not change at all within 4/255 of the images, so there is nothing to compare"
         return Finding(None, "inconclusive", reason, _SILENT, details=details)
     if outside and not suspicious:
-        reason += f"; outside at {' and '.join(map(_distance, outside))} alone, as a bent loss may be"
+        reason += f"; outside at {' and '.join(map(_distance, outside))} alone, as for a curved loss"
     x, y = (batch[: min(LEAST, ctx.batch_size)] for batch in (_starts(ctx, 0), ctx.y))
     probe = _Probe(ctx.model, x, y, draws=min(4, ctx.draws), seed=ctx.seed)
     ending = ending_softmax(probe) if suspicious or one.unclear else None
@@ -491,14 +491,14 @@ def _distance(one: Slope) -> str:
     return f"{round(one.h * 255)}/255"
 
 
-def _details(found: list[Slope], bent: list[Slope]) -> dict[str, Any]:
+def _details(found: list[Slope], averaged: list[Slope]) -> dict[str, Any]:
     pairs = np.stack([found[0].a.ravel(), found[0].b.ravel()], axis=1)
     details: dict[str, Any] = {
         "points": [f.to_dict() for f in found],
         "pairs": [[float(a), float(b)] for a, b in pairs[:: max(1, len(pairs) // SHOWN)]],
         "pairs_h": found[0].h,
     }
-    return details | ({"along": [f.to_dict() for f in bent]} if bent else {})
+    return details | ({"along": [f.to_dict() for f in averaged]} if averaged else {})
 
 
 def _flagged(ctx: AuditContext, finding: Finding, probe: _Probe, ending: Blocking | None) -> Finding:

@@ -36,7 +36,7 @@ from gsem.training.recipe import Recipe
 from gsem.training.recipes import RECIPES
 
 HELP = """\
-gsem: image classifiers trained by gradient semi-masking, measured honestly.
+gsem: train robust image classifiers, attack them, and check the result.
 
 usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help lists its options)
 

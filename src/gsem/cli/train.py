@@ -24,7 +24,7 @@ AUDIT_SECONDS = 3.5
 
 def train_command(console: Console, o: TrainOptions) -> None:
     """Train, or resume a run, and print its best epoch."""
-    # (A run may be of a network that was passed in Python, whose name leads to none.)
+    # (The network of a run may have been passed in Python, and cannot be found by its name.)
     recipe = o.recipe if o.resume is not None else replace(o.recipe, model=named(o.recipe.model))
     if o.print_config:
         console.print(recipe.to_toml(), end="", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Batched augmentation of uint8 images, on the device they lie on."""
+"""Batched augmentation of uint8 images, on their device."""
 
 import math
 

@@ -70,7 +70,7 @@ def numbers(rows: Rows, n: int) -> Tensor:
 def in_threads(
     read: Callable[[Sequence[int]], Tensor], rows: Sequence[int], shape: tuple[int, ...]
 ) -> UInt8[Tensor, "n c h w"]:
-    """`read` of all the rows, in threads where the images are large. Of several errors the first row's is raised."""
+    """Read all the rows, in threads where the images are large. If several fail, the error of the first is raised."""
     x = torch.empty((len(rows), *shape), dtype=torch.uint8)
 
     def fill(start: int) -> None:

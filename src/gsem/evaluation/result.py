@@ -166,7 +166,7 @@ class EvaluationResult:
         """The accuracy that the released evaluation would have printed for these points.
 
         Whether the attack succeeded, and the score, are each one draw; an image on which it did not succeed is
-        scored as its clean self. Not an estimate of robustness: printed beside the honest figure, labelled.
+        scored as its clean image. It is no estimate of robustness, and is labelled so where it is printed.
         """
         attacked, clean = self[name].single, self["clean"].single
         return self._interval(np.where(attacked[:, 0], clean[:, 1], attacked[:, 1]).astype(float))

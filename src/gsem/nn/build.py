@@ -288,7 +288,7 @@ def _called(make: Any) -> str:
 
 
 def _spec_of(make: Any) -> str | None:
-    """`package.module:function` where that leads to `make`; None for lambdas, inner functions, and scripts."""
+    """`package.module:function` if `make` can be imported by it; None for lambdas, inner functions, and scripts."""
     module, name = getattr(make, "__module__", None), getattr(make, "__qualname__", "")
     if module in (None, "__main__") or getattr(sys.modules.get(module), name, None) is not make:
         return None

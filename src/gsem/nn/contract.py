@@ -229,7 +229,7 @@ def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, "
             BatchNorm without running statistics.
     """
     check_eval_mode(model)
-    # A model that answers several draws at once is this package's own, made of one that was checked.
+    # A folded model was made from a model that was checked.
     if not len(x) or hasattr(model, "logits_of_draws"):
         return model
     some = x[:PROBED].detach().clone()

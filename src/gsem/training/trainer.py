@@ -85,7 +85,7 @@ def train(
         on_progress: called with a `Progress` every few steps and after each epoch.
 
     Raises:
-        ValueError: a run is already there (and `resume` was not asked for), it follows another recipe, was trained
+        ValueError: a run is already there (and `resume` is False), it has another recipe, was trained
             on other data, or is in progress in another process (`Locked`); a network that cannot be built, or does not
             fit the data.
         gsem.data.DamagedImage: a streamed image cannot be read, after the training was saved; it can be resumed.
