@@ -182,7 +182,7 @@ def autoattack(report: Report, device: torch.device, o: argparse.Namespace) -> N
             broken = suites.wrong(model, x_adv, y)
             found[side] = broken, cost["seconds"]
             name = "ours" if side == "ours" else "pyautoattack"
-            shown = f"{cost['seconds']:.1f} s, {float((~broken).double().mean()):.1%} of {count} images stand"
+            shown = f"{cost['seconds']:.1f} s, {float((~broken).double().mean()):.1%} of {count} images not broken"
             report.row(f"standard suite: {name}", shown, standing=int((~broken).sum()), images=count, **cost)
     if "reference" not in found:
         report.row("pyautoattack", suites.ALONE)
