@@ -6,7 +6,7 @@ Each attack alone, on the images that the network classifies rightly, then the w
 float32 folded model, whose folding counts in its time), pyautoattack on the model as it is, and pyautoattack on our
 folded model, which separates what the folding gives from what the attacks give. A GSeM network is made deterministic
 by switching its noise off; with --stochastic it is attacked as it is, by our standard suite and by pyautoattack's
-`rand` and `standard`, and all three are judged by the same scoring draws.
+`rand` and `standard`, and all three are scored on the same draws.
 
 pyautoattack is in the test extra; without it ours runs alone. TF32 is off for all sides. Prints a table, writes JSON.
 `--steps`, `--queries` shorten both sides alike.
@@ -77,7 +77,7 @@ def timed(model: nn.Module, attack: Callable[[nn.Module], Tensor], device: torch
 
 
 def attacked(side: str, model: nn.Module, x: Tensor, y: Tensor, name: str, eps: float, o: argparse.Namespace):
-    """One attack by one side (ours, reference or folded) on these images: its points and its cost."""
+    """One attack by one implementation (ours, reference or folded) on these images: its points and its cost."""
 
     def attack_ours(counted: nn.Module) -> Tensor:
         parts = [(x, y)] if name == "standard" else zip(x.split(o.batch), y.split(o.batch), strict=True)
@@ -92,7 +92,7 @@ def attacked(side: str, model: nn.Module, x: Tensor, y: Tensor, name: str, eps: 
 
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, name: str, eps: float, o: argparse.Namespace) -> dict:
-    """One attack, by all sides, on rightly classified images."""
+    """One attack, by all implementations, on correctly classified images."""
     right = ~wrong(model, x, y)
     x, y = x[right].contiguous(), y[right]
     asked = [side for side in SIDES if side == "ours" or side in o.sides.split(",")]
@@ -124,7 +124,7 @@ class Contiguous(nn.Module):
 
 
 def stochastic(model: nn.Module, x: Tensor, y: Tensor, eps: float, o: argparse.Namespace) -> list[dict]:
-    """Who finds more on a network with its noise on, at what cost: judged by the same 100 scoring draws."""
+    """Strength and cost on a network with its noise on; all points are scored on the same 100 draws."""
     folded = gsem.fold(model)
     sides = {
         "clean": (x, {"seconds": 0.0, "cpu_seconds": 0.0, "forwards": 0, "gradients": 0}),

@@ -128,7 +128,7 @@ def confident(device: torch.device) -> nn.Module:
 
 
 def low_precision_gradients(report: Report, case: Case) -> None:
-    """Of images that the network is sure of, the cross-entropy has a tiny gradient, which fp16 must not round to 0.
+    """On images that the network is sure of, the cross-entropy has a tiny gradient, which fp16 must not round to 0.
 
     Compared with float32, since the gradient of the loss itself is float32 in all of them.
     """

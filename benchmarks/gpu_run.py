@@ -140,7 +140,7 @@ def evaluate(report: Report, device: torch.device, o: argparse.Namespace) -> Non
         report.row(name, f"{mean:6.1%} ({low:.1%} – {high:.1%})", accuracy=mean)
     total = sum(s.seconds for s in result.scores)
     shown = f"{wall:.1f} s in this call, the attacks {total:.1f} s; {len(x)} images, eps {eps:.4f}"
-    # (Of an evaluation that was resumed, or was there already, this call is a part only.)
+    # (If the evaluation was resumed, or was there already, this call did only a part of it.)
     seconds = max(wall, total)
     report.row("evaluation", shown, seconds=seconds, call=wall)
     trained = read_seconds(o.out / "train.json", "training with validation")
@@ -182,7 +182,7 @@ def autoattack(report: Report, device: torch.device, o: argparse.Namespace) -> N
             broken = suites.wrong(model, x_adv, y)
             found[side] = broken, cost["seconds"]
             name = "ours" if side == "ours" else "pyautoattack"
-            shown = f"{cost['seconds']:.1f} s, {float((~broken).double().mean()):.1%} of {count} images stand"
+            shown = f"{cost['seconds']:.1f} s, {float((~broken).double().mean()):.1%} of {count} images not broken"
             report.row(f"standard suite: {name}", shown, standing=int((~broken).sum()), images=count, **cost)
     if "reference" not in found:
         report.row("pyautoattack", suites.ALONE)

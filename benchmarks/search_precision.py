@@ -2,7 +2,7 @@
 
     python benchmarks/search_precision.py RUN --data DATA [--images 500] [--seeds 3]
 
-The noise of the model is frozen, anew for each seed, so that only the directions differ; the last iterate is judged
+The noise of the model is frozen, anew for each seed, so that only the directions differ; the last iterate is scored
 by the model itself in float32. Misclassified clean images count as broken. Prints the share broken per seed.
 """
 

@@ -68,7 +68,7 @@ def variants(o: argparse.Namespace) -> list[Variant]:
 
 
 def differences(o: argparse.Namespace, name: str, base: str) -> Interval | None:
-    """Of the last attack's expected accuracy to `base` of the same seed: mean and its 90% t-interval, in points."""
+    """Expected accuracy under the last attack minus that of `base` by seed: mean, 90% t-interval, in points."""
     if o.seeds < 2:
         return None
     found = []

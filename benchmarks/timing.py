@@ -144,7 +144,7 @@ def kernel_launches(device: torch.device, work: Callable[[], object]) -> dict[st
 
 
 def counted_launches(names: list[str]) -> dict[str, int]:
-    """Of the CUDA runtime's and driver's calls in a profile."""
+    """The launches among the CUDA runtime's and driver's calls in a profile."""
     launches = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunchCooperativeKernel")
     waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
     # An asynchronous copy is none of the waits; what waits for it is one.

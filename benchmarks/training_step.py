@@ -157,7 +157,7 @@ class Sides:
         self.stepper._update(torch.zeros((), device=self.device))
 
     def flops(self) -> dict[str, float]:
-        """Of a step, by torch's count of the model as it is: what the method asks for."""
+        """Operations of a step that the method needs, by torch's count on the unfolded model."""
         model = self.models["stock"].eval()
         with FlopCounterMode(display=False) as forward:
             model(self.images("stock")[:2])

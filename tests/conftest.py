@@ -1,4 +1,4 @@
-"""What every test stands on: one seed, one thread, and tiny data."""
+"""Common to all tests: one seed, one thread, and tiny data."""
 
 import os
 import signal

@@ -15,7 +15,8 @@ FILES += [
 WORDS = (
     r"told|tells?(?!\()|telling|stranger|strangers|goes on|go on with|unless told|search[ _]twins?|twins?|ledgers?|"
     r"stand[- ]ins? for this|settl(?:ed|ing)|climb\(|votes_won|answers\(|keep_images|--keep-images|start_from|"
-    r"sent ×10|attacks in question"
+    r"sent ×|attacks in question|[Ww]hoever|bent|measured honestly|obeyed|images (?:that )?stand\b|"
+    r"other things were asked|no name leads"
 )
 
 

@@ -1,4 +1,4 @@
-"""gsem: Gradient Semi-Masking for robust image classifiers, trained and measured honestly.
+"""gsem: Gradient Semi-Masking for robust image classifiers: training, attacks, evaluation, audit and report.
 
 A public name is imported when it is first used, so that `import gsem` itself loads neither torch nor scipy.
 """

@@ -37,10 +37,10 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def data_fingerprint(*parts: tuple[Any, Tensor]) -> dict[str, str]:
-    """`images` and `labels` of one or several pairs (x, y): of the values, their types and their order.
+    """Hashes `images` and `labels` of one or several pairs (x, y): of the values, their types and their order.
 
-    `x` is a uint8 tensor, or what gives one for `x[rows]`: both have the same hash. Of images of more than
-    `SAMPLED_ABOVE` bytes only 1,000, evenly spread, are hashed, since to read all of them may take hours.
+    `x` is a uint8 tensor, or an object that gives one for `x[rows]`; both have the same hash. If the images have more
+    than `SAMPLED_ABOVE` bytes, only 1,000 of them, evenly spread, are hashed, since reading all may take hours.
     """
     images, labels = hashlib.sha256(), hashlib.sha256()
     for x, y in parts:

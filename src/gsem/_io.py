@@ -49,7 +49,7 @@ def not_written(path: Path, error: OSError) -> OSError:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """All of `content`, or nothing (see `written_whole`)."""
+    """Write all of `content`, or nothing (see `written_whole`)."""
     with written_whole(path) as file:
         file.write(content)
 
@@ -75,7 +75,7 @@ def append_line(path: Path, line: str) -> None:
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Tensors and JSON-able metadata in one file, so that they cannot disagree.
 
-    A tensor that stands under several names, as tied weights do, is stored once.
+    A tensor with several names, as tied weights have, is stored once.
     """
     tied = _tied(tensors)
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if name not in tied}
@@ -87,7 +87,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
 
 
 def _tied(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The name under which each tensor that stands there a second time stands first."""
+    """For each tensor that occurs again under another name: that name, and the name where it occurs first."""
     first: dict[tuple, str] = {}
     tied = {}
     for name, t in tensors.items():

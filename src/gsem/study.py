@@ -1,7 +1,7 @@
 """Studies: the same training and the same evaluation for several variants and seeds, in one table.
 
-`ablation` compares the parts of GSeM: {plain, its convolutions only, quantiser only, noise only, all of it} × {noise
-on, off at test}. `recipes` compares the named recipes.
+`ablation` compares the parts of GSeM: a plain network, its convolutions only, quantiser only, noise only, and all of
+it, the last two also with the noise off at test. `recipes` compares the named recipes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""An attack function of the caller's own in an evaluation: named, judged, saved and resumed like the others."""
+"""An attack function of the caller's own in an evaluation: named, scored, saved and resumed like the others."""
 
 import re
 from functools import partial
@@ -134,7 +134,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_function_only(tmp_path)
     how = {"eps": 0.1, "batch_size": 4, "save": tmp_path / "out"}
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, x, y, [("own", breaks_once)], **how)
-    with pytest.raises(ValueError, match=r"other things were asked. Different are: the options of own"):
+    with pytest.raises(ValueError, match=r"It differs in: the options of own"):
         evaluate(model, x, y, [("own", darker)], **how)
     result = evaluate(model, x, y, [("own", breaks_once)], **how)
     assert calls == [4, 4, 4, 4]  # the first batch was kept

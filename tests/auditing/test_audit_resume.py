@@ -99,7 +99,7 @@ def test_an_unfinished_audit_of_something_else_is_not_touched(small, tmp_path):
         ({"surrogate": mlp()}, "surrogate"),
     ):
         how = {"model": model, "x": x, "y": y, "attacks": ATTACKS} | HOW | change
-        with pytest.raises(ValueError, match=f"audit.unfinished holds something unfinished.*{message}"):
+        with pytest.raises(ValueError, match=f"audit.unfinished holds an unfinished audit.*{message}"):
             gsem.audit(**how, save=out)
     assert [path.name for path in (tmp_path / "audit.unfinished").glob("check-*")] == ["check-randomness.json"]
 
@@ -107,7 +107,7 @@ def test_an_unfinished_audit_of_something_else_is_not_touched(small, tmp_path):
 def test_a_saved_audit_of_something_else_is_not_overwritten(small, tmp_path):
     how = HOW | {"only": ["randomness"]}
     first = gsem.audit(*small, ATTACKS, **how, save=tmp_path / "audit")
-    with pytest.raises(ValueError, match=r"audit.json is there already, and is an audit of something else.*seed"):
+    with pytest.raises(ValueError, match=r"audit.json is there already, and is a different audit.*seed"):
         gsem.audit(*small, ATTACKS, **how, seed=1, save=tmp_path / "audit")
     assert Audit.load(tmp_path / "audit.json") == first
 

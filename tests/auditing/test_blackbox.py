@@ -24,7 +24,7 @@ class Hiding(nn.Module):
 
 @pytest.mark.parametrize(("hidden", "outcome"), [(1, "pass"), (2, "pass"), (3, "flag")])
 def test_a_black_box_flags_beyond_what_chance_explains(hidden: int, outcome: str):
-    """Of 100 images 2 may be chance. A fragile network, of which the white box breaks all but the planted images."""
+    """2 of 100 images may be chance. The white box breaks all but the planted images of a fragile network."""
     x, y = digits()
     network = mlp()
     order = (network(x).argmax(1) != y).int().argsort(stable=True)  # those that are right first

@@ -1,10 +1,10 @@
-"""The registry of checks, and the rules of the verdict."""
+"""The registry of checks."""
 
 from types import SimpleNamespace
 
 from gsem.auditing import Check
 from gsem.auditing.audit import CHECKS
-from gsem.auditing.check import Finding, check, verdict
+from gsem.auditing.check import Finding, check
 
 
 def test_the_checks_are_registered_in_the_order_of_the_documents():
@@ -53,22 +53,3 @@ def test_a_check_that_torch_cannot_make_has_no_answer():
     found = broken(SimpleNamespace())
     assert (found.outcome, found.figure, found.threshold) == ("inconclusive", None, "never")
     assert "out of memory" in found.reason and found.advice
-
-
-def made(outcome, **how) -> Check:
-    return Check(**{"name": "x", "title": "", "figure": 1.0, "threshold": "", "outcome": outcome, "reason": "because"}
-                 | {"advice": "", "reference": ""} | how)  # fmt: skip
-
-
-def test_the_rules_of_the_verdict():
-    passed = made("pass", name="p")
-    assert verdict([passed], complete=True)[0] == "TRUSTED"
-    assert verdict([passed], complete=False)[0] == "SUSPECT"
-    assert verdict([passed, made("flag")], complete=True)[0] == "SUSPECT"
-    word, reason = verdict([passed, made("flag"), made("flag", name="z", invalidates=True)], complete=True)
-    assert word == "INVALID" and "z: because" in reason
-    # That a check invalidates has no effect while it passes.
-    assert verdict([made("pass", invalidates=True)], complete=True)[0] == "TRUSTED"
-    assert verdict([passed, made("inconclusive", name="binarization")], complete=True)[0] == "SUSPECT"
-    assert verdict([passed, made("inconclusive", name="sweeps")], complete=True)[0] == "TRUSTED"
-    assert verdict([passed, made("inconclusive", name="gradient", figure=None)], complete=True)[0] == "SUSPECT"

@@ -188,7 +188,7 @@ def test_few_images_are_inconclusive():
 @pytest.mark.parametrize("variant", [None, "corrected", "semi-masked"])
 def test_trained_networks_are_flagged_where_semi_masked_and_nowhere_else(variant, seed: int, monkeypatch):
     """Slopes measured: 0.97 to 1.00 of the plain and the corrected ones, the others' well above."""
-    # Only the flag is in question here; the function gsem.audit hides the package from a name in dots.
+    # Only the flag matters here; the function gsem.audit hides the package from a name in dots.
     module = sys.modules["gsem.auditing.gradient"]
     monkeypatch.setattr(module, "_flagged", lambda ctx, finding, probe, ending: finding)
     check = gradient(convolutional(seed, variant))

@@ -158,7 +158,7 @@ def test_a_study_scales_its_schedule_as_train_does():
         (("evaluat",), "evaluate"),
         (("train", "gcta"), "Did you mean gcat"),
         (("study", "ablaton"), "Did you mean ablation"),
-        (("study", "--passes", "3"), "--passes belongs to gsem study recipes"),
+        (("study", "--passes", "3"), "--passes is an option of gsem study recipes only"),
         (("study", "--only", "plian"), "Did you mean plain"),
         (("train", "--epohcs", "3"), "--epochs"),
         (("train", "--model", "gsem-resnt18"), "gsem-resnet18"),

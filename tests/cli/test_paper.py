@@ -14,7 +14,7 @@ import torch
 import gsem
 from formats import write_cifar10, write_cifar100, write_svhn
 from gsem.cli.main import main
-from gsem.cli.paper import device_of, recipe_of, run_evaluation, run_training, truth
+from gsem.cli.paper import device_of, parse_bool, recipe_of, run_evaluation, run_training
 from gsem.cli.paper_options import EvaluateOptions, TrainOptions, train_main
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="before epoch 50"):
         recipe_of(TrainOptions(milestones=("60", "90"), epochs=50), "gcat-published")
     with pytest.raises(ValueError, match="use_amp"):
-        truth("use_amp", "maybe")
+        parse_bool("use_amp", "maybe")
     with pytest.raises(ValueError, match="gpu"):
         device_of("gpu")
 

@@ -61,7 +61,7 @@ def test_keys_that_are_not_used_are_named(tmp_path, recwarn):
     load(str(write(tmp_path, classes=np.array(["cat", "dog"]))))
     assert not recwarn
     path = write(tmp_path, class_names=np.array(["cat", "dog"]), x_val=np.zeros(3))
-    with pytest.warns(UserWarning, match=r"set\.npz: class_names, x_val are not used; what is used is called x_train"):
+    with pytest.warns(UserWarning, match=r"set\.npz: class_names, x_val are not used; arrays must be called x_train"):
         assert load(str(path)).classes == ("0", "1")
     with pytest.warns(UserWarning, match="X_test is not used"):
         load(str(write(tmp_path, X_test=np.zeros(3))))

@@ -1,4 +1,4 @@
-"""Parquet and arrow files as Hugging Face spreads them."""
+"""Parquet and arrow files as Hugging Face publishes them."""
 
 import io
 import json

@@ -83,10 +83,10 @@ def test_an_interrupted_evaluation_is_completed_and_another_is_not_overwritten(t
     written = json.loads(file.read_text())
     assert written["mean_corruption_accuracy"] == result.mean and len(written["cells"]) == 4
     assert written["metadata"]["model_spec"] == "x"
-    with pytest.raises(ValueError, match=r"c\.json holds an evaluation of something else \(other seed\)"):
+    with pytest.raises(ValueError, match=r"c\.json holds a different evaluation \(different seed\)"):
         evaluate_corruptions(Brightness(), CORRUPTIONS, save=file, seed=1)
     file.write_text("{}")
-    with pytest.raises(ValueError, match="something else than accuracies under corruptions"):
+    with pytest.raises(ValueError, match="no accuracies under corruptions"):
         evaluate_corruptions(Brightness(), CORRUPTIONS, save=file)
 
 

@@ -78,7 +78,7 @@ def test_the_score_is_the_true_models_on_the_images_that_are_kept():
         np.testing.assert_allclose(s.l2, (x_adv - x).flatten(1).norm(dim=1).numpy(), rtol=1e-6)
     assert (result["clean"].linf == 0).all()
     assert 0 < result["pgd3-eot1"].linf.max() <= 0.05 + 1e-6
-    # Three steps at most, of the images that stand; clean is no attack.
+    # Three steps at most, on the images that are not broken; clean is no attack.
     (_, none), (_, gradients) = [(s.forwards, s.gradients) for s in result.scores]
     assert none == 0 and 0 < gradients <= 120
 
@@ -122,7 +122,7 @@ def test_a_gsem_network_is_attacked_also_through_itself_without_noise_and_withou
     result = evaluate(model, x, y, ["transfer:steps=3"], eps=0.1, draws=5, frozen=False)
     label = "transfer3-eot20"
     assert [s.name for s in result.scores] == ["clean", label]
-    # The gradients are of the sources; the network itself is only asked.
+    # The gradients are of the sources; the network itself only predicts.
     assert result[label].gradients == 0 and result[label].forwards > 0
 
 

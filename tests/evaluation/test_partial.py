@@ -1,4 +1,4 @@
-"""An evaluation that is interrupted ends with the table of the uninterrupted one; saved examples are judged again."""
+"""An evaluation that is interrupted ends with the table of the uninterrupted one; saved examples are checked again."""
 
 import json
 import random
@@ -143,7 +143,7 @@ def test_another_question_does_not_touch_what_is_there_and_the_error_names_what_
     with pytest.raises(KeyboardInterrupt):
         evaluate(**question(), save=tmp_path / "r", on_progress=stop)
     before = {p: p.read_bytes() for p in (tmp_path / "r.unfinished").iterdir()}
-    with pytest.raises(ValueError, match=rf"Different are: {re.escape(difference)}.*\. Repeat that command"):
+    with pytest.raises(ValueError, match=rf"It differs in: {re.escape(difference)}.*\. Repeat that command"):
         evaluate(**question() | change, save=tmp_path / "r")
     assert {p: p.read_bytes() for p in (tmp_path / "r.unfinished").iterdir()} == before
 
@@ -174,7 +174,7 @@ def test_a_result_of_something_else_is_not_overwritten(tmp_path):
         (small_net(), {"eps": 0.2}, r"eps \(0\.1 then"),
         (small_net(), {"x": x[:4], "y": y[:4]}, "the images"),
     ):
-        with pytest.raises(ValueError, match=rf"r\.npz is there already.*Different are: {difference}.*another --out"):
+        with pytest.raises(ValueError, match=rf"r\.npz is there already.*It differs in: {difference}.*another --out"):
             evaluate(model, **kwargs | change, save=tmp_path / "r")
     (tmp_path / "other.npz").write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"other\.npz is there already"):

@@ -1,4 +1,4 @@
-"""Networks of a user: what `package.module:function` leads to, with every kind of trouble."""
+"""Networks of a user, found as `package.module:function`, with every kind of problem."""
 
 from collections import namedtuple
 

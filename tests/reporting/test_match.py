@@ -103,7 +103,7 @@ def test_an_audit_is_not_overwritten_by_another(here, capsys):
     ):
         with pytest.raises(AssertionError):
             audited(*words, "--out", "a.json")
-        assert f"a.json is there already, and is an audit of something else. Different are: {different}" in (
+        assert f"a.json is there already, and is a different audit. It differs in: {different}" in (
             capsys.readouterr().err
         )
     Path("notes.json").write_text("{}")

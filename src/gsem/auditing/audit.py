@@ -17,10 +17,11 @@ from gsem.attacks._types import Norm
 from gsem.attacks.own import listed
 from gsem.attacks.suite import SUITES, AttackSpec, suite
 from gsem.auditing import binarization, blackbox, gradient, indicators, noise, sweeps
-from gsem.auditing.check import Audit, RegisteredCheck, verdict
+from gsem.auditing.check import Audit, RegisteredCheck
 from gsem.auditing.context import PRIMARY, AuditContext, fold_quietly, lowest
 from gsem.auditing.partial import Finished, Partial, refuse_to_overwrite
 from gsem.auditing.progress import Progress, ProgressReporter, planned
+from gsem.auditing.verdict import verdict
 from gsem.evaluation.evaluate import undefended
 from gsem.evaluation.result import with_ending
 from gsem.nn.contract import ImagesLike, LabelsLike, checked, plain_logits
@@ -59,7 +60,7 @@ def audit(
 ) -> Audit:
     """Check whether the accuracy of `model` under these attacks is a measurement: twelve checks, and the verdict.
 
-    The figure in question is the worst case over the white-box attacks among `attacks`. Each check measures one way
+    The audited accuracy is the worst case over the white-box attacks among `attacks`. Each check measures one way
     in which it could be too high; where one is flagged, the mitigation is applied and the accuracy measured again.
     docs/audit.md describes every check, its threshold and its paper.
 
@@ -72,17 +73,16 @@ def audit(
         draws: scoring draws of a stochastic model, for each point. Default: 100, with `quick` 20.
         seed: of every random stream used; the caller's random state is not changed.
         batch_size: images attacked at once.
-        only: names of the checks to make; default: all. The verdict is never TRUSTED for some of them.
+        only: names of the checks to make; default: all. If some are left out, the verdict is never TRUSTED.
         quick: other defaults, with fewer steps, draws and queries: minutes on a CPU for a small network. Attacks and
             draws that are given are used as they are.
-        source_models: other models, by name, whose adversarial examples are tried on this one. Of a GSeM model, itself
-            without noise and without the quantiser are always among them.
-        surrogate: a model through which the attacks go instead of `model`: what a user of BPDA or of a substitute
-            network evaluated with.
+        source_models: other models, by name, whose adversarial examples are tried on this one. A model with GSeMs is
+            always among them twice: without its noise, and without its quantiser too.
+        surrogate: a model that the attacks differentiate instead of `model`, as in BPDA or with a substitute network.
         save: where the audit goes (`Audit.save`). Each finished check is kept beside it meanwhile, in a folder
             `….unfinished`, and the same call resumes after the last of them, to the same audit.
-        about: what the caller wants to be kept in the audit's metadata; its "command", if there is one, is what
-            repeats the audit, and with `--only NAME` a check alone.
+        about: more entries for the audit's metadata. A "command" among them is shown as the one that repeats the audit,
+            and with `--only NAME` a single check.
         on_progress: called with a `Progress` while it runs.
 
     Raises:
@@ -158,7 +158,7 @@ def _question(ctx: AuditContext, only: Sequence[str] | None, source_models: Mapp
     """All that decides the audit, and more of its metadata.
 
     Args:
-        source_models: of the transfer attack, not folded.
+        source_models: those of the transfer attack, not folded.
     """
     return {
         "fingerprint": model_fingerprint(ctx.model) | data_fingerprint((ctx.x, ctx.y)),
@@ -241,7 +241,7 @@ def _metadata(
         "seconds": round(sum(part.seconds for part in parts), 1),
         **(dict(about) if about is not None else {}),
     }
-    if ctx.attacked:  # (where no check asked for the attacks, they did not run)
+    if ctx.attacked:  # (if no check needed the attacks, they did not run)
         worst = lowest([ctx.white_box.shares, *(np.array(part.lowest) for part in parts if part.lowest is not None)])
         # Chosen on selection draws, the merged points may score higher by the noise of the scoring draws.
         attacked, merged = ctx.accuracy(ctx.white_box), ctx.accuracy(worst[1])

@@ -160,7 +160,7 @@ def _corner(ctx: AuditContext, x: Tensor, rng: torch.Generator) -> Tensor:
 
 def _separation(zeros: Float[Tensor, "m n d"], ones: Float[Tensor, "k n d"]) -> Float[Tensor, " n"]:
     """How far the ones' mean lies from the zeros', in their spread, feature by feature."""
-    # A feature that is silent but at one corner would win by far, and no gradient leads there.
+    # Otherwise a feature that is zero except at one corner would win by far, and attacks have no gradient towards it.
     variance = zeros.var(0)
     variance = variance + variance.mean(1, keepdim=True)
     return ((ones.mean(0) - zeros.mean(0)).square() / variance.clamp_min(1e-12)).sum(1)

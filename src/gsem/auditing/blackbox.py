@@ -63,12 +63,12 @@ def blackbox(ctx: AuditContext) -> Finding:
     if count <= by_chance and not greatly:
         reason += f"; up to {by_chance} may be chance, as no two searches break the same images"
         return Finding(figure, "pass", reason, details=details)
-    advice = f"Report the worst case with {worst}, and find out why the gradient leads past these points."
+    advice = f"Report the worst case with {worst}, and find out why following the gradient misses these points."
     return Finding(figure, "flag", reason, advice, invalidates=greatly, details=details)
 
 
 def black_box_attacks(ctx: AuditContext) -> list[AttackSpec]:
-    """The black-box attacks: those in question, or else Square, RayS and what can be transferred."""
+    """The black-box attacks: the audited ones, or else Square, RayS and, with source models, transfer."""
     if ctx.black:
         return ctx.black
     eot = {"eot": min(3, ctx.options(ctx.primary_attack)["eot"])} if ctx.quick else {}

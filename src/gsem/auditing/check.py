@@ -1,8 +1,8 @@
-"""A check and an audit as they are recorded, the decorator that registers a check, and the rules of the verdict."""
+"""A check and an audit as they are recorded, and the decorator that registers a check."""
 
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 Outcome = Literal["pass", "flag", "inconclusive"]
 Verdict = Literal["TRUSTED", "SUSPECT", "INVALID"]
 WIDTH = 80  # of the lines of `print(audit)`
-
-
-# These checks must have an answer for TRUSTED; others may be inconclusive because there are too few images.
-NEEDED = ("binarization",)
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Check:
 
 @dataclass(frozen=True)
 class RegisteredCheck:
-    """A function that finds, with what is fixed about its check. Called with the context, it gives the `Check`."""
+    """The function of a check with its name, question, threshold and paper. A call with a context gives a `Check`."""
 
     function: "Callable[[AuditContext], Finding]"
     name: str
@@ -125,7 +121,7 @@ class Audit:
 
     @property
     def accuracies(self) -> str:
-        """The accuracy in question, in words: `clean 88.3%, attacked 41.4%, lowest found 40.6%`."""
+        """The audited accuracy, in words: `clean 88.3%, attacked 41.4%, lowest found 40.6%`."""
         names = {"clean": "clean", "attacked": "attacked", "lowest": "lowest found"}
         known = {words: self.metadata.get(key) for key, words in names.items()}
         return ", ".join(f"{words} {found['accuracy']:.1%}" for words, found in known.items() if found is not None)
@@ -150,40 +146,3 @@ class Audit:
         found = json.loads(Path(path).read_text())
         checks = tuple(Check(**check) for check in found.pop("checks"))
         return cls(checks=checks, **found)
-
-
-def verdict(checks: Sequence[Check], *, complete: bool) -> tuple[Verdict, str]:
-    """The verdict, and why in a sentence. All rules are in this function; docs/audit.md explains them.
-
-    INVALID: a flagged check has `invalidates`: the number is no measurement. The gradient that the attacks follow is
-        masked, or missing in over 5% of the images; an attack without a bound does not break over 5% of them; the
-        accuracy stays over 5 points above chance, or rises by over 5 points, as eps grows; the attack finds less than
-        half of what was planted; or a mitigation, more effort or a black-box attack lowers the accuracy by over 5
-        points (the interval of the difference above 0).
-    SUSPECT: any other check is flagged, the binarization test has no answer, a check could not be made, or only some
-        checks were made.
-    TRUSTED: all checks were made, and none of the above.
-
-    Args:
-        complete: whether all checks were made.
-    """
-    flagged = [c for c in checks if c.outcome == "flag"]
-    invalid = [c for c in flagged if c.invalidates]
-    if invalid:
-        return "INVALID", f"The robust accuracy is no measurement: {_because(invalid)}."
-    if flagged:
-        return "SUSPECT", f"The robust accuracy may be too high: {_because(flagged)}."
-    unsure = [c for c in checks if c.outcome == "inconclusive"]
-    barring = [c for c in unsure if c.name in NEEDED or c.figure is None]
-    if barring:
-        return "SUSPECT", f"No check found the robust accuracy too high, but one has no answer: {_because(barring)}."
-    if not complete:
-        return "SUSPECT", "No check found the robust accuracy too high, but only some checks were made."
-    rest = f" ({', '.join(c.name for c in unsure)}: inconclusive)" if unsure else ""
-    return "TRUSTED", f"All {len(checks) - len(unsure)} checks with an answer passed{rest}."
-
-
-def _because(checks: Sequence[Check]) -> str:
-    first, *others = checks
-    more = f"; and {', '.join(c.name for c in others)}" if others else ""
-    return f"{first.name}: {first.reason}{more}"

@@ -108,7 +108,7 @@ def trace(images: int, run: Callable[[OnStep], Tensor]) -> Trace:
 
 @dataclass(kw_only=True, eq=False)
 class AuditTask:
-    """What is audited: the model, its images, the threat model, and the attacks whose result is in question."""
+    """What is audited: the model, its images, the threat model, and the attacks whose result is checked."""
 
     model: nn.Module
     x: Float[Tensor, "n c h w"]
@@ -123,9 +123,9 @@ class AuditTask:
     stochastic: bool
     quick: bool
     source_models: Mapping[str, nn.Module]
-    """Of the transfer attack, by name: folded models."""
+    """Source models of the transfer attack, by name; they are folded."""
     surrogate: nn.Module | None
-    """The model through which the attacks go, if not the model itself."""
+    """The model that the attacks differentiate, if not the model itself."""
 
     def __post_init__(self) -> None:
         self.white = [a for a in self.attacks if a.bounded and a.name in WHITE_BOX]
@@ -312,7 +312,7 @@ class AuditContext(AuditTask):
     def wrong(
         self, x_adv: Tensor, *names: str | int, rows: Tensor | None = None, model: nn.Module | None = None
     ) -> Float[np.ndarray, " r"]:
-        """Share of draws in which the true model (or `model`) misclassifies each point."""
+        """Share of draws in which the audited model (or `model`) misclassifies each point."""
         y = self.y if rows is None else self.y[rows]
         if not len(y):
             return np.zeros(0)

@@ -6,13 +6,13 @@ the noise, d a direction and g what autograd returns:
     a = (L(x + h·d) − L(x − h·d)) / 2h,      b = ⟨g(x), d⟩,      slope = Σ ab / Σ b²
 
 The loss is the margin: the cross-entropy of a few misclassified images would outweigh that of all others.
-With a slope of 1 the gradient is the loss's; with one of 1.3 the loss changes by three tenths more than the gradient
-predicts; with b = 0 and a ≠ 0 the gradient is blocked. Each draw of the noise is the same on both sides of the
+With a slope of 1 the gradient is that of the loss; with one of 1.3 the loss changes by three tenths more than the
+gradient predicts; with b = 0 and a ≠ 0 the gradient is blocked. Each draw of the noise is the same on both sides of the
 difference and in b.
 
-A loss that is bent within h moves a away from b too. There b is averaged over the segment from x − h·d to x + h·d
-(Gauss–Legendre, 3 points): for a differentiable loss that average equals a, however bent it is (the fundamental
-theorem of calculus), and for a masked gradient it does not.
+If the loss is curved within h, a differs from b too. In that case b is averaged over the segment from x − h·d to
+x + h·d (Gauss–Legendre, 3 points). For a differentiable loss that average equals a, however curved the loss is (the
+fundamental theorem of calculus); for a masked gradient it does not.
 """
 
 import copy
@@ -221,7 +221,7 @@ class Blocking:
     before: str | None
     """If it is what the module itself does, not a layer inside: the first layer behind, from which all is well."""
     keeps_shape: bool
-    """Whether it gives a tensor of the shape it takes, so that a straight-through gradient fits."""
+    """Whether its output has the shape of its input, so that a straight-through gradient fits."""
     after: str | None = None
     """If it is what the module itself does: the last layer, if the gradient is still wrong at its output."""
     softmax: bool = False
@@ -240,7 +240,7 @@ class Blocking:
 
 @dataclass
 class _Call:
-    """The first call of a module: what it was given and returned, and the name of the module that called it."""
+    """The first call of a module: its input, its output, and the name of the module that called it."""
 
     name: str
     module: nn.Module
@@ -297,7 +297,7 @@ def blocking(probe: _Probe, on_progress: Callable[[str], None]) -> Blocking:
             break
         call = inside
     if isinstance(call.module, AFFINE):
-        # Its derivative is exact: what is found there is bent, or lost, behind it.
+        # Its derivative is exact, so the gradient is lost, or the loss curved, behind it.
         return Blocking("", kind, None, False, call.name)
     assert call.given is not None and call.returned is not None
     before = None if right_from is None else right_from.name
@@ -420,21 +420,21 @@ _SILENT = (
 def gradient(ctx: AuditContext) -> Finding:
     """Slope of central differences on autograd's derivative, at points from which attacks start."""
     found = compare(ctx)
-    bent: list[Slope] = []
+    averaged: list[Slope] = []
     suspicious = _consecutive(found)
     if suspicious and not all(f.blocked for f in found):
-        ctx.on_progress("again, with the derivative averaged along the way")
-        bent = compare(ctx, along=True)
-        suspicious = _consecutive(bent)
-    decisive = bent or found
+        ctx.on_progress("again, with the derivative averaged over the segment")
+        averaged = compare(ctx, along=True)
+        suspicious = _consecutive(averaged)
+    decisive = averaged or found
     outside = [f for f in decisive if f.outside(WITHIN)]
     one = outside[0] if suspicious else decisive[0]
-    reason, details = f"{_in_words(one)} on {len(ctx.x)} images", _details(found, bent)
+    reason, details = f"{_in_words(one)} on {len(ctx.x)} images", _details(found, averaged)
     if all(f.silent for f in found):
         reason = "the loss does not change at all within 4/255 of the images, so there is nothing to compare"
         return Finding(None, "inconclusive", reason, _SILENT, details=details)
     if outside and not suspicious:
-        reason += f"; outside at {' and '.join(map(_distance, outside))} alone, as a bent loss may be"
+        reason += f"; outside at {' and '.join(map(_distance, outside))} alone, as for a curved loss"
     x, y = (batch[: min(LEAST, ctx.batch_size)] for batch in (_starts(ctx, 0), ctx.y))
     probe = _Probe(ctx.model, x, y, draws=min(4, ctx.draws), seed=ctx.seed)
     ending = ending_softmax(probe) if suspicious or one.unclear else None
@@ -491,14 +491,14 @@ def _distance(one: Slope) -> str:
     return f"{round(one.h * 255)}/255"
 
 
-def _details(found: list[Slope], bent: list[Slope]) -> dict[str, Any]:
+def _details(found: list[Slope], averaged: list[Slope]) -> dict[str, Any]:
     pairs = np.stack([found[0].a.ravel(), found[0].b.ravel()], axis=1)
     details: dict[str, Any] = {
         "points": [f.to_dict() for f in found],
         "pairs": [[float(a), float(b)] for a, b in pairs[:: max(1, len(pairs) // SHOWN)]],
         "pairs_h": found[0].h,
     }
-    return details | ({"along": [f.to_dict() for f in bent]} if bent else {})
+    return details | ({"along": [f.to_dict() for f in averaged]} if averaged else {})
 
 
 def _flagged(ctx: AuditContext, finding: Finding, probe: _Probe, ending: Blocking | None) -> Finding:

@@ -174,7 +174,7 @@ def incomplete(ctx: AuditContext) -> Finding:
 def progress_at_end(path: Trace) -> tuple[float, list[float], int]:
     """Share of the gained loss that came in the last steps; the mean running best, rescaled to [0, 1]; images.
 
-    Of images that the search never broke in every draw: the attack stops at others, and their path ends by success.
+    Only images that the search never broke in every draw count: the attack stops at the others when it succeeds.
     """
     loss = path.loss[path.broken < 1]
     if loss.size:

@@ -142,7 +142,7 @@ class _Reseeded(nn.Module):
 
 
 def _measure_reseeded(ctx: AuditContext, seed: int) -> tuple[Points, Points]:
-    """Of a model whose noise is not GSeM's, under PGD."""
+    """The accuracy of a model whose noise is not GSeM's, under PGD with the noise frozen."""
     known = _Reseeded(ctx.model, seed)
     step, steps = ctx.eps / 4, ctx.options(ctx.primary_attack).get("steps", 20)
     found = []

@@ -33,7 +33,7 @@ INCIDENTAL = ("torch", "device")
 
 
 class AnotherAudit(ValueError):
-    """What is at a place, finished or not, is something else."""
+    """A file or an unfinished audit at this path belongs to another audit."""
 
 
 def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:
@@ -47,8 +47,8 @@ def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:
     asked = {key: value for key, value in question.items() if key not in INCIDENTAL}
     if other := differences({key: metadata.get(key) for key in asked}, asked):
         raise AnotherAudit(
-            f"{out} is there already, and is an audit of something else. Different are: {'; '.join(other)}. "
-            "Choose another --out, or move it away"
+            f"{out} is there already, and is a different audit. It differs in: {'; '.join(other)}. "
+            "Choose another --out, or move the file away"
         )
 
 
@@ -56,10 +56,10 @@ class Partial(Unfinished):
     """The finished checks of an audit, and the points that several checks look at.
 
     Raises:
-        AnotherAudit: something unfinished of another question is there.
+        AnotherAudit: the folder holds finished checks of another audit.
     """
 
-    what = "something unfinished"
+    what = "an unfinished audit"
     refusal = AnotherAudit
     patterns = ("check-*.json", "*.npz")
 

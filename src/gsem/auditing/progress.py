@@ -26,7 +26,7 @@ class Progress:
 
     check: str
     number: int
-    """Of the check, from 1, of `checks`."""
+    """Number of the check, from 1 to `checks`."""
     checks: int
     doing: str
     """What it does now; empty when it has ended."""
@@ -48,7 +48,7 @@ def attack_passes(ctx: AuditContext, attack: AttackSpec) -> float:
 
 
 def planned(ctx: AuditContext, names: Sequence[str]) -> dict[str, float]:
-    """Passes per image of each check, roughly; 1 of a check that is not listed here.
+    """Passes per image of each check, roughly; 1 for a check that is not listed here.
 
     The first check that needs the audited attacks runs them.
     """

@@ -26,7 +26,7 @@ VERDICTS = {"TRUSTED": "bold green", "SUSPECT": "bold yellow", "INVALID": "bold 
 
 
 def audit_command(console: Console, o: AuditOptions) -> Audit:
-    """Audit, show and save, as the options ask for."""
+    """Audit, show and save, by the options."""
     if o.suite is not None and o.attacks is not None:
         raise ValueError("give --suite or --attacks, not both")
     task = load_task(o)
@@ -76,7 +76,7 @@ def _at_a_free_place(audited: Callable[[Path], Audit], out: Path | None, default
 
 
 class AuditBar(CountingBar):
-    """A bar on a terminal, elsewhere a line now and then; and in any case one for each check that has ended."""
+    """A bar on a terminal, elsewhere a line now and then. Every finished check gets a line of its own."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
         super().__init__(console, 13, clock)

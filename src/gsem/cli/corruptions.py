@@ -13,7 +13,7 @@ from gsem.evaluation.corruptions import AnotherCorruptions, Cell, CorruptionResu
 
 
 def evaluate_corruptions_command(console: Console, o: EvaluateOptions) -> CorruptionResult:
-    """Count, show and save, as the options ask for."""
+    """Measure the accuracy on corrupted images, show and save it, by the options."""
     given = [("--suite", o.suite), ("--attacks", o.attacks), ("--source", o.source or None), ("--data", o.data)]
     if wrong := [name for name, value in given if value is not None]:
         raise ValueError(

@@ -22,7 +22,7 @@ DEFAULT = "clean,pgd:steps=100"
 
 
 def evaluate_command(console: Console, o: EvaluateOptions) -> EvaluationResult | CorruptionResult:
-    """Attack, show and save, as the options ask for; or count right answers on corrupted images."""
+    """Attack, show and save, by the options; or measure the accuracy on corrupted images."""
     if o.corruptions is not None:
         return evaluate_corruptions_command(console, o)
     attacks = _attacks(o)
@@ -72,7 +72,7 @@ def _at_its_place(
     The place is `out`; without it, the first of `default`, `default-2`, … that holds this evaluation or none.
 
     Raises:
-        AnotherQuestion: `out` holds an evaluation of something else.
+        AnotherQuestion: `out` holds a different evaluation.
     """
     for place in [out] if out is not None else numbered(default):
         finished = with_ending(place, ".npz").exists()
@@ -95,7 +95,7 @@ def verify_command(console: Console, o: VerifyOptions) -> None:
         for problem in one.problems:
             console.print(f"  {problem}")
     if problems := sum(len(one.problems) for one in found):
-        raise ValueError(f"{o.result}: {problems} of its claims do not hold (above)")
+        raise ValueError(f"{o.result}: {problems} of its saved figures could not be confirmed (see above)")
     console.print(f"{len(task.y)} images: bounds, labels, distances and accuracies hold")
 
 

@@ -1,4 +1,4 @@
-"""gsem recipes, gsem models and gsem data: what there is."""
+"""gsem recipes, gsem models and gsem data: the lists of recipes, networks and data sets."""
 
 import math
 
@@ -30,14 +30,14 @@ def recipes_command(console: Console, o: NoOptions) -> None:
 
 def models_command(console: Console, o: NoOptions) -> None:
     show_list(console, "model", MODELS)
-    console.print("\nThe paper's names, like GSeMResNet18, are understood too.")
+    console.print("\nThe paper's names, like GSeMResNet18, are accepted too.")
 
 
 def data_command(console: Console, o: DataOptions) -> None:
     if o.data is None:
         show_list(console, "data", DATASETS)
         console.print(
-            "\nA path is a name too: of an image folder, an .npz file, a folder of .npy, parquet or arrow files."
+            "\nA path is accepted too: of an image folder, an .npz file, a folder of .npy, parquet or arrow files."
         )
         return
     source = load(o.data, resize=o.resize)

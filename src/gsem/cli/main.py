@@ -1,6 +1,6 @@
 """The command line: gsem demo | train | evaluate | audit | report | verify | recipes | models | study | data.
 
-The words are read first, which needs neither torch nor scipy; the module of a command is imported when it runs.
+The arguments are parsed first, which needs neither torch nor scipy; the module of a command is imported when it runs.
 """
 
 import os
@@ -36,16 +36,16 @@ from gsem.training.recipe import Recipe
 from gsem.training.recipes import RECIPES
 
 HELP = """\
-gsem: image classifiers trained by gradient semi-masking, measured honestly.
+gsem: train robust image classifiers, attack them, and check the result.
 
 usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help lists its options)
 
   demo       train a small GSeM network on digits, attack it, write a report
   train      train by a recipe:      gsem train gcat --data digits
   evaluate   attack a trained model: gsem evaluate runs/NAME --suite standard
-  audit      is that accuracy real:  gsem audit runs/NAME --quick
-  report     a page for people:      gsem report runs/NAME -o report.html
-  verify     judge saved adversarial examples again
+  audit      check that accuracy:    gsem audit runs/NAME --quick
+  report     write a page on a run:  gsem report runs/NAME -o report.html
+  verify     check saved adversarial examples again
   recipes    list the named recipes, and what they cost
   models     list the networks
   study      compare variants over seeds: gsem study ablation
@@ -58,7 +58,7 @@ usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help lists its options)
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
-# Of each command: what its words become, and the function (console, options) that runs it.
+# For each command: the class of its options, and the function (console, options) that runs it.
 COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoOptions, "gsem.cli.train:demo_command"),
     "train": (TrainOptions, "gsem.cli.train:train_command"),
@@ -75,11 +75,11 @@ RESUMED = ("evaluate", "audit", "study")
 
 
 def read(command: str, words: list[str]) -> Any:
-    """The options of a command, from the words behind its name.
+    """The options of a command, parsed from the arguments after its name.
 
     Raises:
-        ValueError: words that the command does not take, in one line.
-        SystemExit: its help was asked for, and printed.
+        ValueError: arguments that the command does not take; the message is one line.
+        SystemExit: after its help was printed.
     """
     if command not in COMMANDS:
         raise ValueError(unknown("command", command, COMMANDS))

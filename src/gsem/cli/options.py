@@ -59,7 +59,7 @@ T = TypeVar("T")
 def options(kind: type[T]) -> type[T]:
     """A frozen dataclass whose fields are options, each with the text below it as its help.
 
-    What follows "Default:" there is shown as the default, where the value of the field does not show it (None, ()).
+    The text after "Default:" is shown as the default, for fields whose value does not show it (None, ()).
     """
     _help(kind, _CLASSES[kind.__name__])
     return dataclass(frozen=True, kw_only=True)(kind)
@@ -89,7 +89,7 @@ class DeviceOptions:
 
 @options
 class NetworkOptions:
-    """What gsem must know of a network that it did not train."""
+    """How to load a network that gsem did not train."""
 
     normalize: str | None = None
     """Mean and std for a network that takes normalised input: cifar10, cifar100, svhn, imagenet, or MEAN/STD with a
@@ -114,7 +114,7 @@ class DataSourceOptions:
     """Directory of the data sets that have names (cifar10, cifar100, svhn). Default: where gsem downloads them to."""
     resize: int | None = None
     """Bring image files of any sizes of --data to this number of pixels: the shorter side is resized, the centre
-    cropped. Default: all images must have one size; of a run's own data, as in its training."""
+    cropped. Default: all images must have one size; for a run's own data, as in its training."""
 
 
 @options
@@ -123,9 +123,9 @@ class ModelOptions:
 
     model: Positional[str] = ""
     """A run directory, a .safetensors checkpoint, a published .pt, package.module:function, or timm:NAME with timm's
-    pretrained weights. Default: --model."""
+    pretrained weights. Default: none; it may be given as --model."""
     named_model: Annotated[str, tyro.conf.arg(name="model")] = ""
-    """The same as MODEL, as an option. Default: MODEL."""
+    """The same as MODEL, as an option. Default: none."""
     suite: str | None = None
     """A named list of attacks: quick, standard (AutoAttack), paper (its five attacks), or paper-code (the budgets that
     its code ran). Default: none."""
@@ -136,11 +136,11 @@ class ModelOptions:
 
 @options
 class ThreatOptions:
-    """The images that are attacked, how far, and how."""
+    """The images that are attacked, and the threat model."""
 
     images: int | None = None
     subset: Literal["balanced", "first"] = "balanced"
-    """The images that --images takes: as many of each class, always the same ones, or the first ones."""
+    """Which images --images takes: a fixed choice with equally many of each class (balanced), or the first ones."""
     eps: float | None = None
     """Radius of the threat model in pixels of [0, 1], like 8/255. Default: the run's own for Linf, 0.5 for L2."""
     norm: Literal["Linf", "L2"] = "Linf"
@@ -169,7 +169,7 @@ class EvaluateOptions(TaskOptions):
     """
 
     attacks: str | None = None
-    """Attacks instead of a suite, with commas between and options behind colons, like
+    """Attacks instead of a suite, separated by commas, with options after colons, like
     clean,pgd:steps=500:eot=20,apgd:loss=dlr,apgd:targets=9,cw,fab:targets=9,square,rays,transfer,autoattack. Default:
     clean,pgd:steps=100."""
     images: int | None = None
@@ -182,7 +182,7 @@ class EvaluateOptions(TaskOptions):
     """The result is written to OUT.json and OUT.npz. Default: RUN/evaluation, or evaluation here; with a number behind
     it where another evaluation is."""
     again: bool = False
-    """Compute an evaluation anew that is finished already, instead of showing its table."""
+    """Compute a finished evaluation again, instead of showing its saved table."""
     save_adv: bool = False
     """Keep the adversarial examples in the .npz."""
     corruptions: Path | None = None
@@ -198,18 +198,18 @@ class AuditOptions(TaskOptions):
     """
 
     attacks: str | None = None
-    """The audited attacks instead of a suite, with commas between, like pgd:steps=100,apgd:targets=9. Default: APGD on
+    """The audited attacks instead of a suite, separated by commas, like pgd:steps=100,apgd:targets=9. Default: APGD on
     cross-entropy, on the margin and towards nine targets."""
     images: int | None = None
     """Number of test images. Default: 500, with --quick 128."""
     draws: int | None = None
     """Scoring draws of the noise for each image and attack. Default: 100, with --quick 20."""
     only: str | None = None
-    """Run only these checks, with commas between: randomness, gradient, unavailable, unstable, silent_success,
+    """Run only these checks, separated by commas: randomness, gradient, unavailable, unstable, silent_success,
     incomplete, transfer, unconstrained, binarization, sweeps, blackbox, noise. Default: all."""
     quick: bool = False
     """Take fewer images, steps, draws and queries: minutes on a CPU for a small network. Numbers that are given as
-    options stay as they are."""
+    options take precedence."""
     surrogate: str | None = None
     """A model (as MODEL) whose gradient the attacks follow. Default: the audited model."""
     gradient: Literal["corrected", "semi-masked"] | None = None
@@ -225,7 +225,7 @@ class AuditOptions(TaskOptions):
 
 @options
 class VerifyOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
-    """Judge saved adversarial examples again: bounds, labels, fresh draws."""
+    """Check saved adversarial examples again: bounds, labels, accuracy on fresh draws."""
 
     result: Positional[str]
     """The .npz of gsem evaluate --save-adv."""
@@ -246,8 +246,8 @@ class ReportOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
     """
 
     run: Positional[tuple[str, ...]]
-    """Run directories, or the .npz of single evaluations. Of a directory, the latest evaluation and the latest whole
-    audit are shown. Default: none; give one or more."""
+    """Run directories, or the .npz of single evaluations. For a directory, the latest evaluation and the latest
+    complete audit are shown. Default: none; give one or more."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write: .html, .md (Markdown) or .json (a card with RobustBench's field names). Default: RUN/report.html;
     report.html here for evaluations and for several runs."""
@@ -276,7 +276,7 @@ class TrainOptions(DeviceOptions):
     out: Path | None = None
     """Run directory. Default: runs/RECIPE-DATA-MODEL-seedN."""
     config: Path | None = None
-    """Recipe to start from: a .toml file, a run directory or its recipe.json. Options win over it. Default: RECIPE."""
+    """Recipe to start from: a .toml file, a run directory or its recipe.json. Options override it. Default: RECIPE."""
     print_config: bool = False
     """Print the recipe as a .toml file for --config, and do not train."""
     resume: Path | None = None
@@ -298,7 +298,7 @@ STUDIES = ("ablation", "recipes")
 class StudyOptions(DeviceOptions):
     """Train and evaluate variants over seeds: gsem study [ablation | recipes].
 
-    The ablation takes GSeM apart; recipes trains every named recipe.
+    The ablation removes parts of GSeM; recipes trains every named recipe.
 
     With --epochs, every schedule is scaled to it. A stopped study resumes.
     """
@@ -308,14 +308,14 @@ class StudyOptions(DeviceOptions):
     seeds: int = 3
     """Trainings of each variant."""
     only: str | None = None
-    """Names of variants with commas between, as the table shows them. Default: all variants."""
+    """Names of variants as in the table, separated by commas. Default: all variants."""
     passes: float | None = None
     """For gsem study recipes: each recipe gets the epochs, at least one, that bring its attack and training passes per
-    image nearest to this number. Default: as many epochs for each."""
+    image nearest to this number. Default: the same number of epochs for each."""
     attacks: str = "clean,pgd:steps=50"
-    """Attacks of the test, with commas between and options behind colons."""
+    """Attacks of the test, separated by commas, with options after colons."""
     images: int | None = None
-    """Number of test images, from the first. Default: all."""
+    """Number of test images; the first ones are taken. Default: all."""
     test_data: str | None = None
     """The data whose test images are used. Default: those of --data."""
     out: Path | None = None

@@ -31,7 +31,7 @@ from gsem.training.trainer import train
 DATASETS = ("cifar10", "cifar100", "svhn")
 
 
-def truth(name: str, word: str) -> bool:
+def parse_bool(name: str, word: str) -> bool:
     """A boolean option that can be false.
 
     Raises:
@@ -71,7 +71,7 @@ def recipe_of(options: TrainOptions, published: str) -> Recipe:
         milestones=milestones,
         epochs=o.epochs,
         rounds=o.reload,
-        precision="fp16" if truth("use_amp", o.use_amp) else "float32",
+        precision="fp16" if parse_bool("use_amp", o.use_amp) else "float32",
         levels=o.alpha,
         noise=o.beta,
         draws=o.gra_eot_num,

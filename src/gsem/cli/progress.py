@@ -41,7 +41,7 @@ class ProgressBar:
 
 
 class TrainingBar(ProgressBar):
-    """A bar on a terminal, and in any case one line for each epoch."""
+    """A bar on a terminal, and one line for each epoch everywhere."""
 
     def __init__(self, console: Console):
         super().__init__(

@@ -13,7 +13,7 @@ from gsem.reporting.report import report
 
 
 def report_command(console: Console, o: ReportOptions) -> None:
-    """Write the page, and what else is asked for."""
+    """Write the page and the other files that the options name."""
     if not o.run:
         raise ValueError("give at least one RUN: gsem report runs/NAME (gsem report --help lists the options)")
     for run in map(Path, o.run):

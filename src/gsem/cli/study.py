@@ -52,7 +52,7 @@ def study_command(console: Console, o: StudyOptions) -> None:
 
 def _variants(base: Recipe, o: StudyOptions) -> list[Variant]:
     if o.passes is not None and o.study != "recipes":
-        raise ValueError("--passes belongs to gsem study recipes: the ablation's variants cost the same")
+        raise ValueError("--passes is an option of gsem study recipes only: the variants of the ablation cost the same")
     if o.passes is not None and not o.passes > 0:
         raise ValueError(f"--passes must be positive, not {o.passes:g}")
     variants = {v.name: v for v in (recipes(base, o.passes) if o.study == "recipes" else ablation(base))}

@@ -24,7 +24,7 @@ AUDIT_SECONDS = 3.5
 
 def train_command(console: Console, o: TrainOptions) -> None:
     """Train, or resume a run, and print its best epoch."""
-    # (A run may be of a network that was passed in Python, whose name leads to none.)
+    # (The network of a run may have been passed in Python, and cannot be found by its name.)
     recipe = o.recipe if o.resume is not None else replace(o.recipe, model=named(o.recipe.model))
     if o.print_config:
         console.print(recipe.to_toml(), end="", soft_wrap=True)
@@ -62,7 +62,7 @@ def _run(console: Console, o: TrainOptions, *, resume: bool) -> Run:
             command = command_line("train", resume=str(stopped))
             raise stopped.kind(f"stopped; saved. Resume with: {command}") from None
     if not begun:
-        console.print("this training is finished: nothing is left to train")
+        console.print("this training is already finished")
     return run
 
 

@@ -45,8 +45,7 @@ def from_arrays(
     part = _split(x, y, "")
     others = None if test is None else _split(*test, "test ")
     description = f"{kind_of(x)} and {kind_of(y)} in memory"
-    how: dict[str, Any] = {"eps": eps, "name": name, "flip": flip, "hold": hold}
-    return in_memory(part, others, classes, description, **how)
+    return in_memory(part, others, classes, description, eps=eps, name=name, flip=flip, hold=hold)
 
 
 def in_memory(

@@ -1,4 +1,4 @@
-"""Batched augmentation of uint8 images, on the device they lie on."""
+"""Batched augmentation of uint8 images, on their device."""
 
 import math
 
@@ -176,7 +176,7 @@ def crop_resize(
 
 
 def _between(corner: Tensor, size: Tensor, n: int) -> tuple[Int64[Tensor, "2 b n"], Float32[Tensor, "b n"]]:
-    """Of each of n pixels of the result: the two pixels of the image that it lies between, and how near the second."""
+    """For each of n pixels of the result: the two pixels of the image around it, and the weight of the second."""
     at = (torch.arange(n, device=size.device) + 0.5) * (size[:, None] / n) - 0.5
     at = at.clamp_(min=0)
     first = at.long()

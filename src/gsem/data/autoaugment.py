@@ -1,4 +1,4 @@
-"""AutoAugment's CIFAR-10 policy and Cutout: batched, on uint8 images, on the device they lie on.
+"""AutoAugment's CIFAR-10 policy and Cutout: batched, for uint8 images, on their device.
 
 Every operation means what the same operation of Pillow means, level by level: the policy was searched with
 Pillow, and published results rest on its truncations. Magnitudes are one value per image, [n].
@@ -209,7 +209,7 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 }
 
 # (operation, probability, level 0 … 9) twice, from Cubuk et al. 2019, as torchvision ships it too. Operations
-# that have no magnitude stand at level 0.
+# that have no magnitude have level 0.
 POLICY = (
     (("invert", 0.1, 0), ("contrast", 0.2, 6)),
     (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),

@@ -18,7 +18,7 @@ Batch: TypeAlias = tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]
 
 @runtime_checkable
 class Batches(Protocol):
-    """Training images as batches on the device. Which rows a batch holds is for the caller to say."""
+    """Training images as batches on the device. The caller chooses the rows of each batch."""
 
     def __len__(self) -> int:
         """How many images there are."""

@@ -1,4 +1,4 @@
-"""Test sets of corrupted images: CIFAR-10-C, CIFAR-100-C, ImageNet-C and what is laid out like them.
+"""Test sets of corrupted images: CIFAR-10-C, CIFAR-100-C, ImageNet-C, and others with the same layout.
 
 Source: D. Hendrycks, T. Dietterich, Benchmarking neural network robustness to common corruptions and perturbations,
 ICLR 2019.
@@ -19,7 +19,7 @@ EXTRA = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
 """Published for validation, and not part of the usual mean over 15 corruptions."""
 
 Corruptions = dict[tuple[str, int], Split]
-"""Of each corruption and severity (from 1) the images, still unread, and their labels."""
+"""For each corruption and severity (from 1): the images, still unread, and their labels."""
 
 
 def load_corruptions(

@@ -19,7 +19,7 @@ of 224 × 224. That leaves most of a usual GPU's memory to the network, and most
 class Split:
     """Images and their labels: `x` in 0 … 255, `y` in 0 … classes − 1.
 
-    Of a large set `x` is no tensor but `Images`, of which `x[rows]` reads some rows into a tensor.
+    In a large set `x` is not a tensor but `Images`; `x[rows]` reads some rows into a tensor.
     """
 
     x: UInt8[Tensor, "n c h w"] | Images

@@ -95,7 +95,7 @@ def pixels(image: Image.Image, layout: Layout) -> np.ndarray:
         raise ValueError(f"it is in colour (mode {image.mode}), while all training images are grey")
     mode = "L" if layout.channels == 1 else "RGB"
     if image.mode != mode:
-        # A palette with transparency wants the detour, or Pillow warns.
+        # A palette with transparency goes through RGBA, or Pillow warns.
         image = image.convert("RGBA").convert(mode) if "transparency" in image.info else image.convert(mode)
     if layout.resize is not None:
         image = _resized(image, layout.resize)

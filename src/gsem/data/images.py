@@ -1,4 +1,4 @@
-"""Images that are read when they are asked for: what takes the place of a tensor where a set is too large for one."""
+"""Images that are read from disk on access, instead of a tensor, for data sets too large for memory."""
 
 import os
 from abc import ABC, abstractmethod
@@ -70,7 +70,7 @@ def numbers(rows: Rows, n: int) -> Tensor:
 def in_threads(
     read: Callable[[Sequence[int]], Tensor], rows: Sequence[int], shape: tuple[int, ...]
 ) -> UInt8[Tensor, "n c h w"]:
-    """`read` of all the rows, in threads where the images are large. Of several errors the first row's is raised."""
+    """Read all the rows, in threads where the images are large. If several fail, the error of the first is raised."""
     x = torch.empty((len(rows), *shape), dtype=torch.uint8)
 
     def fill(start: int) -> None:

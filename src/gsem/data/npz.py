@@ -62,8 +62,8 @@ def npz_file(path: str | Path) -> Dataset:
     ignored = sorted(set(keys) - {f"{x}_{part}" for part in parts for x in "xy"} - {"classes"})
     if ignored:
         warnings.warn(
-            f"{path}: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} not used; what is used is called "
-            "x_train, y_train, x_test, y_test and classes",
+            f"{path}: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} not used; arrays must be called "
+            "x_train, y_train, x_test, y_test or classes",
             stacklevel=2,
         )
     main = parts[0]

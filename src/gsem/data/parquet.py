@@ -1,4 +1,4 @@
-"""Data sets in parquet or arrow files, as Hugging Face spreads them; read by pyarrow, if it is installed."""
+"""Data sets in parquet or arrow files, as Hugging Face publishes them; pyarrow reads them, if it is installed."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from gsem.data.decode import GREY, Layout, decoded, layout_of, opened
 from gsem.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, column
 from gsem.data.images import DamagedImage, Images, in_threads, stacked
 
-DESCRIPTION = "parquet or arrow files with a column of images and one of labels, as Hugging Face spreads data sets"
+DESCRIPTION = "parquet or arrow files with a column of images and one of labels, as Hugging Face publishes data sets"
 
 _PARTS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # the first that is there
 _LOOKED_AT = 64  # images that decide whether all are grey
@@ -131,7 +131,7 @@ def _schema(file: Path) -> Any:
 
 
 def _arrow_reader(mapped: Any) -> Any:
-    """Of both kinds of arrow file: with and without a list of its batches at its end."""
+    """A reader for both kinds of arrow file: with and without a list of the batches at the end."""
     pa = _pyarrow()
     try:
         return pa.ipc.open_stream(mapped)
@@ -185,7 +185,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _contents(array: Any, file: Path, first: int) -> list[bytes | np.ndarray]:
-    """Of each row its encoded bytes, or its pixels [c, h, w].
+    """The encoded bytes of each row, or its pixels [c, h, w].
 
     Raises:
         DamagedImage: a row has no bytes, or its list is no image.
@@ -195,7 +195,7 @@ def _contents(array: Any, file: Path, first: int) -> list[bytes | np.ndarray]:
         value = value.get("bytes") if isinstance(value, dict) else value
         name = f"{file}: row {first + i}"
         if value is None:
-            raise DamagedImage(f"{name} has no bytes of an image (a path alone does not lead to it)")
+            raise DamagedImage(f"{name} has no bytes of an image (a path alone is not enough)")
         found.append(value if isinstance(value, bytes) else _listed_pixels(value, name))
     return found
 

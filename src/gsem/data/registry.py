@@ -35,9 +35,9 @@ def _at(root: Path | None, name: str) -> Path:
 # A data set is one entry: its description, and the function from the given root (or None) to the `Dataset`.
 _ENTRIES = {
     "digits": _Entry(digits.DESCRIPTION, lambda root: digits.digits()),
-    "folder": _Entry(folder.DESCRIPTION, lambda root, **how: folder.image_folder(_at(root, "folder"), **how)),
+    "folder": _Entry(folder.DESCRIPTION, lambda root, **options: folder.image_folder(_at(root, "folder"), **options)),
     "npz": _Entry(npz.DESCRIPTION, lambda root: npz.npz_file(_at(root, "npz"))),
-    "parquet": _Entry(parquet.DESCRIPTION, lambda root, **how: parquet.parquet(_at(root, "parquet"), **how)),
+    "parquet": _Entry(parquet.DESCRIPTION, lambda root, **options: parquet.parquet(_at(root, "parquet"), **options)),
     "cifar10": _Entry(cifar.DESCRIPTION_10, cifar.cifar10),
     "cifar100": _Entry(cifar.DESCRIPTION_100, cifar.cifar100),
     "svhn": _Entry(svhn.DESCRIPTION, svhn.svhn),
@@ -68,8 +68,8 @@ def load(
     kind, path = _kind(name, root)
     if resize is not None and kind not in _RESIZED:
         raise ValueError(f"resize is for image files of any size; {name} holds arrays of one size")
-    how = {"resize": resize} if kind in _RESIZED else {}
-    return replace(_ENTRIES[kind].read(path, **how), hold=hold)
+    options = {"resize": resize} if kind in _RESIZED else {}
+    return replace(_ENTRIES[kind].read(path, **options), hold=hold)
 
 
 def as_dataset(data: Any) -> Dataset:

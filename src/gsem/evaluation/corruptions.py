@@ -21,7 +21,7 @@ from gsem.rng import derive_seed
 
 
 class AnotherCorruptions(ValueError):
-    """A file holds accuracies of another model, of other images or draws, or something else."""
+    """A file holds accuracies of another model, other images or other draws, or no accuracies."""
 
 
 class Cell(NamedTuple):
@@ -41,10 +41,10 @@ class CorruptionResult:
 
     cells: tuple[Cell, ...]
     metadata: dict[str, Any]
-    """What was asked: fingerprints of the model and of the images, draws, seed."""
+    """Fingerprints of the model and of the images, draws, seed."""
 
     def by_corruption(self) -> dict[str, float]:
-        """Of each corruption the mean accuracy over its severities."""
+        """For each corruption, the mean accuracy over its severities."""
         names = dict.fromkeys(cell.corruption for cell in self.cells)
         return {name: mean(c.accuracy for c in self.cells if c.corruption == name) for name in names}
 
@@ -101,14 +101,14 @@ def evaluate_corruptions(
     Args:
         model: a classifier of images in [0, 1], on `device`.
         corruptions: of `gsem.data.load_corruptions`; the images are read in batches.
-        images: how many of each cell, class-balanced and the same in each; default: all.
-        draws: of a stochastic model's noise, for each image; a deterministic model is asked once.
-        save: a JSON file. It is written after every cell; one that holds the same question is completed.
+        images: number of images for each corruption and severity, class-balanced and the same everywhere; default: all.
+        draws: of a stochastic model's noise, for each image; a deterministic model takes one.
+        save: a JSON file. It is written after every cell; a partial file of the same evaluation is completed.
         about: what else its metadata hold.
         on_progress: called with each new cell.
 
     Raises:
-        AnotherCorruptions: `save` holds something else.
+        AnotherCorruptions: `save` is the file of another evaluation, or of none.
         ValueError: there are no corruptions, draws or images are below 1, an image is damaged, or a logit is not
             finite.
     """
@@ -155,10 +155,10 @@ def _sample(x: Any, y: Tensor) -> str:
 
 
 def _finished(path: Path | None, metadata: dict[str, Any]) -> dict[tuple[str, int], Cell]:
-    """The cells of a file that asks the same; none if there is no file.
+    """The cells of a file of the same evaluation; none if there is no file.
 
     Raises:
-        AnotherCorruptions: the file holds something else.
+        AnotherCorruptions: it is the file of another evaluation, or of none.
     """
     if path is None or not path.exists():
         return {}
@@ -167,12 +167,10 @@ def _finished(path: Path | None, metadata: dict[str, Any]) -> dict[tuple[str, in
         then = {key: found["metadata"][key] for key in metadata}
         cells = [Cell(**cell) for cell in found["cells"]]
     except (ValueError, KeyError, TypeError):
-        raise AnotherCorruptions(
-            f"{path} holds something else than accuracies under corruptions: choose another file"
-        ) from None
+        raise AnotherCorruptions(f"{path} holds no accuracies under corruptions: choose another file") from None
     if then != metadata:
         other = ", ".join(key.replace("_", " ") for key in metadata if then[key] != metadata[key])
-        raise AnotherCorruptions(f"{path} holds an evaluation of something else (other {other}): choose another file")
+        raise AnotherCorruptions(f"{path} holds a different evaluation (different {other}): choose another file")
     return {(cell.corruption, cell.severity): cell for cell in cells}
 
 

@@ -1,4 +1,4 @@
-"""Finished batches on disk, so that an interrupted evaluation resumes; and saved results of the same question."""
+"""Resuming an evaluation: finished batches on disk, and saved results, for the same model, images and arguments."""
 
 import json
 import shutil
@@ -31,12 +31,12 @@ _WORDS = {
 
 
 def question(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides a result, from its metadata."""
+    """The part of the metadata that decides the result: model, images, attacks, eps, seed and so on."""
     return {key: metadata[key] for key in QUESTION if key in metadata}
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In what two questions differ, in words."""
+    """The differences of two questions, in words."""
     former, now = _plain(former), _plain(now)
     found = []
     for key in dict.fromkeys([*now, *former]):
@@ -76,13 +76,13 @@ class Unfinished:
             touched, unless nothing in it is finished.
 
     Raises:
-        ValueError (`refusal`): something unfinished of another question is there.
+        ValueError (`refusal`): the folder holds finished parts of another question.
     """
 
     what = "an unfinished evaluation"
     refusal: type[ValueError] = ValueError
     patterns: tuple[str, ...] = ("*.npz",)
-    """Of the files that hold finished parts."""
+    """Glob patterns of the files that hold finished parts."""
 
     def __init__(self, path: str | Path, question: Mapping[str, Any]):
         self.folder = with_ending(path, ".unfinished")
@@ -92,8 +92,8 @@ class Unfinished:
             self.discard()
         elif other := differences(json.loads(file.read_text()), question):
             raise self.refusal(
-                f"{self.folder} holds {self.what} in which other things were asked. Different are: "
-                f"{'; '.join(other)}. Repeat that command to finish it, choose another --out, or delete the folder"
+                f"{self.folder} holds {self.what} with other inputs. It differs in: {'; '.join(other)}. "
+                "Repeat that command to finish it, choose another --out, or delete the folder"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(question, indent=2).encode())
@@ -140,12 +140,12 @@ class FinishedBatches(Unfinished):
 
 
 class AnotherQuestion(ValueError):
-    """The result that is saved at a place is one of something else."""
+    """The result that is saved at this path has another model, other images or other arguments."""
 
     def __init__(self, out: Path, different: list[str]):
         super().__init__(
-            f"{with_ending(out, '.npz')} is there already, and is an evaluation of something else. Different are: "
-            f"{'; '.join(different)}. Choose another --out, or move it away"
+            f"{with_ending(out, '.npz')} is there already, and is a different evaluation. It differs in: "
+            f"{'; '.join(different)}. Choose another --out, or move the file away"
         )
 
 
@@ -155,7 +155,9 @@ def refuse_to_overwrite(out: str | Path, asked: Mapping[str, Any]) -> None:
     if metadata is None:
         return
     other = (
-        differences(question(metadata), asked) if "fingerprint" in metadata else ["it does not record what it is of"]
+        differences(question(metadata), asked)
+        if "fingerprint" in metadata
+        else ["the model and the images, which it does not record"]
     )
     if other:
         raise AnotherQuestion(Path(out), other)
@@ -167,10 +169,10 @@ def saved_result(
     """The result of this question that is saved at `out`, if there is one.
 
     Args:
-        rows: of the images in their data set, where the caller gave them.
+        rows: the rows of the images in their data set, where the caller gave them.
 
     Raises:
-        AnotherQuestion: the result there is one of something else.
+        AnotherQuestion: the result there has another question.
     """
     refuse_to_overwrite(out, asked)
     if not with_ending(out, ".npz").exists():
@@ -187,7 +189,7 @@ def computed(
     """The result of `scored`, with its finished batches beside `out` meanwhile, saved there.
 
     Raises:
-        AnotherQuestion: a result of something else is there. Locked: another process evaluates into `out`.
+        AnotherQuestion: the result there has another question. Locked: another process evaluates into `out`.
     """
     out = with_ending(out, "")
     out.parent.mkdir(parents=True, exist_ok=True)

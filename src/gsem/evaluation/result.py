@@ -44,7 +44,7 @@ class AttackScores:
     selection: Int[np.ndarray, " n"]
     """Selection draws in which it was still classified as its label: by them the worst attack is chosen."""
     single: Bool[np.ndarray, "n 2"]
-    """Whether it was right in the first selection draw and in the first scoring draw: the published judgement."""
+    """Whether it was right in the first selection and the first scoring draw, as the released evaluation counts it."""
     linf: Float[np.ndarray, " n"]
     l2: Float[np.ndarray, " n"]
     forwards: int
@@ -67,7 +67,7 @@ FIELDS = ("forwards", "gradients", "seconds", "noise", "bounded")
 
 @dataclass(frozen=True, repr=False)
 class EvaluationResult:
-    """An evaluation: for each attack, per image, how many scoring draws stayed right. `print(result)` is a table."""
+    """An evaluation: for each attack and image, the number of correct scoring draws. `print(result)` is a table."""
 
     scores: list[AttackScores]
     y: Int[np.ndarray, " n"]
@@ -89,7 +89,7 @@ class EvaluationResult:
         return [*(s.name for s in self.scores), *(attack_name("worst", noise) for noise in NOISES if noise in modes)]
 
     def __getitem__(self, name: str) -> AttackScores:
-        """Of an attack by its name (`apgd100-eot20`, `apgd100-eot1@frozen`), or of a worst case (`worst@off`)."""
+        """The scores of an attack (`pgd100-eot20`, `pgd100-eot1@frozen`) or of a worst case (`worst`, `worst@off`)."""
         if name not in self.names:
             raise KeyError(f"no attack {name!r} in this result: {', '.join(self.names)}")
         for scores in self.scores:
@@ -137,7 +137,7 @@ class EvaluationResult:
         return None if values is None else self._interval(values)
 
     def persistent(self, name: str, sends: int) -> Interval | None:
-        """Accuracy against someone who sends the image `sends` times and needs one error: C(c, N) / C(m, N).
+        """Accuracy against an attacker who sends the image N = `sends` times and needs one error: C(c, N) / C(m, N).
 
         Unbiased, where (c/m)^N is not. None with fewer scoring draws than that of a stochastic model."""
         values = self._values(name, f"persistent{sends}")
@@ -166,7 +166,7 @@ class EvaluationResult:
         """The accuracy that the released evaluation would have printed for these points.
 
         Whether the attack succeeded, and the score, are each one draw; an image on which it did not succeed is
-        scored as its clean self. Not an estimate of robustness: printed beside the honest figure, labelled.
+        scored as its clean image. It is no estimate of robustness, and is labelled so where it is printed.
         """
         attacked, clean = self[name].single, self["clean"].single
         return self._interval(np.where(attacked[:, 0], clean[:, 1], attacked[:, 1]).astype(float))
@@ -236,7 +236,7 @@ class EvaluationResult:
 
 
 def saved_metadata(path: str | Path) -> dict[str, Any] | None:
-    """The metadata of the result saved there, {} of a file that holds none; None where there is no file."""
+    """The metadata of the result saved there; {} if the file holds none, None if there is no file."""
     file = with_ending(path, ".npz")
     if not file.exists():
         return None

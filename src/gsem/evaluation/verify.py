@@ -23,7 +23,7 @@ CHANCE = 1e-3
 
 @dataclass(frozen=True)
 class Verified:
-    """One attack's examples, judged again."""
+    """The check of one attack's adversarial examples."""
 
     name: str
     saved: float
@@ -44,11 +44,11 @@ def verify(
     draws: int = 100,
     seed: int = 1,
 ) -> list[Verified]:
-    """Judge the adversarial examples of a result again, on draws that the evaluation has not used.
+    """Check the adversarial examples of a result again, on draws that the evaluation has not used.
 
-    Checked for each attack: the points lie in [0, 1] and, of bounded attacks, within eps of `x`; the distances are
+    Checked for each attack: the points lie in [0, 1] and, for bounded attacks, within eps of `x`; the distances are
     those saved; the images are those of the result (labels, and clean points equal to x); the expected accuracy on
-    fresh draws is the saved one, but for chance.
+    fresh draws differs from the saved one by no more than chance explains.
 
     Args:
         result: of `evaluate(..., save_adv=True)`, loaded or not.

@@ -56,14 +56,14 @@ class PlainLayout(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a training asks of its network."""
+    """The network that a training needs: its name or the network itself, its settings, and the shape of its input."""
 
     name: str
     """A key of `MODELS`, `package.module:function`, or `timm:NAME`; for one that is given, what to call it."""
     given: Network | None = None
     """Passed in Python, instead of the name."""
     shape: tuple[int, int, int]
-    """Of the images, [c, h, w]."""
+    """Shape of the images, [c, h, w]."""
     num_classes: int
     levels: int = 6
     noise: int = 4
@@ -130,7 +130,7 @@ def rebuild_network(
     """The network that `build_network` described, with weights that are yet to be loaded.
 
     Args:
-        given: the network or its factory, where the name leads to none; it is copied.
+        given: the network or its factory, where it cannot be found by its name; it is copied.
         run: what to call the run in messages.
 
     Raises:
@@ -163,8 +163,8 @@ def rebuild_network(
     if given is None and not (same and own.get("source", {}).get("hash") == source.get("hash")):
         changed = "" if same else ", and its modules or settings differ"
         warnings.warn(
-            f"the source of {described['name']!r} changed since {run} began{changed}: the network is built by what is "
-            f"there now, {source.get('file', 'gsem')}",
+            f"the source of {described['name']!r} changed since {run} began{changed}: the network is built from the "
+            f"present source, {source.get('file', 'gsem')}",
             stacklevel=3,
         )
     return network
@@ -174,8 +174,8 @@ def check_named(described: Mapping[str, Any], run: str | Path) -> None:
     """Raise a ValueError if the network of a run was passed in Python, and must be passed again."""
     if described.get("own", {}).get("kind") == "object":
         raise ValueError(
-            f"{run} was trained on a network that was passed in Python ({described['name']}), which no name leads to: "
-            f"give the network, gsem.load_model({str(run)!r}, model=net), or model= of gsem.train to resume"
+            f"{run} was trained on a network that was passed in Python ({described['name']}) and cannot be imported: "
+            f"pass it again, gsem.load_model({str(run)!r}, model=net), or by model= of gsem.train to resume"
         )
 
 
@@ -194,7 +194,9 @@ def check_same_network(described: dict[str, Any], built: Mapping[str, Any], run:
             f"the network has other modules or settings than when {run} began: give the network of the run"
         )
     if then.get("source", {}).get("hash") != now.get("source", {}).get("hash"):
-        warnings.warn(f"the source of the network changed since {run} began: the new one is trained on", stacklevel=3)
+        warnings.warn(
+            f"the source of the network changed since {run} began: the training resumes with the new one", stacklevel=3
+        )
     return described
 
 
@@ -292,7 +294,7 @@ def _called(make: Any) -> str:
 
 
 def _spec_of(make: Any) -> str | None:
-    """`package.module:function` where that leads to `make`; None for lambdas, inner functions, and scripts."""
+    """`package.module:function` if `make` can be imported by it; None for lambdas, inner functions, and scripts."""
     module, name = getattr(make, "__module__", None), getattr(make, "__qualname__", "")
     if module in (None, "__main__") or getattr(sys.modules.get(module), name, None) is not make:
         return None

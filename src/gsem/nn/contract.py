@@ -138,7 +138,7 @@ def to_images(x: ImagesLike, model: nn.Module) -> Float[Tensor, "b c h w"]:
             f"images must lie in [0, 1]: image {int(bad.nonzero()[0])} holds a pixel that is NaN or infinite"
         )
     low, high = x.min().item(), x.max().item()
-    way = "a network that wants normalised input goes into gsem.normalized(model, mean, std)"
+    way = "wrap a network that expects normalised input in gsem.normalized(model, mean, std)"
     if low >= 0 and high > BRIGHT:
         way = "divide them by 255 (x / 255)"
     elif low > -0.01 and high < 1.01:
@@ -229,7 +229,7 @@ def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, "
             BatchNorm without running statistics.
     """
     check_eval_mode(model)
-    # A model that answers several draws at once is this package's own, made of one that was checked.
+    # A folded model was made from a model that was checked.
     if not len(x) or hasattr(model, "logits_of_draws"):
         return model
     some = x[:PROBED].detach().clone()
@@ -294,10 +294,10 @@ def logits_place(model: nn.Module, x: Float[Tensor, "b c h w"], num_classes: int
 
 
 def check_gradient(model: nn.Module, x: Float[Tensor, "b c h w"]) -> None:
-    """What attacks that follow the gradient ask of the model that they differentiate.
+    """Check that the model has the gradient that white-box attacks follow.
 
     Raises:
-        NoGradient: autograd finds no way from the logits to the images.
+        NoGradient: in autograd, the logits do not depend on the images.
 
     Warns:
         UserWarning: a gradient that is zero at each of the first images.

@@ -275,7 +275,7 @@ def _is_foldable(module: nn.Module | None) -> bool:
 
 
 def _folded(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> nn.Module:
-    """The part of the folded model that stands for `source`; `behind` is the one module that its output goes to."""
+    """The folded form of the module `source`; `behind` is the only module that its output goes to."""
     if isinstance(source, GSeM):
         return _FoldedGSeM(source)
     if type(source) is nn.Conv2d:
@@ -490,7 +490,7 @@ class FoldedModel(nn.Module):
 
 
 def fold(model: nn.Module, dtype: torch.dtype = torch.float32) -> FoldedModel:
-    """A fast stand-in for `model` in eval mode, for attacks to differentiate with respect to images.
+    """A faster copy of `model` in eval mode, for attacks to differentiate with respect to images.
 
     BatchNorm is folded, GSeM is one convolution, the layout is channels-last; the mode of `model` and its
     parameters are not changed, and the folded model's do not require gradients. In float32 its logits agree with the

@@ -26,17 +26,17 @@ def insert(
 
     The weights of the layer are then found under `NAME.0`, so pretrained weights are loaded *before* the
     insertion; the GSeM's, under `NAME.1`, are new (torch's default initialisation, from torch's random stream)
-    and want training. The paper's place is behind the stem: its last layer before the first stage.
+    and must be trained. The paper's place is behind the stem: its last layer before the first stage.
 
     The channels are found by a forward pass in eval mode, which changes neither the model nor torch's random state;
-    a last one proves that the GSeM is reached. The axis of the channels is the one that keeps its size when the
-    image's size changes. Behind a layer of [b, h, w, c] (as in Swin) the GSeM stands between two permutations, and
+    a last one checks that the GSeM is called. The axis of the channels is the one that keeps its size when the
+    image's size changes. Behind a layer of [b, h, w, c] (as in Swin) the GSeM is placed between two permutations, and
     its weights are under `NAME.1.gsem`. If the model takes images of one size only, the axes of height and width are
     those in the proportion of the image; where all three are alike, axis 1 is taken, with a warning.
 
     Args:
         model: any network of images; it is changed, and returned.
-        after: the name of the layer, as `model.named_modules()` gives it. A layer that stands under several names
+        after: the name of the layer, as `model.named_modules()` gives it. A layer that has several names
             is replaced under all of them.
         levels, noise, gradient, quantiser: of the `GSeM`.
         example: an input of the model, for the forward pass; it is taken to the model's device and, unless it holds
@@ -119,7 +119,7 @@ class Normalized(nn.Module):
 
 
 def normalized(model: nn.Module, mean: float | Sequence[float], std: float | Sequence[float]) -> nn.Module:
-    """A network that wants normalised input, as one of pixels in [0, 1], so that eps stays in pixels.
+    """Wrap a network that expects normalised input, so that it takes pixels in [0, 1] and eps stays in pixels.
 
     The result maps x to `model((x − mean) / std)`, and has the model's device, dtype and mode. The state dict is
     the model's with `model.` before its names.
@@ -143,7 +143,7 @@ def normalized(model: nn.Module, mean: float | Sequence[float], std: float | Seq
     return wrapped
 
 
-# Means and standard deviations of the training pixels in [0, 1], as the field's code normalises with.
+# Usual means and standard deviations of the training pixels in [0, 1].
 NORMALIZATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -195,11 +195,11 @@ torch.fx.wrap("_straight")  # its condition cannot be traced
 
 
 def straight_through(model: nn.Module, layer: str) -> nn.Module:
-    """A copy of `model` in which the gradient passes the layer as if it were the identity; its answers are the same.
+    """A copy of `model` in which the gradient passes the layer as if it were the identity; its output is the same.
 
     The corrected gradient for a layer of one's own that has none, or a useless one: rounding, a threshold, a
     decoder (the straight-through estimator; BPDA with the identity, Athalye et al., ICML 2018, section 4.1). Attack
-    the copy, judge by the model.
+    the copy, and score the points by the model.
 
     Args:
         model: any network; it is copied, not changed.

@@ -12,7 +12,7 @@ BATCH = 256
 
 @torch.no_grad()
 def is_stochastic(model: nn.Module, x: Float[Tensor, "b c h w"]) -> bool:
-    """Whether two forward passes differ, on these images or on noise of their shape (some models only then do).
+    """Whether two forward passes differ, on these images or on noise of their shape (some models differ on noise only).
 
     torch's random state is left as it was.
     """
@@ -71,9 +71,9 @@ def correct_draws(
 
 
 def vote_accuracy(found: Int[Tensor, "draws n"], y: Int[Tensor, " n"], voters: int) -> Float[Tensor, " n"]:
-    """The share of votes, each among `voters` answers of its own, in which the label alone has the most; ties lose.
+    """The share of votes, each among `voters` predictions of its own, in which the label alone has the most; ties lose.
 
-    One answer counts as the vote of a deterministic model. NaN where a stochastic one gave fewer than `voters`.
+    One prediction counts as the vote of a deterministic model. NaN for a stochastic one with fewer than `voters`.
     """
     if len(found) == 1:
         return (found[0] == y).to(torch.float64)

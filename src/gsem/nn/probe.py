@@ -20,7 +20,7 @@ _SIDES = (32, 224, 64, 28, 16, 8, 96, 128, 256)
 def find_layer(model: nn.Module, after: str, argument: str = "after") -> nn.Module:
     if not isinstance(after, str) or after == "":
         raise ValueError(f"{argument} must name a layer inside the model, not {after!r}")
-    # With duplicates: a layer that stands under two names is found by both.
+    # With duplicates: a layer that has two names is found by both.
     layers = dict(model.named_modules(remove_duplicate=False))
     if after in layers:
         return layers[after]
@@ -60,7 +60,7 @@ def images(model: nn.Module, example: Tensor | None) -> list[Tensor]:
     if example is not None:
         if not isinstance(example, Tensor) or example.ndim != 4:
             raise ValueError(f"example must be a tensor [b, c, h, w], not {_described(example)}")
-        # Integers stay: a network that wants uint8 gets it.
+        # Integers stay, for networks that take uint8.
         return [example.detach().to(like if example.is_floating_point() else like.device)]
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if conv is None:

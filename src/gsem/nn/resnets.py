@@ -133,8 +133,8 @@ class WideBlock(_Activated):
 class WideResNet(_Activated):
     """stem conv – GSeM – three stages of pre-activation blocks – BN – ReLU – global average pool – linear.
 
-    The stem has 64 channels, not 16 as in Zagoruyko and Komodakis, so that the GSeM has 64 too; convolutions carry
-    a bias, and nothing stands between the stem and the GSeM. So are the published checkpoints.
+    The stem has 64 channels, not 16 as in Zagoruyko and Komodakis, so that the GSeM has 64 too; convolutions have
+    a bias, and the GSeM follows the stem directly, as in the published checkpoints.
     """
 
     def __init__(

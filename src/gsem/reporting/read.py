@@ -198,7 +198,7 @@ def _json(file: Path) -> dict[str, Any]:
     with _damage_named(file):
         found = json.loads(file.read_text())
         if not isinstance(found, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it holds no JSON object")
         return found
 
 

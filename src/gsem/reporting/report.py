@@ -78,8 +78,8 @@ def report(
     foreign = sum(not entry.metadata for entry in entries)
     if model is not None and foreign != 1:
         raise ValueError(
-            f"model belongs to one evaluation of a network that gsem did not train, but {foreign} of the "
-            f"{len(entries)} runs are such evaluations: run directories hold their own model"
+            f"model is for one evaluation of a network that gsem did not train, but {foreign} of the {len(entries)} "
+            "runs are such evaluations; run directories hold their own model"
         )
     if any(path.suffix == ".html" for path in paths):
         where, on_progress = device_named(device), on_progress or (lambda line: None)

@@ -201,7 +201,7 @@ def _line(line: Line, across: Axis, up: Axis) -> Markup:
             low, high = _y(up, p.low), _y(up, p.high)
             ends = "".join(f"M{x - 3:.1f} {end:.1f}h6" for end in (low, high))
             parts.append(tag("path", d=f"M{x:.1f} {low:.1f}V{high:.1f}{ends}", class_="whisker"))
-    # (Of a long line, every so many points are marked, the last always.)
+    # (On a long line only some points have markers, at equal distances; the last always has one.)
     every = max(1, len(placed) // 12)
     for number, (x, y, _) in enumerate(placed):
         if number == len(placed) - 1 or number % every == 0:

@@ -1,7 +1,6 @@
-"""The progress of a training: the place of a step in the schedule, what is counted, and what a callback gets."""
+"""The progress of a training, as a callback gets it, and the place of a step among rounds and epochs."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64
@@ -80,57 +79,3 @@ def epoch_order(recipe: Recipe, real: int, extra: int, batch: int, round_: int, 
     while len(orders) * len(orders[0]) < steps:
         orders.append(once(len(orders)))
     return torch.cat(orders)[:steps]
-
-
-def rank(recipe: Recipe, metrics: dict[str, Any]) -> tuple[float, float]:
-    """The key by which epochs are compared: the most robust is best, among equals the one of highest clean accuracy.
-
-    Many tie on a small validation set. A training without attacks is judged by its clean accuracy: its robust one
-    is highest where nothing was learnt yet.
-    """
-    robust, clean = metrics["robust"], metrics["clean"]
-    return (robust, clean) if recipe.adversarial_fraction > 0 else (clean, robust)
-
-
-@dataclass
-class Counters:
-    """What is counted in a run, beside its tensors: JSON-able, and kept in every checkpoint."""
-
-    step: int = 0
-    """Steps done, over all rounds."""
-    round: int = 0
-    best_robust: float = -1.0
-    best_rank: tuple[float, float] = (-1.0, -1.0)
-    stale: int = 0
-    """Validations since the one of `best_robust`."""
-    watched: tuple[float, float] = (-1.0, -1.0)
-    """The best robust validation accuracy of the raw weights, and the accuracy on the training batches then."""
-    collapsed: bool = False
-    """Whether catastrophic overfitting was found."""
-    latest: dict[str, float] = field(default_factory=dict)
-    """The last loss and validation accuracies."""
-    seconds: float = 0.0
-
-    to_dict = asdict
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Counters":
-        pairs = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-        return cls(**values | pairs)
-
-    def count_validation(self, recipe: Recipe, metrics: dict[str, Any]) -> bool:
-        """Count a validation. Returns whether it is the best so far (see `rank`)."""
-        self.stale = 0 if metrics["robust"] > self.best_robust else self.stale + 1
-        self.best_robust = max(self.best_robust, metrics["robust"])
-        found = rank(recipe, metrics)
-        better = found > self.best_rank
-        self.best_rank = max(found, self.best_rank)
-        if recipe.collapse > 0:
-            now = (metrics.get("raw_robust", metrics["robust"]), metrics["training_robust"])
-            best, then = self.watched
-            self.collapsed = now[0] < (1 - recipe.collapse) * best and now[1] >= then
-            self.watched = max(now, self.watched)
-        return better
-
-    def stops_early(self, recipe: Recipe) -> bool:
-        return self.collapsed or 0 < recipe.patience <= self.stale

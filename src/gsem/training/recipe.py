@@ -119,7 +119,7 @@ class Recipe:
     """Learning rate over a round: it is multiplied by `decay` at milestones (step), falls to 0 along a cosine (cosine)
     or a line (cyclic), or rises from lr/25 and falls to lr/250000 along cosines (onecycle)."""
     milestones: tuple[int, ...] = ()
-    """Epochs at which the step schedule multiplies the learning rate by `decay`."""
+    """Epochs at which the step schedule multiplies the learning rate by `decay`. Default: none."""
     decay: float = 0.1
     """Factor of the step schedule."""
     warmup: float = 0.0
@@ -145,7 +145,7 @@ class Recipe:
 
     collapse: float = 0.0
     """Stop at catastrophic overfitting: when the robust validation accuracy of the raw weights has fallen by more than
-    this share of its best, and that on the training batches has not fallen. 0 never stops."""
+    this share of its best, and the robust accuracy on the training batches has not fallen. 0 never stops."""
 
     precision: Precision = "auto"
     """Precision of the training passes. auto is bf16 where the device multiplies it in hardware, fp16 on older GPUs and
@@ -210,7 +210,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: "Recipe | None" = None) -> "Recipe":
-        """The inverse of `to_dict`. What is left out is as in `base`, or else in `Recipe()`.
+        """The inverse of `to_dict`. Fields that are left out are taken from `base`, or else from `Recipe()`.
 
         Raises:
             ValueError: a field that this version does not know, or a value of another type.
@@ -253,7 +253,7 @@ def _read(path: Path) -> Recipe:
 
 
 def _typed(field: str, value: Any) -> Any:
-    """`value`, as a file holds it, as one of the type of a field."""
+    """A value read from a file, converted to the type of its field."""
     known = {f.name: f.type for f in fields(Recipe)}
     if field not in known:
         near = difflib.get_close_matches(field, known, n=1)

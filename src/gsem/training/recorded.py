@@ -24,7 +24,7 @@ class TrainingData:
     recipe: Recipe
     """As the run records it: data passed in Python are called by their own name."""
     passed: bool
-    """Whether they were passed in Python, as `data=`: no name or path leads to them."""
+    """Whether they were passed in Python, as `data=`, so that they cannot be found by a name or path."""
     places: Places
     extra: str | None
     """The file of the additional images."""
@@ -89,7 +89,7 @@ def find(metadata: Mapping[str, Any], run: Path) -> Dataset:
     """The data that a run was trained on.
 
     Args:
-        metadata: its recipe.json, or what its checkpoint holds.
+        metadata: of the run, from its recipe.json or its checkpoint.
         run: its directory.
 
     Raises:
@@ -99,8 +99,8 @@ def find(metadata: Mapping[str, Any], run: Path) -> Dataset:
     recipe, data = metadata["recipe"], metadata["data"]
     if data.get("passed"):
         raise ValueError(
-            f"{run} was trained on data that were passed in Python ({described(data)}), which no name leads to: "
-            "give them by --data (in Python: data=)"
+            f"{run} was trained on data that were passed in Python ({described(data)}), and cannot be "
+            "found again: give them by --data (in Python: data=)"
         )
     where = recipe["data"], recipe.get("data_path")
     source = find_named(*where, metadata.get("places", {}), run, recipe.get("resize"))
@@ -134,7 +134,7 @@ def described(data: Mapping[str, Any]) -> str:
 
 
 def check_same(then: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> None:
-    """Raise a ValueError if these are not the data of the run. What one of both does not record is not compared."""
+    """Raise a ValueError if these are not the data of the run. What only one of them records is not compared."""
     words = {"shape": "their shape", "classes": "their classes", "images": "the images", "labels": "their labels"}
     other = [word for key, word in words.items() if key in then and key in now and then[key] != now[key]]
     if other:
@@ -145,7 +145,7 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> No
 
 
 def places_of(name: str | None, root: str | None, folder: Path, extra: str | None = None) -> Places:
-    """Where data lie now that were given by name or path: to be kept by files in `folder`."""
+    """The present place of data that were given by name or path, for the records of files in `folder`."""
     named = name in DATASETS
     given = {"data": None if named else name, "data_path": (root or str(ROOT)) if named else None, "extra_data": extra}
     return {field: _place(path, folder) for field, path in given.items() if path and Path(path).expanduser().exists()}
@@ -157,7 +157,7 @@ def _place(path: str, folder: Path) -> list[str]:
 
 
 def _located(field: str, given: str, places: Places, folder: Path, *, needed: bool = True) -> str:
-    """The first that exists of: where it was, where it lies seen from the folder, and what was given."""
+    """The first path that exists: the recorded absolute one, the one relative to the folder, or the given one."""
     absolute, *beside = places.get(field, [given])
     tried = list(dict.fromkeys(os.path.normpath(p) for p in (absolute, *(str(folder / b) for b in beside), given)))
     for path in tried:

@@ -16,7 +16,7 @@ from gsem._text import percent
 from gsem.data import Dataset
 from gsem.nn.build import Network, Wanted
 from gsem.nn.load import load_model
-from gsem.training.progress import Counters, rank
+from gsem.training.model_selection import Counters, rank
 from gsem.training.recipe import Recipe
 
 
@@ -97,7 +97,7 @@ def model_meta(recipe: Recipe, *, classes: tuple[str, ...], shape: tuple[int, in
 
 
 def wanted_network(recipe: Recipe, data: Dataset, given: Network | None) -> Wanted:
-    """What the recipe and the data ask of the network."""
+    """The network that the recipe and the data need."""
     return Wanted(
         name=recipe.model,
         given=given,
@@ -136,7 +136,7 @@ def resume_recipe(path: Path) -> Recipe:
     """The recipe of an existing run directory.
 
     Raises:
-        FileNotFoundError, ValueError: no run there, or one that this version does not know.
+        FileNotFoundError, ValueError: there is no run, or its recipe has fields that this version does not know.
     """
     return Recipe.from_dict(read_metadata(path)["recipe"])
 

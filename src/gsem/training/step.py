@@ -58,7 +58,7 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 class Stepper:
-    """The moving parts of a training: model, average, optimizer, and the folded model that attacks search on.
+    """Model, averaged model, optimizer, and the folded model that attacks search on; trains on one batch per call.
 
     With `compiled`, torch.compile runs the training passes and the folded model. `used` is the precision that the
     training passes and the search run in: what the recipe's `auto` means on the model's device.

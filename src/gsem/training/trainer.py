@@ -1,4 +1,4 @@
-"""One loop for every recipe: attack the rows that the recipe names, average the gradient over draws, step.
+"""The training loop of every recipe: attack a batch, average the gradient over draws, step; and resuming.
 
 RNG state is never saved: each step derives its seeds from (seed, round, step), so that a run that is killed anywhere
 and resumed computes the same as an uninterrupted one.
@@ -32,7 +32,8 @@ from gsem.nn.build import Network, build_network, check_named, check_same_networ
 from gsem.nn.load import weights_in
 from gsem.nn.models import check_weights
 from gsem.rng import derive_seed, reseed, seeded
-from gsem.training.progress import Counters, Progress, Schedule, epoch_order
+from gsem.training.model_selection import Counters
+from gsem.training.progress import Progress, Schedule, epoch_order
 from gsem.training.recipe import Recipe
 from gsem.training.recorded import TrainingData, training_data
 from gsem.training.run import (
@@ -84,7 +85,7 @@ def train(
         on_progress: called with a `Progress` every few steps and after each epoch.
 
     Raises:
-        ValueError: a run is already there (and `resume` was not asked for), it follows another recipe, was trained
+        ValueError: a run is already there (and `resume` is False), it has another recipe, was trained
             on other data, or is in progress in another process (`Locked`); a network that cannot be built, or does not
             fit the data.
         gsem.data.DamagedImage: a streamed image cannot be read, after the training was saved; it can be resumed.
@@ -129,7 +130,7 @@ _COLLAPSED = (
 
 
 class Trainer:
-    """A training run in memory: images, weights, optimizer, and what is counted."""
+    """A training run in memory: images, weights, optimizer and counters."""
 
     def __init__(
         self,
@@ -202,7 +203,7 @@ class Trainer:
         former = Recipe.from_dict(meta["recipe"])
         if former != self.recipe:
             changed = [k for k, v in self.recipe.to_dict().items() if former.to_dict()[k] != v]
-            raise ValueError(f"{self.path} follows another recipe (other {', '.join(changed)}): choose another --out")
+            raise ValueError(f"{self.path} has another recipe (different {', '.join(changed)}): choose another --out")
         self.meta["model"] = check_same_network(meta["model"], self.meta["model"], self.path)
         self.stepper.restore(tensors, meta["state"].pop("scaler"))
         self.counters = Counters.from_dict(meta["state"])
@@ -282,7 +283,7 @@ class Trainer:
         self.counters.step += 1
 
     def _begin_round(self, round_: int) -> None:
-        """The schedule again from the best weights, with a new optimizer (method: 5 rounds as published)."""
+        """Start the schedule again from the best weights, with a new optimizer (the paper has 5 rounds)."""
         tensors, _ = read_checkpoint(self.best)
         self.stepper.load_weights(part(tensors, "model"))
         self.stepper.new_optimizer()
