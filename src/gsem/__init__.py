@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name is defined. The imports above say the same to type checkers; a test compares the two.
+# Where each public name is defined. The imports above are for type checkers; a test compares the two.
 _DEFINED_IN = {
     "audit": "gsem.auditing.audit",
     "load_model": "gsem.nn.load",

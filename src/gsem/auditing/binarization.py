@@ -26,7 +26,7 @@ INNER = 256  # points of the ball that are class 0, half of them corners
 CANDIDATES = 8  # corners of the ball, of which the easiest to separate from the inner points is planted
 MOST = 512  # images, which is enough
 TRIES = 200  # points of the random search that controls the test
-# How far from the inner points towards the planted one the readout changes its mind.
+# Where the readout's threshold is, as a share of the way from the inner points to the planted one.
 CLOSENESS = 0.95
 # Share of the mean variance that is added to every direction of the features, for a stable readout.
 REG = 0.1

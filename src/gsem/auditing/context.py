@@ -24,7 +24,7 @@ from gsem.rng import derive_seed
 
 T = TypeVar("T")
 RESAMPLES = 2000
-# How much lower an accuracy must be, to be called lower at all, and to be called another accuracy altogether.
+# By how much an accuracy must fall to count as lower at all, and for the verdict INVALID.
 SLIGHTLY, GREATLY = 0.003, 0.05
 
 WHITE_BOX = ("apgd", "pgd", "cw", "fgsm", "fab")

@@ -20,7 +20,7 @@ from gsem.evaluation.result import with_ending
 from gsem.nn.gsem import GSeM
 
 WIDTH = 80
-# Colour only repeats what the words say.
+# Colour only repeats the words.
 STYLES = {"pass": "green", "flag": "bold red", "inconclusive": "yellow"}
 VERDICTS = {"TRUSTED": "bold green", "SUSPECT": "bold yellow", "INVALID": "bold red"}
 

@@ -63,7 +63,7 @@ def opened(content: str | bytes, name: str | None = None) -> Iterator[Image.Imag
             yield image
     except Image.UnidentifiedImageError as error:
         raise DamagedImage(f"{name} is not an image, or is damaged: move it away or replace it") from error
-    # Pillow's decoders raise what they meet in a damaged file: OSError, SyntaxError, struct.error, zlib.error …
+    # For a damaged file, Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error …
     except Exception as error:
         raise DamagedImage(f"{name} cannot be used: {error}") from error
 

@@ -125,7 +125,7 @@ class FolderImages(Images):
 
 def _layout(images: FolderImages, resize: int | None) -> Layout:
     first = images.file(0)
-    # One image in colour settles it, so for a colour data set this looks at one header.
+    # One image in colour decides, so for a colour data set this looks at one header.
     grey = all(_is_grey(images.file(row)) for row in range(len(images)))
     with opened(first) as image:
         return layout_of(image, first, grey=grey, resize=resize)

@@ -26,7 +26,7 @@ DESCRIPTION = "a .npz file with x_train [n, h, w, c] uint8, y_train [n] integers
 _FROM_FLOATS = "; images in [0, 1] become it by (255 * x).round().astype('uint8')"
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError),
-    # zipfile's answers to encryption and to unknown compression; numpy's to a header of an absurd size.
+    # zipfile's errors for encryption and unknown compression; numpy's for a header of an absurd size.
     *(RuntimeError, NotImplementedError, MemoryError),
 )
 

@@ -320,7 +320,7 @@ def joined(parts: list[AttackScores], *, save_adv: bool) -> AttackScores:
 
 
 def with_ending(path: str | Path, ending: str) -> Path:
-    # Not with_suffix alone: of "pgd-eps0.15" it would take ".15" for an ending.
+    # Not with_suffix alone: it would take the ".15" of "pgd-eps0.15" for an ending.
     path = Path(path)
     path = path.with_suffix("") if path.suffix in (".json", ".npz") else path
     return path.with_name(path.name + ending)

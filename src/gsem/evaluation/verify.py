@@ -17,7 +17,7 @@ from gsem.nn.gsem import noise
 from gsem.nn.predict import BATCH, predict_draws
 from gsem.rng import derive_seed
 
-# A check that is right should fail once in a thousand attacks: draws differ between two judgements.
+# A check that is right should fail once in a thousand attacks: the draws of two scorings differ.
 CHANCE = 1e-3
 
 

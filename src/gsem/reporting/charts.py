@@ -16,7 +16,7 @@ from gsem.reporting.views import Table, percent
 from gsem.reporting.visuals import Pictures, Surface, image_number, png
 
 MANY = 20  # classes; of more, only the extremes are drawn
-# Of each sweep: title, name of the axis.
+# Title and name of the axis of each sweep.
 SWEEPS = {
     "eps": ("Accuracy against eps", "radius eps, doubling"),
     "steps": ("Accuracy against attack steps", "attack steps"),

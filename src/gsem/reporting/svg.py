@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 40
 LETTER, LETTERS = 6.9, 21  # width of a letter of 12 px; letters of a bar's name that are shown
 BAND, GAP = 12, 8  # height of a bar, and space between two groups of bars
-# Of the runs, in turn: their shapes differ too, for readers who see no colours and for print.
+# The markers of the runs, in turn: their shapes differ too, for readers who see no colours and for print.
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "ring")
 
 

@@ -288,7 +288,7 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-# A rule: whether a value keeps it, and its words.
+# A rule: whether a value fulfils it, and its description.
 _Rule = tuple[Callable[[Any], bool], str]
 
 

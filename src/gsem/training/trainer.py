@@ -288,7 +288,7 @@ class Trainer:
         self.stepper.load_weights(part(tensors, "model"))
         self.stepper.new_optimizer()
         self.counters.round = round_
-        # At once: a resumed run must not start this round from a better checkpoint that the round itself made.
+        # Saved at once: a resumed run must not start this round from a better checkpoint that the round itself made.
         self.save()
 
     def _check(self) -> None:
