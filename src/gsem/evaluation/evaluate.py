@@ -178,7 +178,11 @@ def evaluate(
     finished = saved_result(save, question(metadata), None if rows is None else numbers)
     if finished is None or again:
         return computed(save, question(metadata), scored)
-    if save_adv and any(s.x_adv is None for s in finished.scores):
+    return _with_examples(finished, save) if save_adv else finished
+
+
+def _with_examples(finished: EvaluationResult, save: str | Path) -> EvaluationResult:
+    if any(s.x_adv is None for s in finished.scores):
         raise ValueError(
             f"{with_ending(save, '.npz')} is this evaluation, finished without its adversarial examples. --again "
             "(again=True) computes it anew and keeps them"
