@@ -1,5 +1,6 @@
 """The progress of a training, as a callback gets it, and the place of a step among rounds and epochs."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -79,3 +80,15 @@ def epoch_order(recipe: Recipe, real: int, extra: int, batch: int, round_: int, 
     while len(orders) * len(orders[0]) < steps:
         orders.append(once(len(orders)))
     return torch.cat(orders)[:steps]
+
+
+def batch_rows(
+    schedule: Schedule, order: Callable[[int, int], Int64[Tensor, "steps b"]], first: int
+) -> Iterator[Int64[Tensor, " b"]]:
+    """The rows of each batch from step `first` to the end of the run; `order` gives those of an epoch of a round."""
+    rows: Tensor | None = None
+    for step in range(first, schedule.steps):
+        round_, epoch, index = schedule.place(step)
+        if index == 0 or rows is None:
+            rows = order(round_, epoch)
+        yield rows[index]

@@ -172,15 +172,7 @@ class Recipe:
 
     def learning_rate(self, epoch: float) -> float:
         """At `epoch` (fractional) of a round."""
-        if self.schedule == "step":
-            return self.lr * self.decay ** sum(epoch >= m for m in self.milestones)
-        if epoch < self.warmup:
-            share = epoch / self.warmup
-            return _cosine(self.lr / 25, self.lr, share) if self.schedule == "onecycle" else self.lr * share
-        rest = (epoch - self.warmup) / (self.epochs - self.warmup)
-        if self.schedule == "cyclic":
-            return self.lr * (1 - rest)
-        return _cosine(self.lr, self.lr / 25 / 1e4 if self.schedule == "onecycle" else 0.0, rest)
+        return _learning_rate(self, epoch)
 
     def radius(self, own: float) -> float:
         """eps, or its default: `own`, that of the data set, for Linf, and 0.5 for L2."""
@@ -192,18 +184,7 @@ class Recipe:
 
     def scaled(self, epochs: int) -> "Recipe":
         """The same schedule over `epochs` of each round, as by --epochs: milestones and warm-ups move in proportion."""
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, not {epochs}")
-        share = epochs / self.epochs
-        moved = {max(1, round(m * share)) for m in self.milestones}
-        return replace(
-            self,
-            epochs=epochs,
-            milestones=tuple(sorted(m for m in moved if m < epochs)),
-            warmup=self.warmup * share,
-            awp_warmup=self.awp_warmup * share,
-            swa_from=None if self.swa_from is None else int(self.swa_from * share),
-        )
+        return _scaled(self, epochs)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -234,6 +215,33 @@ class Recipe:
         """All fields as a .toml file that `read` reads."""
         values = {name: "none" if value is None else value for name, value in self.to_dict().items()}
         return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+
+def _learning_rate(r: Recipe, epoch: float) -> float:
+    if r.schedule == "step":
+        return r.lr * r.decay ** sum(epoch >= m for m in r.milestones)
+    if epoch < r.warmup:
+        share = epoch / r.warmup
+        return _cosine(r.lr / 25, r.lr, share) if r.schedule == "onecycle" else r.lr * share
+    rest = (epoch - r.warmup) / (r.epochs - r.warmup)
+    if r.schedule == "cyclic":
+        return r.lr * (1 - rest)
+    return _cosine(r.lr, r.lr / 25 / 1e4 if r.schedule == "onecycle" else 0.0, rest)
+
+
+def _scaled(r: Recipe, epochs: int) -> Recipe:
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, not {epochs}")
+    share = epochs / r.epochs
+    moved = {max(1, round(m * share)) for m in r.milestones}
+    return replace(
+        r,
+        epochs=epochs,
+        milestones=tuple(sorted(m for m in moved if m < epochs)),
+        warmup=r.warmup * share,
+        awp_warmup=r.awp_warmup * share,
+        swa_from=None if r.swa_from is None else int(r.swa_from * share),
+    )
 
 
 def _read(path: Path) -> Recipe:

@@ -33,7 +33,7 @@ from gsem.nn.load import weights_in
 from gsem.nn.models import check_weights
 from gsem.rng import derive_seed, reseed, seeded
 from gsem.training.model_selection import Counters
-from gsem.training.progress import Progress, Schedule, epoch_order
+from gsem.training.progress import Progress, Schedule, batch_rows, epoch_order
 from gsem.training.recipe import Recipe
 from gsem.training.recorded import TrainingData, training_data
 from gsem.training.run import (
@@ -221,7 +221,8 @@ class Trainer:
         return self.counters.step >= self.schedule.steps or self.counters.stops_early(self.recipe)
 
     def run(self, interrupted: Interruption, on_progress: Callable[[Progress], None] | None) -> None:
-        with closing(self.training.batches(self._rows())) as batches:  # what reads in advance ends with the loop
+        rows = batch_rows(self.schedule, self._order, self.counters.step)
+        with closing(self.training.batches(rows)) as batches:  # what reads in advance ends with the loop
             self._run(batches, interrupted, on_progress)
 
     def _run(
@@ -238,7 +239,7 @@ class Trainer:
             epoch_ended = index + 1 == self.schedule.steps_per_epoch
             due = epoch_ended or interrupted.is_set() or time.monotonic() - saved > SAVE_SECONDS
             if due or counters.step % CHECK_EVERY == 0:
-                self._check()
+                _check(self.stepper, self.counters.step, self.schedule.steps, self.last)
             if epoch_ended:
                 self._end_epoch()
             now = time.monotonic()
@@ -254,23 +255,13 @@ class Trainer:
                 raise stopped
 
     def _order(self, round_: int, epoch: int) -> Tensor:
-        extra = len(self.training) - self.real
-        return epoch_order(self.recipe, self.real, extra, self.batch, round_, epoch)
-
-    def _rows(self) -> Iterator[Tensor]:
-        """The rows of each batch from this step to the end of the run."""
-        order: Tensor | None = None
-        for step in range(self.counters.step, self.schedule.steps):
-            round_, epoch, index = self.schedule.place(step)
-            if index == 0 or order is None:
-                order = self._order(round_, epoch)
-            yield order[index]
+        return epoch_order(self.recipe, self.real, len(self.training) - self.real, self.batch, round_, epoch)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         try:
             return next(batches)
         except DamagedImage as error:
-            self._check()
+            _check(self.stepper, self.counters.step, self.schedule.steps, self.last)
             self.save()
             again = f"replace it and resume: --resume {shlex.quote(str(self.path))}"
             raise DamagedImage(
@@ -290,19 +281,6 @@ class Trainer:
         self.counters.round = round_
         # Saved at once: a resumed run must not start this round from a better checkpoint that the round itself made.
         self.save()
-
-    def _check(self) -> None:
-        longest = float(self.stepper.longest)
-        if not bool(self.stepper.finite):
-            what = "a loss became NaN or infinite"
-        elif not longest <= self.recipe.abort_grad_norm:
-            what = f"the gradient exploded to a norm of {longest:.3g}"
-        else:
-            return
-        raise TrainingDiverged(
-            f"{what} at or shortly before step {self.counters.step} of {self.schedule.steps}; the last good checkpoint "
-            f"is {self.last}. A lower --lr or --clip 1 usually helps"
-        )
 
     def _end_epoch(self) -> None:
         counters, stepper = self.counters, self.stepper
@@ -351,3 +329,18 @@ class Trainer:
             device=str(self.device),
             precision=dict(self.stepper.used),
         )
+
+
+def _check(stepper: Stepper, step: int, steps: int, last: Path) -> None:
+    """Raise TrainingDiverged where the steps so far do not allow to continue."""
+    longest = float(stepper.longest)
+    if not bool(stepper.finite):
+        what = "a loss became NaN or infinite"
+    elif not longest <= stepper.recipe.abort_grad_norm:
+        what = f"the gradient exploded to a norm of {longest:.3g}"
+    else:
+        return
+    raise TrainingDiverged(
+        f"{what} at or shortly before step {step} of {steps}; the last good checkpoint is {last}. A lower --lr or "
+        "--clip 1 usually helps"
+    )
