@@ -140,10 +140,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counts) -> Any:
     if name in ("_to_copy", "copy_"):
         source, target_here = (args[1], isinstance(args[0], _OnDevice)) if name == "copy_" else (args[0], here)
         here = target_here
+        blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
         if isinstance(source, _OnDevice) and not target_here:
-            counts.waits[f"{_place()} copy to the CPU"] += 1
+            counts.waits[f"{_place()} copy to the CPU"] += blocking
         elif not isinstance(source, _OnDevice) and target_here and source.dim() + source.numel() > 1:
-            blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
             counts.uploads[f"{_place()} {name}"] += blocking
     elif ours and any(t.dim() for t in theirs):
         raise RuntimeError(f"tensors on two devices in {func} at {_place()}")
