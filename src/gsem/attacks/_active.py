@@ -249,7 +249,7 @@ class Remaining:
             result[self.place] = torch.where(mask, found, result[self.place])
         elif which is None:
             result[self.place] = found
-        else:
+        elif bool(which.any()):
             result[self.place[which]] = found[which]
 
     def settle(self, done: Bool[Tensor, " r"] | None = None) -> Tensor | None:
