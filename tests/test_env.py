@@ -181,3 +181,17 @@ def test_what_computes_in_float64_asks_for_it_before_it_begins(monkeypatch):
     ):
         with pytest.raises(ValueError, match=f"{what} computes in float64, which mps does not have"):
             run()
+
+
+def test_images_that_do_not_fit_on_a_gpu_are_refused_before_they_are_put_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**29)
+    fits = torch.empty(3, 2**29, dtype=torch.uint8, device="meta")  # 1.5 GiB, of 1 free and 0.5 reserved but not used
+    device.require_room(fits, CUDA, "")
+    with pytest.raises(ValueError, match=r"4 images take 2\.0 GiB, and cuda:1 has 1\.5 GiB free: stream them"):
+        device.require_room(torch.empty(4, 2**29, dtype=torch.uint8, device="meta"), "cuda:1", "stream them")
+    device.require_room(torch.empty(4, 2**40, device="meta"), CPU, "")
+    many = torch.empty(4, 3, 2**14, 2**14, dtype=torch.uint8, device="meta")
+    with pytest.raises(ValueError, match="--no-hold"):
+        gsem.data.batches.Held(many, torch.zeros(4, dtype=torch.int64), CUDA)

@@ -25,6 +25,8 @@ DEVICE_FAULTS: tuple[type[Exception], ...] = tuple(
     getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name)
 )
 
+FEWER = "pass fewer images at a time (--images), or compute on the CPU (--device cpu)"
+
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
@@ -59,6 +61,28 @@ def out_of_memory_names(batch_size: int) -> Iterator[None]:
         smaller = f"try batch_size={batch_size // 2} (--batch-size)" if batch_size > 1 else "even one image is too much"
         problem = f"the device's memory is full with {batch_size} images at once: {smaller}"
         raise torch.OutOfMemoryError(f"{problem}. {str(error).splitlines()[0]}") from error
+
+
+def require_room(images: torch.Tensor, device: torch.device | str, instead: str) -> None:
+    """Refuse to put on a CUDA device what does not fit into its free memory. Networks and activations come on top.
+
+    Args:
+        images: what is to be put there.
+        instead: what to do where it does not fit.
+
+    Raises:
+        ValueError: how much memory is needed, and how much is free.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or images.device.type == "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch has reserved and does not use is free, too.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = images.numel() * images.element_size()
+    if needed > free:
+        problem = f"{len(images)} images take {needed / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free"
+        raise ValueError(f"{problem}: {instead}")
 
 
 def device_named(name: str | None) -> torch.device:

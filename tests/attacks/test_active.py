@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gsem.attacks import Step, counting
+from gsem.attacks import Step, counting, pgd
 from gsem.attacks._active import CONFIRM, Confirmer, cascade, confirm_broken, confirmation, draw_schedule
 from gsem.attacks._checks import require_finite
+from gsem.attacks._core import Targeted
 from gsem.nn.contract import NotFinite
+from gsem.nn.folded import fold
 from gsem.rng import seeded
 
 CPU = torch.device("cpu")
@@ -139,3 +141,49 @@ def test_more_draws_are_for_survivors_only():
     assert draw_schedule(5) == [5]
     assert draw_schedule(20) == [5, 20]
     assert draw_schedule(100) == [5, 20, 100]
+
+
+class Bright(nn.Module):
+    """Class 1 where the mean exceeds a threshold, which a layer holds."""
+
+    def __init__(self, threshold: float):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 4)
+        with torch.no_grad():
+            self.layer.weight[:] = torch.tensor([0.0, 1 / 16]).view(2, 1, 1, 1)
+            self.layer.bias[:] = torch.tensor([threshold, 0.0])
+        self.eval()
+
+    def forward(self, x):
+        return self.layer(x).flatten(1)
+
+
+def stale(folded: float, itself: float) -> nn.Module:
+    """A folded model that is broken above `folded`, of a network that is broken above `itself`."""
+    network = Bright(folded)
+    stand_in = fold(network)
+    network.layer.bias.data[0] = itself
+    return stand_in
+
+
+def test_a_point_that_only_the_folded_model_misclassifies_breaks_no_image():
+    x = torch.full((3, 1, 4, 4), 0.5)
+    runs = [lambda rows, *_, to=to: torch.full((len(rows), 1, 4, 4), to) for to in (0.62, 0.7, 0.9)]
+    how = {"eot": 1, "confirm": 0, "seed": 0}
+    for model in (stale(0.6, 0.65), counting(stale(0.6, 0.65))):
+        assert torch.equal(cascade(model, x, zeros(x), runs, **how), torch.full_like(x, 0.7))
+    assert torch.equal(cascade(stale(0.6, 0.6), x, zeros(x), runs, **how), torch.full_like(x, 0.62))
+    # Towards class 1: reached on the folded model at 0.62, on the network at 0.7.
+    targeted = Targeted(stale(0.6, 0.65))
+    assert torch.equal(cascade(targeted, x, zeros(x) + 1, runs, **how), torch.full_like(x, 0.7))
+
+
+def test_pgd_restarts_where_only_the_folded_model_was_broken():
+    x = torch.full((2, 1, 4, 4), 0.5)
+    how = {"eps": 0.2, "step": 0.1, "steps": 1, "restarts": 3}
+    counts = []
+    for itself in (0.4, 0.9):  # the second is never broken
+        model = counting(stale(0.3, itself))
+        pgd(model, x, zeros(x), **how)
+        counts.append(model.gradients)
+    assert counts[1] == 6 > counts[0]

@@ -1,7 +1,7 @@
 """Attacks on the remaining images: when an image counts as broken, and how attacks run one after the other."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gsem.attacks._checks import require_finite
-from gsem.attacks._core import expected
-from gsem.attacks._types import Images, Labels, OnStep
+from gsem.attacks._core import also_wrong_unfolded, expected
+from gsem.attacks._types import Images, Labels, OnStep, Step
 from gsem.losses import margin
 from gsem.nn.contract import NotFinite
 from gsem.nn.predict import is_stochastic
@@ -23,6 +23,10 @@ from gsem.rng import derive_seed, seeded
 CONFIRM = 100
 # Images of the two forward passes that show whether the model is stochastic.
 PROBED = 32
+# On a GPU every look at a result makes the CPU wait and the queue of kernels run empty: one look in so many steps.
+READ_EVERY = 10
+# Every new number of rows makes cuDNN plan all convolutions anew: on a GPU a batch shrinks to these numbers only.
+BUCKETS = (512, 256, 128, 64, 32, 16)
 
 Run = Callable[[Int[Tensor, " r"], int, OnStep | None], Images]
 """One run of an attack: (rows, seed, on_step) → x_adv [r, c, h, w] of the images with these numbers."""
@@ -59,8 +63,8 @@ class _Dataclass(Protocol):
 State = TypeVar("State", bound=_Dataclass)
 
 
-def select(state: State, rows: Bool[Tensor, " b"]) -> State:
-    """An attack's state, a dataclass whose tensors have one row per image, for these images only."""
+def select(state: State, rows: Tensor) -> State:
+    """An attack's state, a dataclass whose tensors have one row per image, for these images (a mask or numbers)."""
     return replace(state, **{name: value[rows] for name, value in vars(state).items() if isinstance(value, Tensor)})
 
 
@@ -75,8 +79,10 @@ def confirm_broken(
     """Which points are broken: misclassified in every draw so far (`wrong` is 1) and in `confirm` more."""
     broken = wrong == 1
     done, draws = 0, 5
-    while done < confirm and bool(broken.any()):
+    while done < confirm:
         rows = broken.nonzero()[:, 0]
+        if not len(rows):
+            break
         now = min(draws, confirm - done)
         _, again = expected(model, x[rows], y[rows], margin, now)
         broken[rows] = again == 1
@@ -114,6 +120,170 @@ class Confirmer:
             self.wait[rows[at]] = self.pause[rows[at]]
             self.pause[rows[at]] *= 2
         return broken
+
+
+class _Counted:
+    """Numbers that the device computes, on their way to the CPU: `read`, some steps later, hardly waits for them."""
+
+    def __init__(self, value: Tensor):
+        # (Only CUDA has events to wait for a copy, and mps would hand out the memory before it is written.)
+        self.value = value.to("cpu", non_blocking=value.device.type != "mps")
+        self.arrived = torch.cuda.Event() if value.is_cuda else None
+        if self.arrived is not None:
+            self.arrived.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.value.tolist()
+
+
+class Remaining:
+    """Which images of a run are still worked on.
+
+    On a CPU an image leaves the attack's state with the step that breaks it, and a loss that is not finite is an error
+    at once. On an accelerator the CPU would wait for both, at every step. There images are only marked as settled.
+    Every `READ_EVERY` steps the marks are counted, the count of the time before is read, and the state is cut to one of
+    the sizes in `BUCKETS`, filled up with settled images. A settled image keeps its result.
+
+    Args:
+        rows: numbers of the images. `rows` follows the state: one number for each of its rows.
+    """
+
+    sizes: ClassVar[Sequence[int] | None] = None
+    """What takes the place of `BUCKETS`, also on a CPU: for tests."""
+
+    def __init__(self, rows: Int[Tensor, " b"]):
+        self.rows = rows
+        sizes = self.sizes
+        if sizes is None and rows.device.type != "cpu":
+            sizes = BUCKETS
+        self.marked = sizes is not None
+        """Whether settled images may be among `rows`."""
+        self.buckets = sorted(sizes or ())
+        self.first = len(rows)
+        self.place = torch.arange(len(rows), device=rows.device)
+        self.live = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        """Of the state's rows: which are not settled."""
+        self.finite = self.live.clone()
+        self.held: tuple[Tensor, Tensor] | None = None
+        self.counted: _Counted | None = None
+        self.steps = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def step(self, number: int, x: Images, value: Tensor, wrong: Tensor) -> Step:
+        """What `on_step` gets."""
+        return Step(self.rows, number, x, value, wrong, self.live.clone() if self.marked else None)
+
+    def drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        """Random choices for the state's rows, of `draw` (rows → choices [rows, …]).
+
+        Where settled images may remain, choices are drawn for all images of the run and belong to the image, so that
+        they do not depend on the sizes. On a CPU that would change the results of every former version.
+        """
+        return draw(self.first)[self.place] if self.marked else draw(len(self))
+
+    def only(self, wanted: Bool[Tensor, " r"]) -> Int[Tensor, " k"]:
+        """Rows of the state to compute where only `wanted` matter: these; or all where the CPU would wait for their
+        number, and each new number is a new shape."""
+        at = torch.arange(len(self), device=self.rows.device)
+        return at if self.marked else at[wanted]
+
+    def require_finite(self, finite: Bool[Tensor, " r"]) -> None:
+        """Refuse losses that are not finite; on an accelerator some steps later, at the latest in `finish`.
+
+        Raises:
+            NotFinite: naming the first image.
+        """
+        if self.marked:
+            self.finite &= finite | ~self.live
+        else:
+            require_finite(finite, self.rows)
+
+    def finish(self) -> None:
+        """Raise what `require_finite` has put off. To be called at the end of a run."""
+        if self.marked and len(self):
+            require_finite(self.finite, self.rows)
+
+    def reads(self, last: bool = False) -> bool:
+        """Whether this is a step at which the CPU may wait for the device."""
+        return not self.marked or last or (self.steps + 1) % READ_EVERY == 0
+
+    def broken(
+        self,
+        x: Tensor,
+        value: Float[Tensor, " r"],
+        wrong: Float[Tensor, " r"],
+        by: Callable[[Tensor, Tensor, Tensor], Bool[Tensor, " r"]],
+        *,
+        confirm: int,
+        last: bool,
+    ) -> tuple[Bool[Tensor, " r"], Tensor, Float[Tensor, " r"]]:
+        """Which images are broken, where, and the loss there.
+
+        Args:
+            by: decides for points, their losses and shares of wrong draws. If that takes more draws (`confirm`), for
+                which the CPU would wait, it is asked every `READ_EVERY` steps, about the highest of the points since.
+            last: whether this is the last step.
+        """
+        if not (self.marked and confirm):
+            return by(x, value, wrong) & self.live, x, value
+        former, high = self.held or (x, torch.full_like(value, float("-inf")))
+        new = (wrong == 1) & (value > high) & self.live
+        each = (-1, *[1] * (x.ndim - 1))
+        point, high = torch.where(new.view(each), x, former), torch.where(new, value, high)
+        broken = torch.zeros_like(new)
+        if self.reads(last):
+            broken = by(point, high, (high > float("-inf")).to(wrong.dtype)) & self.live
+            self.held = None
+        else:
+            self.held = point, high
+        return broken, torch.where(broken.view(each), point, x), torch.where(broken, high, value)
+
+    def record(self, result: Tensor, found: Tensor, which: Bool[Tensor, " r"] | None = None) -> None:
+        """Write those of the state's points `found` (default: all) into the run's `result`, but for settled images."""
+        if self.marked:
+            mask = (self.live if which is None else which & self.live).view(-1, *[1] * (found.ndim - 1))
+            result[self.place] = torch.where(mask, found, result[self.place])
+        elif which is None:
+            result[self.place] = found
+        elif bool(which.any()):
+            result[self.place[which]] = found[which]
+
+    def settle(self, done: Bool[Tensor, " r"] | None = None) -> Tensor | None:
+        """Work on these images ends. To be called at every step.
+
+        Returns:
+            the rows to which the caller cuts its state (a mask or numbers); None to leave it as it is.
+        """
+        if not self.marked:
+            return None if done is None or not bool(done.any()) else self._cut(~done)
+        if done is not None:
+            self.live = self.live & ~done
+        self.steps += 1
+        if self.steps % READ_EVERY:
+            return None
+        former, counts = self.counted, torch.stack([self.live.sum(), (~self.finite).sum()])
+        self.counted = _Counted(counts)
+        if former is None:
+            return None
+        live, infinite = former.read()  # of READ_EVERY steps before: no fewer than are left now
+        if infinite:
+            self.finish()
+        size = min((size for size in self.buckets if size >= live), default=len(self)) if live else 0
+        if size >= len(self):
+            return None
+        # Stays: what is live, and what is not finite but was not yet when it was counted; then the first of the rest.
+        return self._cut((~self.live & self.finite).byte().argsort(stable=True)[:size])
+
+    def _cut(self, kept: Tensor) -> Tensor:
+        self.rows, self.place, self.live, self.finite = (
+            t[kept] for t in (self.rows, self.place, self.live, self.finite)
+        )
+        self.held = None if self.held is None else (self.held[0][kept], self.held[1][kept])
+        return kept
 
 
 def draw_schedule(eot: int) -> list[int]:
@@ -154,7 +324,8 @@ def cascade(
     """Run attacks one after the other, each on the images that are not broken yet; keep the worst point of each image.
 
     Restarts, target classes, a suite, and the same attack with more draws are all this. An image that the model
-    misclassifies already is not attacked. Of points that are not broken, the one with the highest margin, averaged
+    misclassifies already is not attacked. A point that breaks a deterministic folded model is also tried on the network
+    itself before its image is given up. Of points that are not broken, the one with the highest margin, averaged
     over `eot` draws, is kept.
 
     Args:
@@ -169,7 +340,10 @@ def cascade(
         with seeded(derive_seed(seed, "judge", *names), x.device):
             values, wrong = expected(model, found, y[rows], margin, eot)
             require_finite(values.isfinite(), rows)
-            worst.update(found, values, confirm_broken(model, found, y[rows], wrong, confirm or 0), rows)
+            broken = confirm_broken(model, found, y[rows], wrong, confirm or 0)
+            if confirm == 0:
+                broken = also_wrong_unfolded(model, found, y[rows], broken)
+            worst.update(found, values, broken, rows)
 
     for part, rows in enumerate(everything.split(batch_size or max(1, len(x)))):
         judge(x[rows], rows, part)

@@ -5,8 +5,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gsem.attacks._types import Images, Labels, Norm
-from gsem.losses import Loss
+from gsem.losses import Loss, margin
 from gsem.nn.contract import gradient
+from gsem.nn.folded import FoldedModel
 
 # Draws are folded into the batch up to this many pixels: 128 images of 32 × 32, 2,048 of 8 × 8. Fewer leave a processor
 # with little to do; more no longer fit into its cache, and images of 32 × 32 then take a fifth longer.
@@ -57,6 +58,21 @@ class Targeted(_Wrapper):
     The losses of `expected` and `expected_gradient` are those of `model`, negated, so that an attack that raises
     them drives the images towards y; `wrong` is the share of draws that classify an image as y.
     """
+
+
+def also_wrong_unfolded(model: nn.Module, x: Images, y: Labels, broken: Bool[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    """Which of the points that are broken on a deterministic model are broken on the network itself, where `model` is a
+    folded one: of points that barely are, rounding may decide. Counts no pass: there is one for each point at most."""
+    inner = model
+    while isinstance(inner, _Wrapper):
+        inner = inner.model
+    if not isinstance(inner, FoldedModel):
+        return broken
+    at = broken.nonzero()[:, 0]
+    if not len(at):
+        return broken
+    _, reached = outcome(model, inner.exact_logits(x[at]), y[at], margin)
+    return broken.index_put((at,), reached)
 
 
 def draw_chunks(draws: int, x: Images) -> list[int]:

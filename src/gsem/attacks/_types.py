@@ -20,7 +20,8 @@ class Step:
     """One iterate of an attack, as its observer sees it: all averaged over the draws of the search.
 
     rows: [b] numbers of the images; x: [b, c, h, w] the iterate; loss: [b]; wrong: [b], the share of draws that
-    misclassify it (of a targeted attack: that take it for its target), in [0, 1].
+    misclassify it (of a targeted attack: that take it for its target), in [0, 1]; live: [b], which images are still
+    worked on, or None for all (on a GPU broken images remain in the batch for a few steps).
     """
 
     rows: Tensor
@@ -28,6 +29,7 @@ class Step:
     x: Tensor
     loss: Tensor
     wrong: Tensor
+    live: Tensor | None = None
 
 
 OnStep = Callable[[Step], None]

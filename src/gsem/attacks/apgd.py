@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import Confirmer, cascade, confirmation, select
-from gsem.attacks._checks import aimed, check_result, checked_init, require_finite, resolve_loss
+from gsem.attacks._active import Confirmer, Remaining, cascade, confirmation, select
+from gsem.attacks._checks import aimed, check_result, checked_init, resolve_loss
 from gsem.attacks._core import ascend, averaged, expected_logits, project, starting_points, strongest_wrong_classes
-from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.losses import Loss, dlr_towards, margin_towards
 from gsem.rng import derive_seed, generator, seeded
 
@@ -114,7 +114,7 @@ def checkpoints(steps: int) -> Iterator[int]:
 class _Path:
     """APGD's state, a row per image that is not broken yet."""
 
-    rows: Tensor
+    remaining: Remaining
     x: Tensor
     y: Tensor
     target: Tensor | None
@@ -133,7 +133,7 @@ class _Path:
     def begin(cls, start: Images, x: Images, y: Labels, target: Tensor | None, eps: float) -> "_Path":
         low = x.new_full((len(x),), float("-inf"))
         return cls(
-            rows=torch.arange(len(x), device=x.device),
+            remaining=Remaining(torch.arange(len(x), device=x.device)),
             x=x,
             y=y,
             target=target,
@@ -192,24 +192,26 @@ def _apgd_loop(
     on_step: OnStep | None,
 ) -> Images:
     """One restart, for one target. `confirm` None follows every path to its end."""
-    result = path.x_adv.clone()
+    result, remaining = path.x_adv.clone(), path.remaining
     confirmer = None if confirm is None else Confirmer(model, path.x, path.y, confirm)
     marks, last = checkpoints(steps), 0
     mark = next(marks, None)
     for number in range(steps + 1):
-        loss = path.loss(objective)
-        value, wrong, grad = averaged(model, path.x_adv, path.y, loss, eot, differentiate=number < steps)
-        require_finite(value.isfinite(), path.rows)
+        ends, loss = number == steps, path.loss(objective)
+        value, wrong, grad = averaged(model, path.x_adv, path.y, loss, eot, differentiate=not ends)
+        remaining.require_finite(value.isfinite())
         if on_step is not None:
-            on_step(Step(path.rows, number, path.x_adv, value, wrong))
+            on_step(remaining.step(number, path.x_adv, value, wrong))
         path.update(value, grad)
+        broken = None
         if confirmer is not None:
-            broken = confirmer(path.x_adv, value, wrong, path.rows)
-            if bool(broken.any()):
-                result[path.rows[broken]] = path.x_adv[broken]
-                path = select(path, ~broken)
-                grad = None if grad is None else grad[~broken]
-        if grad is None or not len(path.rows):
+            by = partial(confirmer, rows=remaining.rows)
+            broken, point, _ = remaining.broken(path.x_adv, value, wrong, by, confirm=confirm or 0, last=ends)
+            remaining.record(result, point, broken)
+        kept = remaining.settle(broken)
+        if kept is not None:
+            path, grad = select(path, kept), None if grad is None else grad[kept]
+        if grad is None or not len(remaining):
             break
         if number == mark:
             grad, last, mark = path.check(number - last, grad), number, next(marks, None)
@@ -219,5 +221,6 @@ def _apgd_loop(
             ahead = path.x_adv + MOMENTUM * (ahead - path.x_adv) + (1 - MOMENTUM) * (path.x_adv - path.before)
             ahead = project(ahead, path.x, eps, norm)
         path.before, path.x_adv = path.x_adv, ahead
-    result[path.rows] = path.best
+    remaining.finish()
+    remaining.record(result, path.best)
     return result

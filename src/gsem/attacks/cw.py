@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import WorstSoFar, confirm_broken, confirmation
+from gsem.attacks._active import Remaining, WorstSoFar, confirm_broken, confirmation
 from gsem.attacks._checks import aimed, check_result, require_finite
 from gsem.attacks._core import expected, expected_gradient, project
-from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.attacks.pgd import pgd
 from gsem.losses import margin
 from gsem.rng import derive_seed, seeded
@@ -86,9 +86,10 @@ def cw(
         weight, low = x.new_full((len(x),), c), x.new_zeros(len(x))
         high = x.new_full((len(x),), math.inf)
         for _ in range(searches):
-            if not len(search.remaining):
+            rows = search.unsettled()
+            if not len(rows):
                 break
-            reached = search.descend(weight, steps, lr)
+            reached = search.descend(rows, weight, steps, lr)
             high = torch.where(reached, torch.minimum(high, weight), high)
             low = torch.where(reached, low, torch.maximum(low, weight))
             weight = torch.where(high.isinf(), weight * 10, (low + high) / 2)
@@ -144,21 +145,21 @@ class _Search:
         self.distance[clean] = 0.0
         self.number = 0
 
-    @property
-    def remaining(self) -> Tensor:
+    def unsettled(self) -> Tensor:
         """Numbers of the images that are still worked on: with a bound, those not broken within it."""
         open_ = self.distance > 0 if math.isinf(self.radius) else ~self.worst.broken
         return open_.nonzero()[:, 0]
 
-    def descend(self, weight: Tensor, steps: int, lr: float) -> Tensor:
+    def descend(self, rows: Tensor, weight: Tensor, steps: int, lr: float) -> Tensor:
         """One search: Adam from each image. Returns [b], whether it broke the image at all."""
-        rows = self.remaining
+        remaining = Remaining(rows)
         reached = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
         w = torch.atanh((2 * self.x[rows] - 1) * TOP)
         first, second = torch.zeros_like(w), torch.zeros_like(w)
         for number in range(1, steps + 1):
+            rows = remaining.rows
             x_adv = (torch.tanh(w) + 1) / 2
-            margins, grad = self._judge(x_adv, rows, reached)
+            margins, grad = self._judge(x_adv, remaining, reached)
             # d/dx_adv of |x_adv − x|² + c · max(−margin, −kappa); then through tanh.
             pulled = (margins < self.kappa) * weight[rows]
             slope = 2 * (x_adv - self.x[rows]) - pulled[:, None, None, None] * grad
@@ -167,43 +168,48 @@ class _Search:
             second = 0.999 * second + 0.001 * slope.square()
             stride = lr * (first / (1 - 0.9**number)) / ((second / (1 - 0.999**number)).sqrt() + 1e-8)
             w = w - stride
-            if not math.isinf(self.radius):
-                open_ = ~self.worst.broken[rows]
-                if not bool(open_.all()):
-                    rows, w, first, second = rows[open_], w[open_], first[open_], second[open_]
-            if not len(rows):
+            kept = remaining.settle(None if math.isinf(self.radius) else self.worst.broken[rows])
+            if kept is not None:
+                w, first, second = w[kept], first[kept], second[kept]
+            if not len(remaining):
                 return reached
-        self._judge((torch.tanh(w) + 1) / 2, rows, reached)
+        self._judge((torch.tanh(w) + 1) / 2, remaining, reached, last=True)
+        remaining.finish()
         return reached
 
-    def _judge(self, x_adv: Images, rows: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+    def _judge(self, x_adv: Images, remaining: Remaining, reached: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
         """Keep what is nearer or worse than the points so far. Returns the margins and their gradient."""
+        rows = remaining.rows
         margins, wrong, grad = expected_gradient(self.model, x_adv, self.y[rows], margin, self.eot)
-        require_finite(margins.isfinite(), rows)
+        remaining.require_finite(margins.isfinite())
         if self.on_step is not None:
-            self.on_step(Step(rows, self.number, x_adv, margins, wrong))
+            self.on_step(remaining.step(self.number, x_adv, margins, wrong))
             self.number += 1
+
+        def by(x_adv: Images, value: Tensor, wrong: Tensor) -> Tensor:
+            return confirm_broken(self.model, x_adv, self.y[rows], wrong, self.confirm)
+
         # Only a point that is nearer than the nearest so far is confirmed by more draws.
         length = (x_adv - self.x[rows]).flatten(1).norm(dim=1)
-        closer = (length < self.distance[rows]) & (wrong == 1)
-        broken = torch.zeros_like(closer)
-        if bool(closer.any()):
-            at = closer.nonzero()[:, 0]
-            broken[at] = confirm_broken(self.model, x_adv[at], self.y[rows[at]], wrong[at], self.confirm)
-        self.nearest[rows[broken]] = x_adv[broken]
-        self.distance[rows[broken]] = length[broken]
+        closer = ((length < self.distance[rows]) & (wrong == 1)).to(wrong.dtype)
+        broken, point, nearness = remaining.broken(x_adv, -length, closer, by, confirm=self.confirm, last=last)
+        self.nearest[rows] = torch.where(broken[:, None, None, None], point, self.nearest[rows])
+        self.distance[rows] = torch.where(broken, -nearness, self.distance[rows])
         reached[rows] |= broken | (wrong == 1)
         if not math.isinf(self.radius):
-            self._bound(x_adv, margins, broken, length, rows)
+            inside = -nearness <= self.radius
+            self.worst.update(point, torch.where(inside, margins, -math.inf), broken & inside, rows)
+            self._project(point, broken & ~inside, remaining, last)
         return margins, grad
 
-    def _bound(self, x_adv: Images, margins: Tensor, broken: Tensor, length: Tensor, rows: Tensor) -> None:
-        """Compare points within the ball with the worst; a broken point outside is first projected into it."""
-        inside = length <= self.radius
-        self.worst.update(x_adv[inside], margins[inside], broken[inside], rows[inside])
-        far = broken & ~inside
-        if bool(far.any()):
-            at = rows[far]
-            point = project(x_adv[far], self.x[at], self.radius, "L2")
+    def _project(self, point: Images, far: Tensor, remaining: Remaining, last: bool) -> None:
+        """Broken points outside the ball are projected into it and compared with the worst."""
+        if self.confirm and not remaining.reads(last):
+            return  # (none was confirmed at this step)
+        which = remaining.only(far)
+        if len(which):
+            at, far = remaining.rows[which], (far & remaining.live)[which]
+            point = project(point[which], self.x[at], self.radius, "L2")
             values, wrong = expected(self.model, point, self.y[at], margin, self.eot)
-            self.worst.update(point, values, confirm_broken(self.model, point, self.y[at], wrong, self.confirm), at)
+            broken = confirm_broken(self.model, point, self.y[at], torch.where(far, wrong, 0.0), self.confirm)
+            self.worst.update(point, torch.where(far, values, -math.inf), broken, at)

@@ -9,7 +9,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gsem._env import DEVICE_FAULTS, exact_float32
-from gsem.attacks._active import WorstSoFar, cascade, confirm_broken, confirmation, numbered, select, shifted
+from gsem.attacks._active import (
+    Remaining,
+    WorstSoFar,
+    cascade,
+    confirm_broken,
+    confirmation,
+    numbered,
+    select,
+    shifted,
+)
 from gsem.attacks._checks import aimed, check_result, require_finite
 from gsem.attacks._core import (
     Targeted,
@@ -24,7 +33,7 @@ from gsem.attacks._core import (
     random_start,
     strongest_wrong_classes,
 )
-from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.losses import margin
 from gsem.nn.contract import gradient
 from gsem.rng import derive_seed, generator, seeded
@@ -36,6 +45,8 @@ ETA = 1.05
 BETA = 0.9
 # Passes of the final search, and how far beyond the boundary they aim, as a share of its distance.
 FINAL, BEYOND = 3, 1e-3
+# Passes of `onto_plane` on an accelerator before it looks whether they were enough. They mostly are.
+PASSES = 8
 # Rows up to which several gradients are taken in one vectorised backward pass: larger ones do not get faster by it.
 TOGETHER = 128
 
@@ -136,7 +147,7 @@ class _Task:
 class _Path:
     """One run's state, a row per image that is not broken yet."""
 
-    rows: Tensor  # numbers of the images within the run
+    remaining: Remaining
     x: Tensor
     y: Tensor
     target: Tensor | None
@@ -147,8 +158,9 @@ class _Path:
 
     @classmethod
     def begin(cls, start: Images, x: Images, y: Labels, target: Tensor | None) -> "_Path":
-        rows, far = torch.arange(len(x), device=x.device), x.new_full((len(x),), float("inf"))
-        return cls(rows, x, y, target, start, torch.zeros_like(x), x, far)
+        remaining = Remaining(torch.arange(len(x), device=x.device))
+        far = x.new_full((len(x),), float("inf"))
+        return cls(remaining, x, y, target, start, torch.zeros_like(x), x, far)
 
 
 @dataclass
@@ -173,12 +185,13 @@ def _in_ball(
     worst = WorstSoFar(x)
     with seeded(derive_seed(seed, "model"), x.device):
         path = _fab_loop(task, path, worst, on_step)
-        if len(path.rows):
+        if len(path.remaining):
             # Points outside the ball are judged where they are projected.
             outside = torch.where(path.distance.isfinite()[:, None, None, None], path.found, path.x_adv)
             last = project(outside, path.x, task.eps, task.norm)
             value, wrong = expected(task.model, last, path.y, margin, task.eot)
-            worst.update(last, value, confirm_broken(task.model, last, path.y, wrong, task.confirm), path.rows)
+            broken = confirm_broken(task.model, last, path.y, wrong, task.confirm) & path.remaining.live
+            worst.update(last, value, broken, path.remaining.rows)
     return worst.x
 
 
@@ -216,21 +229,25 @@ def _fab_loop(task: _Task, path: _Path, worst: WorstSoFar | None, on_step: OnSte
     Returns:
         the path of the images that are not broken.
     """
+    remaining = path.remaining
     for number in range(task.steps + 1):
         ends = number == task.steps
         # One forward pass decides whether the iterate has crossed; the gradient is taken where the next step begins.
         seen = _look(task, path, differentiate=number == 0 and not ends)
-        require_finite(seen.margin.isfinite(), path.rows)
+        remaining.require_finite(seen.margin.isfinite())
         if on_step is not None:
-            on_step(Step(path.rows, number, path.x_adv, seen.margin, seen.wrong))
+            on_step(remaining.step(number, path.x_adv, seen.margin, seen.wrong))
         length = task.length(path.x_adv, path.x)
         nearer = _closer(path, path.x_adv, torch.where(seen.crossed, length, float("inf")))
+        broken = None
         if worst is not None:
             # The start is pushed, too: then one gradient alone gives at least a step of length eps.
-            broken = _judge(task, path, seen, length, nearer if number else torch.ones_like(nearer), worst)
-            if bool(broken.any()):
-                path, seen = select(path, ~broken), select(seen, ~broken)
-        if ends or not len(path.rows):
+            chosen = nearer if number else torch.ones_like(nearer)
+            broken = _judge(task, path, seen, length, chosen, worst, last=ends)
+        kept = remaining.settle(broken)
+        if kept is not None:
+            path, seen = select(path, kept), select(seen, kept)
+        if ends or not len(remaining):
             break
         if number or bool(seen.crossed.any()):
             # From across the boundary the iterate first moves back towards the image. (The plane at the crossing itself
@@ -238,8 +255,9 @@ def _fab_loop(task: _Task, path: _Path, worst: WorstSoFar | None, on_step: OnSte
             back = path.x + BETA * (path.x_adv - path.x)
             path.x_adv = torch.where(seen.crossed[:, None, None, None], back, path.x_adv)
             seen = _look(task, path, differentiate=True)
-            require_finite(seen.margin.isfinite(), path.rows)
+            remaining.require_finite(seen.margin.isfinite())
         path.x_adv = _step(path, seen, task.norm)
+    remaining.finish()
     return path
 
 
@@ -251,24 +269,30 @@ def _closer(path: _Path, x_adv: Images, distance: Float[Tensor, " b"]) -> Bool[T
 
 
 def _judge(
-    task: _Task, path: _Path, seen: _Seen, length: Tensor, chosen: Tensor, worst: WorstSoFar
+    task: _Task, path: _Path, seen: _Seen, length: Tensor, chosen: Tensor, worst: WorstSoFar, *, last: bool
 ) -> Bool[Tensor, " b"]:
     """Compare the iterates in the ball with `worst`; the chosen are first pushed along the normal, past the boundary,
     by what remains of eps. Returns which are broken."""
     assert task.eps is not None
     inside = length <= task.eps
     point, value, wrong = path.x_adv, seen.margin, seen.wrong
-    push = (inside & chosen).nonzero()[:, 0]
+    push = path.remaining.only(inside & chosen)
     if len(push):
         room = (task.eps - length[push])[:, None, None, None]
         pushed = ascend(point[push], path.x[push], path.normal[push], room, task.eps, task.norm)
         higher, share = expected(task.model, pushed, path.y[push], margin, task.eot)
-        better = higher > value[push]
-        pushed, push = pushed[better], push[better]
+        better = (higher > value[push]) & (inside & chosen)[push]
         point, value, wrong = point.clone(), value.clone(), wrong.clone()
-        point[push], value[push], wrong[push] = pushed, higher[better], share[better]
-    broken = confirm_broken(task.model, point, path.y, torch.where(inside, wrong, 0.0), task.confirm)
-    worst.update(point, torch.where(inside, value, float("-inf")), broken, path.rows)
+        point[push] = torch.where(better[:, None, None, None], pushed, point[push])
+        value[push] = torch.where(better, higher, value[push])
+        wrong[push] = torch.where(better, share, wrong[push])
+
+    def by(point: Images, value: Tensor, wrong: Tensor) -> Tensor:
+        return confirm_broken(task.model, point, path.y, wrong, task.confirm)
+
+    value, wrong = torch.where(inside, value, float("-inf")), torch.where(inside, wrong, 0.0)
+    broken, point, value = path.remaining.broken(point, value, wrong, by, confirm=task.confirm, last=last)
+    worst.update(point, value, broken, path.remaining.rows)
     return broken
 
 
@@ -394,11 +418,15 @@ def onto_plane(points: Flat, normal: Flat, gap: Float[Tensor, " b"], norm: Norm)
     room = torch.where(sign > 0, 1 - points, points)
     stuck = torch.zeros_like(size, dtype=torch.bool)
     never = torch.finfo(size.dtype).max
+    # On an accelerator the CPU waits for the answer whether a pass changed anything, and one that did not costs little.
+    passes = 1 if points.device.type == "cpu" else PASSES
+    number = 0
     while True:
+        number += 1
         rate = torch.where(stuck, 0.0, size * speed).sum(1)
         time = (goal - torch.where(stuck, size * room, 0.0).sum(1)) / rate
         travelled = torch.where(rate > 0, time.clamp(0, never), never)[:, None] * speed
         more = (travelled >= room) & ~stuck
-        if not bool(more.any()):
+        if number % passes == 0 and not bool(more.any()):
             return sign * torch.where(stuck, room, travelled)
         stuck |= more

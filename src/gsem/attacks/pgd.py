@@ -10,10 +10,10 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import Confirmer, WorstSoFar, confirmation
+from gsem.attacks._active import Confirmer, Remaining, WorstSoFar, confirmation
 from gsem.attacks._checks import aimed, check_result, checked_init, require_finite, resolve_loss
-from gsem.attacks._core import Targeted, ascend, expected, expected_gradient, starting_points
-from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
+from gsem.attacks._core import Targeted, also_wrong_unfolded, ascend, expected, expected_gradient, starting_points
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.losses import Loss
 from gsem.nn.contract import plain_logits, to_number
 from gsem.rng import derive_seed, generator, seeded
@@ -172,8 +172,8 @@ class _Judge:
 
     def __post_init__(self) -> None:
         self.worst = WorstSoFar(self.x)
-        confirm = confirmation(self.model, self.x) if (self.every or self.last) and self.stop_broken else 0
-        self.confirmer = Confirmer(self.model, self.x, self.y, confirm)
+        self.confirm = confirmation(self.model, self.x) if (self.every or self.last) and self.stop_broken else 0
+        self.confirmer = Confirmer(self.model, self.x, self.y, self.confirm)
 
     def follow(self, start: Images, steps: int, ascend: Callable[[Images, Images, Images], Images]) -> Images:
         """One path, for the remaining images: `ascend` makes (x_adv, x, gradient) the next x_adv.
@@ -181,27 +181,33 @@ class _Judge:
         Returns:
             the worst point of each image so far, or the last iterates where none is kept.
         """
-        rows = (~self.worst.broken if self.stop_broken else torch.ones_like(self.worst.broken)).nonzero()[:, 0]
-        x_adv = start[rows]
+        remaining = Remaining((~self.worst.broken | (not self.stop_broken)).nonzero()[:, 0])
+        x_adv = start[remaining.rows]
         for number in range(steps + 1):
-            ends, y = number == steps, self.y[rows]
+            ends, y = number == steps, self.y[remaining.rows]
             competes = self.every or (ends and self.last)
-            if not len(rows) or (ends and not competes and self.on_step is None):
+            if not len(remaining) or (ends and not competes and self.on_step is None):
                 break
             if not ends:
                 values, wrong, grad = expected_gradient(self.search or self.model, x_adv, y, self.objective, self.eot)
-                require_finite(values.isfinite(), rows)
+                remaining.require_finite(values.isfinite())
             if (competes or self.on_step is not None) and (ends or self.search is not None):
                 # The search model gives directions only: points are judged by the model itself.
                 values, wrong = expected(self.model, x_adv, y, self.objective, self.eot)
-                require_finite(values.isfinite(), rows)
+                remaining.require_finite(values.isfinite())
             if self.on_step is not None:
-                self.on_step(Step(rows, number, x_adv, values, wrong))
+                self.on_step(remaining.step(number, x_adv, values, wrong))
+            broken = None
             if competes:
-                broken = self.confirmer(x_adv, values, wrong, rows)
-                self.worst.update(x_adv, values, broken, rows)
-                if self.stop_broken and not ends and bool(broken.any()):
-                    rows, x_adv, grad = rows[~broken], x_adv[~broken], grad[~broken]
+                by = partial(self.confirmer, rows=remaining.rows)
+                broken, point, value = remaining.broken(x_adv, values, wrong, by, confirm=self.confirm, last=ends)
+                self.worst.update(point, value, broken, remaining.rows)
             if not ends:
-                x_adv = ascend(x_adv, self.x[rows], grad)
+                kept = remaining.settle(broken if self.stop_broken else None)
+                if kept is not None:
+                    x_adv, grad = x_adv[kept], grad[kept]
+                x_adv = ascend(x_adv, self.x[remaining.rows], grad)
+        remaining.finish()
+        if self.last and self.stop_broken and not self.confirm:
+            self.worst.broken = also_wrong_unfolded(self.model, self.worst.x, self.y, self.worst.broken)
         return self.worst.x if self.every or self.last else x_adv

@@ -1,16 +1,17 @@
 """RayS (Chen & Gu, KDD 2020): a search over directions that uses the model's labels only."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import confirm_broken, confirmation, select
-from gsem.attacks._checks import check_result, require_finite
+from gsem.attacks._active import Remaining, confirm_broken, confirmation, select
+from gsem.attacks._checks import check_result
 from gsem.attacks._core import expected
-from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep, Step
+from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep
 from gsem.losses import margin
 from gsem.nn.contract import checked
 from gsem.rng import derive_seed, generator, seeded
@@ -75,42 +76,72 @@ def rays(
     # Radii are those of a single pixel here: the L2 length of a sign direction is √d times that.
     limit = eps if norm == "Linf" else eps / size**0.5
     rng = generator(seed, "orders", device=x.device)
-    rows = torch.arange(len(x), device=x.device)
 
-    def query(points: Flat, rows: Int[Tensor, " r"], number: int) -> Float[Tensor, " r"]:
-        images = points.view(-1, *x.shape[1:])
-        values, wrong = expected(model, images, y[rows], margin, eot)
-        require_finite(values.isfinite(), rows)
-        if on_step is not None:
-            on_step(Step(rows, number, images, wrong, wrong))
-        return wrong
-
-    def unbroken(points: Flat, rows: Int[Tensor, " r"], wrong: Float[Tensor, " r"]) -> Bool[Tensor, " r"]:
-        return ~confirm_broken(model, points.view(-1, *x.shape[1:]), y[rows], wrong, confirm)
-
+    labels = _Labels(model, x.shape[1:], y, eot, confirm, on_step)
     flat = x.flatten(1)
     found = flat.clone()
     with seeded(derive_seed(seed, "model"), x.device):
-        left = unbroken(flat, rows, query(flat, rows, 0))
-        search = _Search.begin(rows[left], flat[left], tolerance=min(TOLERANCE / size**0.5, limit / 16))
-        for number in range(1, queries):
-            if not len(search.rows):
-                break
-            if confirm and number % RECHECK == 0:
-                wrong = query(search.points(search.radius), search.rows, number)
-                search.recheck(wrong > 0.5)
-                continue
-            wrong = query(search.proposals(), search.rows, number)
-            # A deterministic model is broken at the queried point; for a stochastic one a shorter ray is searched on.
-            shorter = search.learn(wrong > 0.5, rng, enough=0.0 if confirm else limit)
-            reached = shorter & (search.radius <= limit)
-            if bool(reached.any()):
-                points = search.points(search.radius.new_tensor(limit) if confirm else search.radius)
-                left = unbroken(points, search.rows, reached.to(x.dtype))
-                found[search.rows[~left]] = points[~left]
-                search = select(search, left)
-        found[search.rows] = search.points(search.radius.new_tensor(limit))
+        everything = Remaining(torch.arange(len(x), device=x.device))
+        wrong = labels.query(flat, everything, 0)
+        everything.finish()
+        rows = (~labels.broken(flat, wrong, wrong, rows=everything.rows)).nonzero()[:, 0]
+        search = _Search.begin(flat[rows], tolerance=min(TOLERANCE / size**0.5, limit / 16))
+        found[rows] = _rays_loop(labels, search, Remaining(rows), limit=limit, queries=queries, rng=rng)
     return check_result(found.view_as(x), x, eps=eps, norm=norm)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The model, as far as the attack sees it."""
+
+    model: nn.Module
+    shape: torch.Size
+    y: Int[Tensor, " n"]
+    eot: int
+    confirm: int
+    on_step: OnStep | None
+
+    def query(self, points: Flat, remaining: Remaining, number: int) -> Float[Tensor, " r"]:
+        """The share of wrong draws at points of the remaining images."""
+        images = points.view(-1, *self.shape)
+        values, wrong = expected(self.model, images, self.y[remaining.rows], margin, self.eot)
+        remaining.require_finite(values.isfinite())
+        if self.on_step is not None:
+            self.on_step(remaining.step(number, images, wrong, wrong))
+        return wrong
+
+    def broken(self, points: Flat, _: Tensor, wrong: Float[Tensor, " r"], rows: Tensor) -> Bool[Tensor, " r"]:
+        return confirm_broken(self.model, points.view(-1, *self.shape), self.y[rows], wrong, self.confirm)
+
+
+def _rays_loop(
+    labels: _Labels, search: "_Search", remaining: Remaining, *, limit: float, queries: int, rng: torch.Generator
+) -> Flat:
+    """The search, after one query of the images themselves. Returns the points of the remaining images."""
+    confirm, result = labels.confirm, search.x.clone()
+    for number in range(1, queries):
+        if not len(remaining):
+            break
+        if confirm and number % RECHECK == 0:
+            wrong = labels.query(search.points(search.radius), remaining, number)
+            search.recheck(wrong > 0.5)
+            continue
+        wrong = labels.query(search.proposals(), remaining, number)
+        # A deterministic model is broken at the queried point; for a stochastic one a shorter ray is searched on.
+        shorter = search.learn(wrong > 0.5, remaining, rng, enough=0.0 if confirm else limit)
+        reached, broken = shorter & (search.radius <= limit), None
+        if remaining.marked or bool(reached.any()):
+            points = search.points(torch.full_like(search.radius, limit) if confirm else search.radius)
+            by, last = partial(labels.broken, rows=remaining.rows), number == queries - 1
+            found = remaining.broken(points, -search.radius, reached.to(wrong.dtype), by, confirm=confirm, last=last)
+            broken = found[0]
+            remaining.record(result, found[1], broken)
+        kept = remaining.settle(broken)
+        if kept is not None:
+            search = select(search, kept)
+    remaining.finish()
+    remaining.record(result, search.points(torch.full_like(search.radius, limit)))
+    return result
 
 
 @dataclass
@@ -121,7 +152,6 @@ class _Search:
     Or it bisects: on the flipped ray the label is right at radius `low` and wrong at `high`.
     """
 
-    rows: Int[Tensor, " b"]  # numbers of the images
     x: Flat
     sign: Flat  # the best ray
     radius: Float[Tensor, " b"]  # where it is wrong
@@ -129,17 +159,18 @@ class _Search:
     level: Int[Tensor, " b"]  # 2^level blocks
     block: Int[Tensor, " b"]
     bisecting: Bool[Tensor, " b"]
+    anew: Bool[Tensor, " b"]  # whether the hierarchy of blocks is to start over
     low: Float[Tensor, " b"]
     high: Float[Tensor, " b"]
     tolerance: float
 
     @classmethod
-    def begin(cls, rows: Int[Tensor, " b"], x: Flat, *, tolerance: float) -> "_Search":
+    def begin(cls, x: Flat, *, tolerance: float) -> "_Search":
         """All signs positive. The radius 2, which no image needs, means that none was found yet."""
-        count = torch.zeros_like(rows)
+        count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         rank = torch.arange(x.shape[1], device=x.device).expand(x.shape).clone()
-        none = x.new_zeros(len(x))
-        return cls(rows, x, torch.ones_like(x), none + 2, rank, count, count, count > 0, none, none, tolerance)
+        none, no = x.new_zeros(len(x)), count > 0
+        return cls(x, torch.ones_like(x), none + 2, rank, count, count, no, no, none, none, tolerance)
 
     def points(self, radius: Tensor) -> Flat:
         """On the best rays."""
@@ -168,7 +199,9 @@ class _Search:
         """Lengthen the best rays that were queried again and are not wrong."""
         self.radius = torch.where(wrong, self.radius, (self.radius * GROWTH).clamp_max(2))
 
-    def learn(self, wrong: Bool[Tensor, " b"], rng: torch.Generator, *, enough: float) -> Bool[Tensor, " b"]:
+    def learn(
+        self, wrong: Bool[Tensor, " b"], remaining: Remaining, rng: torch.Generator, *, enough: float
+    ) -> Bool[Tensor, " b"]:
         """Update from the labels at `proposals`. A binary search ends early at a radius of `enough`.
 
         Returns:
@@ -179,22 +212,30 @@ class _Search:
         self.high = torch.where(wrong, trial, self.high)
         ends = torch.where(bisecting, self.high - self.low <= self.tolerance, ~wrong) | (wrong & (trial <= enough))
         shorter = ends & (bisecting | wrong) & (self.high < self.radius)
-        if bool(shorter.any()):
+        if remaining.marked or bool(shorter.any()):
             self.radius = torch.where(shorter, self.high, self.radius)
             self.sign = torch.where(shorter[:, None] & self.flipped(), -self.sign, self.sign)
         self.bisecting = ~ends
-        self._next_block(ends, rng)
+        self._next_block(ends, remaining, rng)
         return shorter
 
-    def _next_block(self, ends: Bool[Tensor, " b"], rng: torch.Generator) -> None:
+    def _next_block(self, ends: Bool[Tensor, " b"], remaining: Remaining, rng: torch.Generator) -> None:
         width, size = self.width(), self.x.shape[1]
         self.block = self.block + ends
         full = self.block * width >= size
         self.block = self.block.masked_fill(full, 0)
         self.level = self.level + full
-        # After single pixels: all pixels again, and then the halves of another order.
-        anew = (full & (width == 1)).nonzero()[:, 0]
+        # After single pixels: all pixels again, and then the halves of another order. (On an accelerator, single pixels
+        # again until the CPU may look.)
+        self.anew = self.anew | (full & (width == 1))
+        if not remaining.reads():
+            return
+        anew = (self.anew & ~self.bisecting).nonzero()[:, 0]
         if len(anew):
-            self.level[anew] = 0
-            order = torch.rand((len(anew), size), generator=rng, device=rng.device)
+            self.level[anew] = self.block[anew] = 0
+            self.anew[anew] = False
+            if remaining.marked:
+                order = remaining.drawn(lambda b: torch.rand((b, size), generator=rng, device=rng.device))[anew]
+            else:
+                order = torch.rand((len(anew), size), generator=rng, device=rng.device)
             self.rank[anew] = order.argsort(1)

@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import cascade, confirm_broken, confirmation
-from gsem.attacks._checks import aimed, check_result, require_finite
+from gsem.attacks._active import Remaining, cascade, confirm_broken, confirmation
+from gsem.attacks._checks import aimed, check_result
 from gsem.attacks._core import expected
-from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep, Step
+from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.losses import margin
 from gsem.rng import derive_seed, generator, reseed, seeded
 
@@ -125,11 +125,15 @@ def _search(
     """
     rng = generator(seed, "squares", device=x.device)
     shape = x.shape[1:]
-    found = squares.start(x, rng).flatten(1)
-    rows = torch.arange(len(x), device=x.device)
-    x, z = x.flatten(1), found.clone()
+    found = squares.start(x, rng)
+    remaining = Remaining(torch.arange(len(x), device=x.device))
+    x, z = x.flatten(1), found.flatten(1).clone()
     best = x.new_full((len(x),), float("-inf"))
     drawn = 0
+
+    def by(point: Images, value: Tensor, wrong: Tensor) -> Tensor:
+        return confirm_broken(model, point, y, wrong, confirm)
+
     with seeded(derive_seed(seed, "model"), x.device):
         for number in range(queries):
             if confirm and number - drawn == REDRAW:
@@ -138,32 +142,34 @@ def _search(
             if number == drawn:
                 best = torch.full_like(best, float("-inf"))  # the incumbent is the proposal
             elif number:
-                patches = squares.propose(z, x, shape, number - 1, rng)
+                patches = squares.propose(z, x, shape, number - 1, remaining, rng)
             for patch in patches:
                 z.scatter_(1, patch.at, patch.new)
             if confirm:
                 reseed(derive_seed(seed, "noise", drawn), x.device)
             point = z.view(-1, *shape)
             values, wrong = expected(model, point, y, margin, eot)
-            require_finite(values.isfinite(), rows)  # (a NaN would pass for a low margin)
+            remaining.require_finite(values.isfinite())  # (a NaN would pass for a low margin)
             if on_step is not None:
-                on_step(Step(rows, number, point.clone(), values, wrong))  # the search works in place
+                on_step(remaining.step(number, point.clone(), values, wrong))  # the search works in place
             if confirm:
                 reseed(derive_seed(seed, "confirm", number), x.device)
-            broken = confirm_broken(model, point, y, wrong, confirm)
+            broken, at, _ = remaining.broken(point, values, wrong, by, confirm=confirm, last=number == queries - 1)
+            remaining.record(found, at, broken)
             better = broken | (values > best)
             best = torch.where(better, values, best)
             for patch in patches:
                 z.scatter_(1, patch.at, torch.where(better[:, None], patch.new, patch.old))
-            if bool(broken.any()):
-                found[rows[broken]] = z[broken]
-                rows, x, y, z, best = (t[~broken] for t in (rows, x, y, z, best))
-                if not len(rows):
+            kept = remaining.settle(broken)
+            if kept is not None:
+                x, y, z, best = (t[kept] for t in (x, y, z, best))
+                if not len(remaining):
                     break
                 # Noise belongs to positions in the batch, and the remaining images have moved: the noise is redrawn.
                 drawn = number + 1 if confirm else drawn
-    found[rows] = z
-    return found.view(-1, *shape)
+    remaining.finish()
+    remaining.record(found, z.view(-1, *shape))
+    return found
 
 
 @dataclass
@@ -183,11 +189,14 @@ class _Squares:
         self.offsets = (channel[:, None, None] * h * w + line[:, None] * w + column).flatten()
 
 
-def _corners(b: int, side: int, shape: torch.Size, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _corners(remaining: Remaining, side: int, shape: torch.Size, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Top and left [b, 1] of a random square in each image."""
+
+    def corner(last: int) -> Tensor:
+        return remaining.drawn(lambda b: torch.randint(last + 1, (b, 1), generator=rng, device=rng.device))
+
     _, h, w = shape
-    top, left = (torch.randint(n - side + 1, (b, 1), generator=rng, device=rng.device) for n in (h, w))
-    return top, left
+    return corner(h - side), corner(w - side)
 
 
 def _signs(*shape: int, like: Tensor, rng: torch.Generator) -> Tensor:
@@ -202,15 +211,18 @@ class _Linf(_Squares):
         b, c, _, w = x.shape
         return (x + self.eps * _signs(b, c, 1, w, like=x, rng=rng)).clamp(0, 1)
 
-    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, rng: torch.Generator) -> list[_Patch]:
+    def propose(
+        self, z: Flat, x: Flat, shape: torch.Size, proposal: int, remaining: Remaining, rng: torch.Generator
+    ) -> list[_Patch]:
         c, h, w = shape
         side = min(max(round((_share(self.p_init, proposal) * h * w) ** 0.5), 1), h, w)
         if side != self.side:
             self.fit(side, shape, z.device)
-        top, left = _corners(len(z), side, shape, rng)
+        top, left = _corners(remaining, side, shape, rng)
         at = top * w + left + self.offsets
         old, under = z.gather(1, at), x.gather(1, at)
-        offset = (self.eps * _signs(len(z), c, like=z, rng=rng)).repeat_interleave(side * side, 1)
+        signs = remaining.drawn(lambda b: _signs(b, c, like=z, rng=rng))
+        offset = (self.eps * signs).repeat_interleave(side * side, 1)
         new = (under + offset).clamp(0, 1)
         # A square that has this colour already would waste a query: it gets the opposite colour.
         idle = (new == old).all(1, keepdim=True)
@@ -237,14 +249,16 @@ class _L2(_Squares):
         length = offset.flatten(1).norm(dim=1)[:, None, None, None]
         return (x + offset * (self.eps / length)).clamp(0, 1)
 
-    def propose(self, z: Flat, x: Flat, shape: torch.Size, proposal: int, rng: torch.Generator) -> list[_Patch]:
+    def propose(
+        self, z: Flat, x: Flat, shape: torch.Size, proposal: int, remaining: Remaining, rng: torch.Generator
+    ) -> list[_Patch]:
         (b, _), (c, h, w) = z.shape, shape
         side = max(round((_share(self.p_init, proposal) * h * w) ** 0.5), 3)
         side = min(side + 1 - side % 2, h, w)
         if side != self.side:
             self.fit(side, shape, z.device)
             self.tile = torch.stack([_bumps(side), _bumps(side).T]).flatten(1).to(z)
-        (top, left), (top2, left2) = (_corners(b, side, shape, rng) for _ in range(2))
+        (top, left), (top2, left2) = (_corners(remaining, side, shape, rng) for _ in range(2))
         at, at2 = top * w + left + self.offsets, top2 * w + left2 + self.offsets
         old, old2, under, under2 = z.gather(1, at), z.gather(1, at2), x.gather(1, at), x.gather(1, at2)
         offset, offset2 = (old - under).view(b, c, -1), (old2 - under2).view(b, c, -1)
@@ -255,8 +269,8 @@ class _L2(_Squares):
         shared = (lines[:, :, None] & columns[:, None, :]).view(b, 1, -1)
         held = offset.square().sum(2) + offset2.square().masked_fill(shared, 0).sum(2)
         spare = (self.eps**2 - (z - x).square().sum(1, keepdim=True)).clamp_min(0)
-        which = torch.randint(2, (b,), generator=rng, device=z.device)
-        bumps = self.tile[which][:, None] * _signs(b, c, 1, like=z, rng=rng)
+        which = remaining.drawn(lambda b: torch.randint(2, (b,), generator=rng, device=z.device))
+        bumps = self.tile[which][:, None] * remaining.drawn(lambda b: _signs(b, c, 1, like=z, rng=rng))
         paint = _unit(bumps + _unit(offset)) * (held + spare / c).sqrt()[:, :, None]
         return [_Patch(at2, old2, under2), _Patch(at, old, (under + paint.flatten(1)).clamp(0, 1))]
 

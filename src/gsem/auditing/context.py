@@ -90,9 +90,12 @@ def trace(images: int, run: Callable[[OnStep], Tensor]) -> Trace:
     losses: list[list[float]] = [[] for _ in range(images)]
 
     def record(step: Step) -> None:
+        live = [True] * len(step.rows) if step.live is None else step.live.tolist()
         for at, (row, wrong, loss) in enumerate(
             zip(step.rows.tolist(), step.wrong.tolist(), step.loss.tolist(), strict=True)
         ):
+            if not live[at]:
+                continue
             losses[row].append(loss)
             if row not in best or (wrong, loss) > best[row][:2]:
                 best[row] = (wrong, loss, step.x[at].detach().clone())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsem._env import device_named
+from gsem._env import FEWER, device_named, require_room
 from gsem._fingerprint import data_fingerprint
 from gsem.cli.options import NetworkOptions, TaskOptions, VerifyOptions
 from gsem.data import Dataset, Split, balanced, load, to_float
@@ -83,6 +83,7 @@ def load_task(o: TaskOptions | VerifyOptions) -> Task:
     x, y = to_float(test.x[rows]), test.y[rows]
     _check_fit(o, metadata, [model, *sources.values()], x)
     device = device_named(o.device)
+    require_room(x, device, FEWER)
     return Task(
         options=o,
         model=model.to(device),

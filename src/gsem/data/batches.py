@@ -10,6 +10,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gsem._env import require_room
 from gsem.data.dataset import Split
 from gsem.data.images import DamagedImage, Images, Joined
 
@@ -44,6 +45,7 @@ class Held:
     """All images as one tensor on the device."""
 
     def __init__(self, x: UInt8[Tensor, "n c h w"], y: Int64[Tensor, " n"], device: torch.device):
+        require_room(x, device, "hold=False (--no-hold) reads the training images batch by batch")
         self.x, self.y, self.device = x.to(device), y.to(device), device
 
     def __len__(self) -> int:

@@ -405,9 +405,10 @@ class _Watch:
         self.started = self.reported = time.monotonic()
 
     def on_step(self, step: Step) -> None:
-        now, remaining = time.monotonic(), len(step.rows)
+        now = time.monotonic()
         if now - self.reported >= REPORT_EVERY:
             self.reported = now
+            remaining = len(step.rows) if step.live is None else int(step.live.sum())
             self._report(remaining, (self.correct / self.draws + remaining) / (self.done + self.size))
 
     def finished(self, part: AttackScores) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from gsem._env import FEWER, require_room
 from gsem.nn.gsem import IntegerNoise
 from gsem.rng import seeded
 
@@ -120,7 +121,9 @@ def to_images(x: ImagesLike, model: nn.Module) -> Float[Tensor, "b c h w"]:
     """
     if isinstance(x, np.ndarray):
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
-        x = torch.from_numpy(np.ascontiguousarray(x)).to(like.device)
+        x = torch.from_numpy(np.ascontiguousarray(x))
+        require_room(x, like.device, FEWER)
+        x = x.to(like.device)
         x = x.to(like.dtype) if x.is_floating_point() else x
     if not isinstance(x, Tensor):
         raise ValueError(f"x must be images [b, c, h, w], a tensor or a numpy array, not a {type(x).__name__}")

@@ -436,9 +436,13 @@ def _gate(graph: fx.Graph, root: nn.Module) -> _FoldedGSeM | None:
 class FoldedModel(nn.Module):
     """See `fold`. Images [b, c, h, w] in [0, 1] → logits [b, k] in float32 (float64 for a float64 folded model)."""
 
+    source: nn.Module
+
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
+        # Not registered as a submodule: its parameters are not the folded model's.
+        self.__dict__["source"] = model
         try:
             self.graph, self.gate = _traced(model, dtype)
         except Exception as error:  # a forward may raise anything when its input is symbolic
@@ -461,6 +465,13 @@ class FoldedModel(nn.Module):
         for part in self.modules():
             if isinstance(part, _Folded):
                 part.refresh(self.dtype)
+
+    @torch.no_grad()
+    def exact_logits(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """What the network itself answers in eval mode. The folded model's logits differ from it by rounding."""
+        like = next((p for p in self.source.parameters() if p.is_floating_point()), x)
+        with eval_flags(self.source):
+            return self.source(x.to(like.dtype))
 
     def compile_graph(self) -> None:
         """Let torch.compile run what was folded. The first pass of every shape and number of draws takes minutes."""

@@ -84,7 +84,7 @@ class IntegerNoise(nn.Module):
             return self._hashed((1, *x.shape[1:]), x)
         if self.seeded:
             offsets = self._hashed(tuple(x.shape), x)
-            self.key += torch.tensor([0, 1], device=self.key.device)
+            self.key[1:] += 1
             return offsets
         return torch.randint(-self.largest, self.largest + 1, x.shape, dtype=x.dtype, device=x.device)
 

@@ -1,0 +1,147 @@
+"""Images leave an attack one by one, or are marked and cut to a few sizes, as on an accelerator: the same results."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gsem.attacks import apgd, cw, fab, pgd, rays, square
+from gsem.attacks._active import READ_EVERY, Remaining
+from gsem.nn.contract import NotFinite
+
+SIZES = (64, 32, 16, 8)
+ATTACKS = {
+    "pgd": partial(pgd, step=0.01, steps=40, restarts=2),
+    "apgd": partial(apgd, steps=40),
+    "apgd-t": partial(apgd, steps=30, targets=2),
+    "fab": partial(fab, steps=30),
+    "fab-t": partial(fab, steps=25, targets=2, restarts=2),
+    "square": partial(square, queries=120),
+    "rays": partial(rays, queries=120),
+    "cw": partial(cw, steps=40, searches=2, lr=0.02),
+}
+EPS = {"Linf": 0.1, "L2": 0.5}
+
+
+def in_float64(attacked: tuple[nn.Module, Tensor, Tensor]) -> tuple[nn.Module, Tensor, Tensor]:
+    """So that rounding, which depends on the number of rows, turns no decision."""
+    model, x, y = attacked
+    return copy.deepcopy(model).double(), x[:60].double(), y[:60]
+
+
+class Rows(nn.Module):
+    """Records how many rows each pass had."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.seen = model.eval(), set()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(len(x))
+        return self.model(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [(name, norm) for name in ATTACKS for norm in EPS if (name, norm) != ("cw", "Linf")]
+)
+def test_few_sizes_change_no_result(name, norm, attacked, monkeypatch):
+    model, x, y = in_float64(attacked)
+    attack = partial(ATTACKS[name], eps=EPS[norm], norm=norm, seed=3)
+    if name == "square":
+        # Marked images change which square is drawn for whom; what is compared is marking alone.
+        monkeypatch.setattr(Remaining, "sizes", ())
+    one_by_one = Rows(model)
+    expected = attack(one_by_one, x, y)
+    monkeypatch.setattr(Remaining, "sizes", SIZES)
+    few = Rows(model)
+    found = attack(few, x, y)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    share = (model(found).argmax(1) != y).double().mean()
+    assert 0.03 < share < 0.97, share  # (images are settled, and images remain)
+    if name in ("apgd", "fab", "rays"):  # (one run: it begins with all images that are right)
+        assert few.seen <= {60, 8, *SIZES} and len(few.seen) > 1, few.seen
+
+
+class Noisy(nn.Module):
+    """A model with noise on its logits, from torch's stream."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        return logits + torch.randn_like(logits)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "fab", "square"])
+def test_on_a_stochastic_model_few_sizes_break_as_many_images(name, attacked, monkeypatch):
+    model, x, y = attacked
+    noisy = Noisy(model)
+    attack = partial(ATTACKS[name], noisy, x, y, eps=0.1, eot=2, seed=3)
+    shares = []
+    for sizes in (None, SIZES):
+        monkeypatch.setattr(Remaining, "sizes", sizes)
+        wrong = torch.stack([noisy(found).argmax(1) != y for found in [attack()] for _ in range(20)])
+        shares.append(wrong.double().mean(0))
+    # The same images, with other noise: the mean difference, to three of its standard errors.
+    difference = shares[1] - shares[0]
+    assert difference.mean().abs() < 3 * difference.std() / len(x) ** 0.5 + 0.01, (name, difference.mean())
+    assert 0.1 < shares[0].mean() < 0.95
+
+
+def test_a_loss_that_is_not_finite_names_its_image_also_when_it_is_read_late(monkeypatch):
+    class Bad(nn.Module):
+        """NaN for dark images with a bright first pixel, once it has moved."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, left = x[:, 0, 0, 0], x.mean((1, 2, 3))
+            bad = (first > 0.7) & ((first - 0.9).abs() > 1e-3) & (left < 0.3)
+            return torch.stack([torch.where(bad, torch.nan, left + 9), left, -left], 1)
+
+    x = torch.full((30, 1, 4, 4), 0.05)
+    x[17, 0, 0, 0] = 0.9
+    y = torch.zeros(30, dtype=torch.int64)
+    for sizes in (None, SIZES):
+        monkeypatch.setattr(Remaining, "sizes", sizes)
+        for attack in (partial(apgd, steps=3), partial(square, queries=4), partial(pgd, step=0.05, steps=25)):
+            with pytest.raises(NotFinite, match="image 17 of the attacked batch"):
+                attack(Bad().eval(), x, y, eps=0.1, seed=1)
+
+
+def test_a_state_is_cut_to_the_smallest_size_that_holds_what_is_left(monkeypatch):
+    monkeypatch.setattr(Remaining, "sizes", (4, 8))
+    remaining = Remaining(torch.arange(100, 110))
+    state, result = torch.arange(10), torch.zeros(10)
+    for step in range(5 * READ_EVERY):
+        done = state == {1: 3, 4: 9, 13: 0, 14: 1, 15: 2, 16: 4}.get(step, -1)
+        remaining.record(result, state + 1.0, done)
+        kept = remaining.settle(done)
+        if kept is not None:
+            state = state[kept]
+        # The marks of the first ten steps are read after twenty: eight images were left.
+        size = 10 if step < 2 * READ_EVERY - 1 else 8 if step < 3 * READ_EVERY - 1 else 4
+        assert len(state) == len(remaining) == size, step
+        assert torch.equal(remaining.rows, state + 100)
+    assert state[remaining.live].tolist() == [5, 6, 7, 8]
+    remaining.record(result, state + 100.0)
+    assert result.tolist() == [1, 2, 3, 4, 5, 105, 106, 107, 108, 10]
+
+
+def test_a_loss_that_was_not_finite_is_not_cut_away_unread(monkeypatch):
+    monkeypatch.setattr(Remaining, "sizes", (2,))
+
+    def run() -> None:
+        remaining, state = Remaining(torch.arange(100, 104)), torch.arange(4)
+        for step in range(3 * READ_EVERY):
+            remaining.require_finite((state != 3) | (step != 15))
+            kept = remaining.settle(state == {0: 0, 1: 2, 12: 1, 15: 3}.get(step, -1))
+            state = state if kept is None else state[kept]
+
+    # At the first count two images were left, 1 and 3; both are settled when the state is cut to two rows.
+    with pytest.raises(NotFinite, match="image 103 "):
+        run()
