@@ -45,7 +45,7 @@ def digits(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def marked(monkeypatch):
-    """The CPU, too, marks settled rows, and all devices cut to small sizes."""
+    """The CPU, too, marks finished rows, and all devices cut to small sizes."""
     monkeypatch.setattr(Remaining, "sizes", (4, 2))
 
 

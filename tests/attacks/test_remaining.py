@@ -60,7 +60,7 @@ def test_few_sizes_change_no_result(name, norm, attacked, monkeypatch):
     found = attack(few, x, y)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     share = (model(found).argmax(1) != y).double().mean()
-    assert 0.03 < share < 0.97, share  # (images are settled, and images remain)
+    assert 0.03 < share < 0.97, share  # (images are finished, and images remain)
     if name in ("apgd", "fab", "rays"):  # (one run: it begins with all images that are right)
         assert few.seen <= {60, 8, *SIZES} and len(few.seen) > 1, few.seen
 
@@ -120,7 +120,7 @@ def test_a_state_is_cut_to_the_smallest_size_that_holds_what_is_left(monkeypatch
     for step in range(5 * READ_EVERY):
         done = state == {1: 3, 4: 9, 13: 0, 14: 1, 15: 2, 16: 4}.get(step, -1)
         remaining.record(result, state + 1.0, done)
-        kept = remaining.settle(done)
+        kept = remaining.drop(done)
         if kept is not None:
             state = state[kept]
         # The marks of the first ten steps are read after twenty: eight images were left.
@@ -139,9 +139,9 @@ def test_a_loss_that_was_not_finite_is_not_cut_away_unread(monkeypatch):
         remaining, state = Remaining(torch.arange(100, 104)), torch.arange(4)
         for step in range(3 * READ_EVERY):
             remaining.require_finite((state != 3) | (step != 15))
-            kept = remaining.settle(state == {0: 0, 1: 2, 12: 1, 15: 3}.get(step, -1))
+            kept = remaining.drop(state == {0: 0, 1: 2, 12: 1, 15: 3}.get(step, -1))
             state = state if kept is None else state[kept]
 
-    # At the first count two images were left, 1 and 3; both are settled when the state is cut to two rows.
+    # At the first count two images were left, 1 and 3; both are finished when the state is cut to two rows.
     with pytest.raises(NotFinite, match="image 103 "):
         run()

@@ -161,7 +161,7 @@ def test_saved_points_are_verified_and_a_changed_one_is_found(capsys, here):
     result.scores[1].x_adv[2] += 0.2
     result.save("changed")
     code, out, err = run(capsys, "verify", "changed.npz", "--model", "halfnet:net")
-    assert code == 2 and re.search(r"image 2 \(row \d+ of the data set\) lies", out) and "do not hold" in err
+    assert code == 2 and re.search(r"image 2 \(row \d+ of the data set\) lies", out) and "could not be confirmed" in err
     assert "holds no adversarial examples" in _without_images(capsys)
 
 

@@ -142,9 +142,9 @@ class Remaining:
     """Which images of a run are still worked on.
 
     On a CPU an image leaves the attack's state with the step that breaks it, and a loss that is not finite is an error
-    at once. On an accelerator the CPU would wait for both, at every step. There images are only marked as settled.
+    at once. On an accelerator the CPU would wait for both, at every step. There images are only marked as finished.
     Every `READ_EVERY` steps the marks are counted, the count of the time before is read, and the state is cut to one of
-    the sizes in `BUCKETS`, filled up with settled images. A settled image keeps its result.
+    the sizes in `BUCKETS`, filled up with finished images. A finished image keeps its result.
 
     Args:
         rows: numbers of the images. `rows` follows the state: one number for each of its rows.
@@ -159,12 +159,12 @@ class Remaining:
         if sizes is None and rows.device.type != "cpu":
             sizes = BUCKETS
         self.marked = sizes is not None
-        """Whether settled images may be among `rows`."""
+        """Whether finished images may be among `rows`."""
         self.buckets = sorted(sizes or ())
         self.first = len(rows)
         self.place = torch.arange(len(rows), device=rows.device)
         self.live = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        """Of the state's rows: which are not settled."""
+        """Of the state's rows: which are not finished."""
         self.finite = self.live.clone()
         self.held: tuple[Tensor, Tensor] | None = None
         self.counted: _Counted | None = None
@@ -180,7 +180,7 @@ class Remaining:
     def drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
         """Random choices for the state's rows, of `draw` (rows → choices [rows, …]).
 
-        Where settled images may remain, choices are drawn for all images of the run and belong to the image, so that
+        Where finished images may remain, choices are drawn for all images of the run and belong to the image, so that
         they do not depend on the sizes. On a CPU that would change the results of every former version.
         """
         return draw(self.first)[self.place] if self.marked else draw(len(self))
@@ -243,7 +243,7 @@ class Remaining:
         return broken, torch.where(broken.view(each), point, x), torch.where(broken, high, value)
 
     def record(self, result: Tensor, found: Tensor, which: Bool[Tensor, " r"] | None = None) -> None:
-        """Write those of the state's points `found` (default: all) into the run's `result`, but for settled images."""
+        """Write those of the state's points `found` (default: all) into the run's `result`, but for finished images."""
         if self.marked:
             mask = (self.live if which is None else which & self.live).view(-1, *[1] * (found.ndim - 1))
             result[self.place] = torch.where(mask, found, result[self.place])
@@ -252,7 +252,7 @@ class Remaining:
         elif bool(which.any()):
             result[self.place[which]] = found[which]
 
-    def settle(self, done: Bool[Tensor, " r"] | None = None) -> Tensor | None:
+    def drop(self, done: Bool[Tensor, " r"] | None = None) -> Tensor | None:
         """Work on these images ends. To be called at every step.
 
         Returns:

@@ -208,7 +208,7 @@ def _apgd_loop(
             by = partial(confirmer, rows=remaining.rows)
             broken, point, _ = remaining.broken(path.x_adv, value, wrong, by, confirm=confirm or 0, last=ends)
             remaining.record(result, point, broken)
-        kept = remaining.settle(broken)
+        kept = remaining.drop(broken)
         if kept is not None:
             path, grad = select(path, kept), None if grad is None else grad[kept]
         if grad is None or not len(remaining):

@@ -86,7 +86,7 @@ def cw(
         weight, low = x.new_full((len(x),), c), x.new_zeros(len(x))
         high = x.new_full((len(x),), math.inf)
         for _ in range(searches):
-            rows = search.unsettled()
+            rows = search.unfinished()
             if not len(rows):
                 break
             reached = search.descend(rows, weight, steps, lr)
@@ -145,7 +145,7 @@ class _Search:
         self.distance[clean] = 0.0
         self.number = 0
 
-    def unsettled(self) -> Tensor:
+    def unfinished(self) -> Tensor:
         """Numbers of the images that are still worked on: with a bound, those not broken within it."""
         open_ = self.distance > 0 if math.isinf(self.radius) else ~self.worst.broken
         return open_.nonzero()[:, 0]
@@ -168,7 +168,7 @@ class _Search:
             second = 0.999 * second + 0.001 * slope.square()
             stride = lr * (first / (1 - 0.9**number)) / ((second / (1 - 0.999**number)).sqrt() + 1e-8)
             w = w - stride
-            kept = remaining.settle(None if math.isinf(self.radius) else self.worst.broken[rows])
+            kept = remaining.drop(None if math.isinf(self.radius) else self.worst.broken[rows])
             if kept is not None:
                 w, first, second = w[kept], first[kept], second[kept]
             if not len(remaining):

@@ -244,7 +244,7 @@ def _fab_loop(task: _Task, path: _Path, worst: WorstSoFar | None, on_step: OnSte
             # The start is pushed, too: then one gradient alone gives at least a step of length eps.
             chosen = nearer if number else torch.ones_like(nearer)
             broken = _judge(task, path, seen, length, chosen, worst, last=ends)
-        kept = remaining.settle(broken)
+        kept = remaining.drop(broken)
         if kept is not None:
             path, seen = select(path, kept), select(seen, kept)
         if ends or not len(remaining):

@@ -203,7 +203,7 @@ class _Judge:
                 broken, point, value = remaining.broken(x_adv, values, wrong, by, confirm=self.confirm, last=ends)
                 self.worst.update(point, value, broken, remaining.rows)
             if not ends:
-                kept = remaining.settle(broken if self.stop_broken else None)
+                kept = remaining.drop(broken if self.stop_broken else None)
                 if kept is not None:
                     x_adv, grad = x_adv[kept], grad[kept]
                 x_adv = ascend(x_adv, self.x[remaining.rows], grad)

@@ -136,7 +136,7 @@ def _rays_loop(
             found = remaining.broken(points, -search.radius, reached.to(wrong.dtype), by, confirm=confirm, last=last)
             broken = found[0]
             remaining.record(result, found[1], broken)
-        kept = remaining.settle(broken)
+        kept = remaining.drop(broken)
         if kept is not None:
             search = select(search, kept)
     remaining.finish()

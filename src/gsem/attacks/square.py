@@ -160,7 +160,7 @@ def _search(
             best = torch.where(better, values, best)
             for patch in patches:
                 z.scatter_(1, patch.at, torch.where(better[:, None], patch.new, patch.old))
-            kept = remaining.settle(broken)
+            kept = remaining.drop(broken)
             if kept is not None:
                 x, y, z, best = (t[kept] for t in (x, y, z, best))
                 if not len(remaining):
