@@ -46,7 +46,7 @@ def study_command(console: Console, o: StudyOptions) -> None:
     console.print()
     console.print(study_table(rows))
     interval = "t-interval over seeds" if o.seeds > 1 else "bootstrap interval over images"
-    console.print(f"{rows[0]['images']} test images, {o.seeds} seeds; expected accuracy in per cent, 95% {interval}")
+    console.print(f"{rows[0]['images']} test images, {o.seeds} seed{'s' * (o.seeds != 1)}; expected accuracy in per cent, 95% {interval}")
     console.print(f"saved in {out / 'study.json'}")
 
 
