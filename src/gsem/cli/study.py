@@ -45,8 +45,9 @@ def study_command(console: Console, o: StudyOptions) -> None:
         raise stopped.kind from None  # the study is resumed, not this one training
     console.print()
     console.print(study_table(rows))
-    interval = "t-interval over seeds" if o.seeds > 1 else "bootstrap interval over images"
-    console.print(f"{rows[0]['images']} test images, {o.seeds} seed{'s' * (o.seeds != 1)}; expected accuracy in per cent, 95% {interval}")
+    of = f"{o.seeds} seeds", "t-interval over seeds"
+    seeds, interval = of if o.seeds > 1 else ("1 seed", "bootstrap interval over images")
+    console.print(f"{rows[0]['images']} test images, {seeds}; expected accuracy in per cent, 95% {interval}")
     console.print(f"saved in {out / 'study.json'}")
 
 
