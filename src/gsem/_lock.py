@@ -43,8 +43,7 @@ def locked(file: Path, doing: str, instead: str) -> Iterator[None]:
 
 
 def _take(file: Path, doing: str, instead: str) -> None:
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-    content = json.dumps(mine | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}).encode()
+    content = json.dumps(this_process() | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}).encode()
     for _ in range(2):
         try:
             descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -90,7 +89,7 @@ def _remove_if_stale(file: Path) -> dict[str, Any] | None:
         holder = _read(file)
         if holder is None:
             return None
-        if _is_dead(holder) if holder else age > UNREADABLE:
+        if is_dead(holder) if holder else age > UNREADABLE:
             file.unlink(missing_ok=True)
             return None
         return holder
@@ -110,8 +109,13 @@ def _read(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"pid", "host"} <= found.keys() else {}
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the process is known to have ended. On another host that is never known."""
+def this_process() -> dict[str, Any]:
+    """What identifies this process among all hosts and times, for `is_dead`; values as JSON takes them."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+
+
+def is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the process (see `this_process`) is known to have ended. On another host that is never known."""
     if holder["host"] != socket.gethostname() or os.name == "nt":
         return False
     try:

@@ -1,0 +1,126 @@
+"""Several processes: what they compute together, and what happens when one of them ends."""
+
+import json
+import textwrap
+
+import pytest
+
+import gsem.distributed as distributed
+from processes import Ended, run
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+def together(size: int, program: str) -> list[Ended]:
+    """The program in several processes; `p` is what they share, `say(value)` prints JSON."""
+    head = "import json, os, sys, time, torch\nfrom gsem.distributed import *\n"
+    head += "p = current()\ndef say(value): print(json.dumps(value), flush=True)\n"
+    return run(size, ["-c", head + textwrap.dedent(program)])
+
+
+def values(ends: list[Ended]) -> list:
+    assert [end.code for end in ends] == [0] * len(ends), [end.err for end in ends]
+    return [json.loads(end.out) for end in ends]
+
+
+def test_sums_gathers_and_what_the_first_makes_are_equal_on_all():
+    found = values(
+        together(
+            3,
+            """
+            a, b = torch.arange(3.0) * (p.rank + 1), torch.full((2, 2), 10.0 ** -p.rank, dtype=torch.float64)
+            p.sum_(a, b)
+            c = torch.tensor([p.rank, -p.rank])
+            p.max_(c)
+            say([a.tolist(), b.tolist(), c.tolist(), p.gathered(p.rank * 2), p.from_first(lambda: p.rank),
+                 p.any(p.rank == 2), p.any(False)])
+            """,
+        )
+    )
+    assert found == [[[0, 6, 12], [[1.11, 1.11]] * 2, [2, 0], [0, 2, 4], 0, True, False]] * 3
+
+
+def test_a_counter_hands_every_number_to_one_process():
+    program = """
+        one, other = p.counter(), p.counter()
+        say([[i for _ in range(25) if (i := one()) < 20], [i for _ in range(25) if (i := other()) < 5]])
+    """
+    found = values(together(2, program))
+    assert sorted(i for one, _ in found for i in one) == list(range(20))
+    assert sorted(i for _, other in found for i in other) == list(range(5))
+
+
+@pytest.mark.parametrize(("count", "size"), [(7, 3), (2, 3), (64, 1), (0, 2)])
+def test_rows_are_shared_without_gap_or_overlap(count, size):
+    shares = [range(count)[distributed.Processes.rows(_at(rank, size), count)] for rank in range(size)]
+    assert [i for share in shares for i in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def _at(rank: int, size: int) -> distributed.Processes:
+    place = distributed.Processes()
+    place.rank, place.size = rank, size
+    return place
+
+
+def test_an_error_of_one_process_is_an_error_of_all():
+    program = """
+        for make in (lambda: [][p.rank], lambda: 3):
+            try:
+                say(p.from_first(make))
+            except Exception as error:
+                say(type(error).__name__)
+    """
+    ends = together(2, program)
+    assert [end.out.split() for end in ends] == [['"IndexError"', "3"], ['"OtherProcessFailed"', "3"]]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("doing", ["p.sum_(torch.ones(3))", "time.sleep(100)"])
+def test_the_end_of_one_process_ends_all_with_one_message(victim, doing):
+    program = f"""
+        p.hint = "Resume by hand"
+        p.sum_(torch.ones(1))
+        if p.rank == {victim}:
+            os.kill(os.getpid(), 9)
+        {doing}
+    """
+    ends = together(3, program)
+    assert all(end.code for end in ends)
+    said = [line for end in ends for line in end.err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert f"process {victim} (" in said[0]
+    assert said[0].endswith("Resume by hand")
+
+
+def test_a_process_that_raises_ends_all():
+    ends = together(2, "if p.rank == 1:\n    raise KeyError('mine')\ntime.sleep(100)")
+    assert all(end.code for end in ends)
+    assert "process 1" in ends[0].err and "KeyError: 'mine'" in ends[0].err
+
+
+def test_the_place_among_the_processes_is_read_from_torchrun_and_slurm():
+    assert distributed.world({}) == distributed.World(0, 1, 0)
+    assert distributed.world(TORCHRUN) == distributed.World(1, 4, 0)
+    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    assert distributed.world(slurm) == distributed.World(5, 8, 1)
+    assert distributed.world({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}).size == 1  # inside sbatch, not started by srun
+    assert distributed._first_host("gpu[03-05,9],login") == "gpu03"
+    assert distributed._first_host("login,gpu[03-05]") == "login"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"RANK": None}, "RANK is not"),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE is not"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not"),
+        ({"RANK": "4"}, "RANK must be 0 to 3"),
+        ({"WORLD_SIZE": "0"}, "at least 1"),
+        ({"WORLD_SIZE": "two"}, "integer"),
+    ],
+)
+def test_variables_that_do_not_fit_together_are_refused(change, named):
+    variables = {key: value for key, value in (TORCHRUN | change).items() if value is not None}
+    with pytest.raises(ValueError, match=named):
+        distributed.world(variables)
