@@ -9,7 +9,8 @@ import gsem
 
 ROOT = Path(gsem.__file__).parent
 FLOORS = [
-    {"losses", "rng", "_io", "_text", "_env", "_fingerprint", "_lock", "_interrupt", "distributed"},
+    {"losses", "rng", "_io", "_text", "_env", "_fingerprint", "_lock", "_interrupt"},
+    {"distributed"},
     {"nn"},
     {"data"},
     {"attacks"},
