@@ -214,8 +214,8 @@ def _reason(error: BaseException) -> str:
 
 def _key(recipe: Recipe, folded: FoldedModel, inputs: tuple[Tensor, ...], eps: float) -> tuple[Any, ...]:
     """All that decides what a capture records."""
-    modules = list(folded.source.modules())
-    state = [*folded.source.parameters(), *folded.source.buffers(), *folded.parameters(), *folded.buffers()]
+    modules = [*folded.source.modules(), *folded.modules()]
+    state = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     return (
         recipe,
         eps,
