@@ -1,10 +1,13 @@
 """The attack as a graph: what is replayed ends with the bits of plain passes, and is found again only where it fits."""
 
+import inspect
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -219,12 +222,12 @@ def test_a_model_that_has_changed_is_captured_anew(task, change):
     assert made.replays == [0, 2]
 
 
-def test_another_layout_or_dtype_or_model_is_another_graph_and_there_are_few(task):
+def test_another_shape_or_dtype_or_model_is_another_graph_and_there_are_few(task):
     folded, x, y, start = task
     made = Made()
     graphed = GraphedAttack(made)
     both(RECIPE, graphed, folded, x, y, start)
-    both(RECIPE, graphed, folded, *(t.expand(-1, -1, 8, 8).contiguous() for t in (x,)), y, start.double())
+    both(RECIPE, graphed, folded, x, y, start.double())
     both(RECIPE, graphed, fold(folded.source), x, y, start)
     for rows in range(1, 6):
         both(RECIPE, graphed, folded, x[:rows], y[:rows], start[:rows])
@@ -314,6 +317,73 @@ def test_an_attack_that_does_not_pay_stays_plain(task, monkeypatch):
     for _ in range(2):
         both(RECIPE, graphed, *task)
     assert not made.graphs and not graphed.used
+
+
+class FakeCuda:
+    """In the place of torch.cuda: writes down what is asked of it. The capture itself fails where `stops` is set."""
+
+    def __init__(self, monkeypatch, stops: bool = False):
+        self.log: list[str] = []
+        self.stops = stops
+        self.generator = mock.Mock()
+        self.graph = mock.Mock(replay=lambda: self.log.append("replay"))
+        self.own, self.usual = self.stream("own"), self.stream("usual")
+        # What a capture is asked for is checked against the real one.
+        self.arguments = inspect.signature(torch.cuda.graph)
+        for name, fake in {
+            "device": lambda device: nullcontext(),
+            "stream": lambda stream: self.block("own stream"),
+            "current_stream": lambda: self.usual,
+            "current_device": lambda: 0,
+            "CUDAGraph": lambda: self.graph,
+            "graph": self.captured,
+            "default_generators": (self.generator,),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def stream(self, name: str) -> mock.Mock:
+        return mock.Mock(wait_stream=lambda other: self.log.append(f"{name} waits"))
+
+    @contextmanager
+    def block(self, name: str):
+        self.log.append(name)
+        try:
+            yield
+        finally:
+            self.log.append(f"end of {name}")
+
+    @contextmanager
+    def captured(self, *args, **kwargs):
+        given = self.arguments.bind(*args, **kwargs).arguments
+        assert given["cuda_graph"] is self.graph and given["stream"] is self.own and given["pool"] == (0, 1)
+        with self.block("capture"):
+            yield
+        if self.stops:
+            raise RuntimeError("capture invalidated")
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_cuda_graph_is_captured_on_its_own_stream_after_warm_ups(monkeypatch, stops):
+    cuda = FakeCuda(monkeypatch, stops)
+    graph = cuda_graph.CudaGraph(cuda.own, (0, 1))
+
+    def work() -> int:
+        cuda.log.append("work")
+        return 3
+
+    expected = ["own waits", "own stream", "work", "work", "work", "capture", "work", "end of capture"]
+    expected.append("end of own stream")
+    if stops:
+        with pytest.raises(RuntimeError, match="invalidated"):
+            graph.capture(work)
+        assert cuda.log == expected
+    else:
+        assert graph.capture(work) == 3
+        graph.replay()
+        assert cuda.log == [*expected, "usual waits", "replay"]
+    # A generator that a failed capture has left half captured would refuse to draw.
+    replaced = [mock.call(cuda.generator.clone_state.return_value)] if stops else []
+    assert cuda.generator.graphsafe_set_state.mock_calls == replaced
 
 
 # --- gsem.train ---------------------------------------------------------------------------------------------------

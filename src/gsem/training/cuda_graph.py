@@ -209,7 +209,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the error that came first."""
     while error.__context__ is not None:
         error = error.__context__
-    return (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _key(recipe: Recipe, folded: FoldedModel, inputs: tuple[Tensor, ...], eps: float) -> tuple[Any, ...]:
