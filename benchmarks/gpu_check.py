@@ -20,6 +20,7 @@ from gsem.data import Dataset, Split
 from gsem.losses import cross_entropy
 from gsem.nn.folded import fold
 from gsem.rng import derive_seed, generator
+from gsem.training import cuda_graph
 from gsem.training.recipes import Recipe
 from gsem.training.step import Stepper
 
@@ -228,12 +229,42 @@ def sgd_after_overflow(report: Report, case: Case) -> None:
     report.at_most("fused SGD after an fp16 overflow, and plain SGD", figure, 1e-5)
 
 
+def attack_as_cuda_graph(report: Report, case: Case) -> None:
+    """Replayed attacks and plain ones, on images and noise that differ from one to the next: the same to the bit.
+
+    Captured also where it would not pay. Only CUDA has such graphs.
+    """
+    source = case.source()
+    x, y = source.test().x.float() / 255, source.test().y
+    former = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    for precision in ("float32", "bf16", "fp16"):
+        recipe, found = case.recipe(attack_precision=precision), {}
+        for how in ("auto", "off"):
+            stepper = Stepper(recipe, source, EPS, network(case.device, torch.float32), None, compile=how)
+            if how == "auto" and stepper.graphed is None:
+                return
+            try:
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                with mock.patch.object(cuda_graph, "LAUNCH_SECONDS", 1.0):
+                    found[how] = torch.cat(
+                        [stepper.attack(recipe, stepper.folded, x.roll(n, 0), y, number=n) for n in range(4)]
+                    )
+            finally:
+                torch.use_deterministic_algorithms(former[0], warn_only=former[1])
+            if how == "auto":
+                missing = float(stepper.compile_used != "CUDA graph")
+                report.at_most(f"{precision} attack: not captured as a CUDA graph", missing, 0.0)
+        differ = float((found["auto"] != found["off"]).double().mean())
+        report.at_most(f"{precision} attack as a CUDA graph: pixels that differ from the plain one's", differ, 0.0)
+
+
 CHECKS = {
     "folded model": folded_models,
     "training step": training_step,
     "low-precision gradients": low_precision_gradients,
     "TF32": tf32_restored,
     "SGD": sgd_after_overflow,
+    "CUDA graph": attack_as_cuda_graph,
 }
 
 

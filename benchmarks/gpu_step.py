@@ -26,14 +26,15 @@ COMPILING = "torch.compile"
 def run(report: Report, device: torch.device, o: argparse.Namespace) -> None:
     report.attempt("the published step", lambda: published_step(report, options(o)))
     if device.type == "cuda":
-        report.attempt("ours, fp16 search", lambda: our_step(report, "ours, fp16 search", options(o, "--fp16")))
+        for title, words in {"ours, fp16 search": ["--fp16"], "ours, no CUDA graph": ["--compile", "off"]}.items():
+            report.attempt(title, lambda title=title, words=words: our_step(report, title, options(o, *words)))
     for precision in ("bf16", "fp16", "float32", "TF32") if device.type == "cuda" else ("bf16", "float32"):
         for times in PASS_BATCHES:
             work = partial(attack_pass, report, device, precision, times * o.batch, o)
             report.attempt(f"ResNet-18's attack pass, {precision}", work)
     report.attempt("launches", lambda: launches(report, options(o)))
     if o.compile_seconds:
-        report.attempt(COMPILING, lambda: compiled(report, options(o, "--compile"), o.compile_seconds))
+        report.attempt(COMPILING, lambda: compiled(report, options(o, "--compile", "on"), o.compile_seconds))
 
 
 def options(o: argparse.Namespace, *words: str) -> argparse.Namespace:
@@ -74,7 +75,7 @@ def published_step(report: Report, o: argparse.Namespace) -> None:
 def our_step(report: Report, title: str, o: argparse.Namespace) -> None:
     sides = Sides(o)
     times = in_turns(sides.device, {"ours": sides.ours}, o.repeats, warm_ups=2)["ours"]
-    report.row(f"the step: {title}", spread(times).strip(), seconds=times)
+    report.row(f"the step: {title}", f"{spread(times).strip()}; used: {sides.stepper.compile_used}", seconds=times)
 
 
 def attack_pass(report: Report, device: torch.device, precision: str, batch: int, o: argparse.Namespace) -> None:

@@ -85,7 +85,7 @@ class Sides:
             name: torch.optim.SGD(self.models[name].parameters(), 0.01, momentum=0.9, weight_decay=3.5e-3)
             for name in ("reference", "stock")
         }
-        self.stepper = Stepper(self.recipe, self.source, EPS, self.models["ours"], None, compiled=o.compile)
+        self.stepper = Stepper(self.recipe, self.source, EPS, self.models["ours"], None, compile=o.compile)
         self.number = 0
         self.grads = [torch.zeros_like(p) for p in self.models["ours"].parameters()]
 
@@ -180,7 +180,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=5, help="repeats of the single passes")
     parser.add_argument("--warm-ups", type=int, default=1, help="calls of each side before it is timed")
     parser.add_argument("--fp16", action="store_true", help="search on an fp16 folded model (a GPU's)")
-    parser.add_argument("--compile", action="store_true", help="ours runs by torch.compile")
+    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="ours, as gsem train's option")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processor-time", action="store_true", help="of all threads, instead of wall time")
     parser.add_argument("--json", type=Path, default=Path("training_step.json"))

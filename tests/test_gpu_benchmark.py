@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gsem.training.cuda_graph import GraphedAttack
 from gsem.training.step import Stepper
+from recorded_graph import RecordedGraph
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
@@ -106,6 +108,22 @@ def test_fp16_gradients_that_vanish_are_found(tmp_path, monkeypatch):
     assert {row.what for row in report.rows if row.verdict == "FAIL"} == {
         row.what for row in report.rows if row.what.startswith("fp16")
     }
+
+
+class NotReplayed(RecordedGraph):
+    def replay(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("make", "verdict"), [(RecordedGraph, "ok"), (NotReplayed, "FAIL")])
+def test_a_graph_that_gives_other_points_is_found(monkeypatch, make, verdict):
+    import gpu_check
+    from gpu_report import Report
+
+    monkeypatch.setattr("gsem.training.step.graphed_attack", lambda device: GraphedAttack(make))
+    report = Report("check", CPU, {})
+    gpu_check.attack_as_cuda_graph(report, gpu_check.Case(CPU, 2, 8))
+    assert [row.verdict for row in report.rows] == ["ok", verdict] * 3
 
 
 def test_every_side_is_warmed_up_and_timed_in_turns():

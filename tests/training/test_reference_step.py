@@ -49,7 +49,7 @@ def test_the_step_is_the_slow_references(coloured, noise, compiled, monkeypatch)
     images = coloured.read_train()
     fast, slow = (gsem.create_model("gsem-resnet10x16").double() for _ in range(2))
     slow.load_state_dict(fast.state_dict())
-    stepper = Stepper(RECIPE, coloured, EPS, fast, None, compiled=compiled)
+    stepper = Stepper(RECIPE, coloured, EPS, fast, None, compile="on" if compiled else "off")
     # In float64 throughout, the folded model's gradients too.
     stepper.folded = fold(fast, torch.float64)
     if compiled:

@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import Positional
 
 from gsem._text import pixels
-from gsem.training.recipe import Recipe
+from gsem.training.recipe import Compile, Recipe
 
 # Every number may be written as a fraction: 8/255 is how the field writes an eps.
 registry = tyro.constructors.ConstructorRegistry()
@@ -284,8 +284,9 @@ class TrainOptions(DeviceOptions):
     not found. Default: a new run."""
     tensorboard: Path | None = None
     """Directory for TensorBoard's event files (needs pip install 'gsem-torch[tensorboard]'). Default: none."""
-    compile: bool = False
-    """Run the passes by torch.compile, for long trainings on a GPU. The first steps take minutes."""
+    compile: Compile = "auto"
+    """auto: on a CUDA GPU, attacks are replayed as a CUDA graph where launching their kernels takes longer than running
+    them. on: torch.compile runs the passes, for long trainings on a GPU; the first steps take minutes. off: neither."""
     hold: bool | None = None
     """Hold the training images in memory, or (--no-hold) let worker processes read them during the training. Default:
     hold up to 4 GiB."""

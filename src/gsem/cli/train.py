@@ -56,7 +56,7 @@ def _run(console: Console, o: TrainOptions, *, resume: bool) -> Run:
 
         try:
             run = train(
-                o.recipe, out=o.out, device=o.device, resume=resume, compiled=o.compile, hold=o.hold, on_progress=report
+                o.recipe, out=o.out, device=o.device, resume=resume, compile=o.compile, hold=o.hold, on_progress=report
             )
         except TrainingInterrupted as stopped:
             command = command_line("train", resume=str(stopped))

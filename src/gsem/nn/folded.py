@@ -459,6 +459,11 @@ class FoldedModel(nn.Module):
                 part.training = False
         self.refresh()
 
+    @property
+    def traced(self) -> bool:
+        """Whether what runs is the model's graph, and not its own forward."""
+        return not isinstance(self.graph, _Eager)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Read the model's parameters, BatchNorm statistics and gradient setting again."""

@@ -1,6 +1,7 @@
 """The adversarial examples of a training step and of its validation: PGD or N-FGSM on the folded model."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,8 +14,43 @@ from gsem.rng import derive_seed, generator, seeded
 from gsem.training.recipe import Recipe
 
 
+def attack_from(
+    recipe: Recipe, folded: FoldedModel, x: Tensor, y: Tensor, start: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The steps of `adversarial_examples` from `start`, on the folded model, which is refreshed first.
+
+    A CUDA graph replays this function (see `cuda_graph.py`). All that differs from batch to batch must therefore be in
+    a tensor: x, y, start, the weights or the noise.
+    """
+    r = recipe
+    folded.refresh()
+    objective: Loss = cross_entropy
+    if r.objective == "trades":
+        with torch.no_grad():
+            objective = divergence_from(folded(x))
+    return pgd_loop(
+        folded,
+        x,
+        y,
+        start,
+        eps=math.inf if r.attack_init == "noise" else eps,
+        step=r.attack_step(eps),
+        steps=r.steps,
+        eot=r.eot,
+        objective=objective,
+        norm=r.norm,
+    )
+
+
 def adversarial_examples(
-    recipe: Recipe, folded: FoldedModel, x: Tensor, y: Tensor, *, eps: float, number: int
+    recipe: Recipe,
+    folded: FoldedModel,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    number: int,
+    steps_from: Callable[..., tuple[Tensor, Tensor]] = attack_from,
 ) -> tuple[Tensor, Tensor]:
     """The recipe's attack on the folded model, which is refreshed first. Nothing here waits for the device.
 
@@ -26,12 +62,12 @@ def adversarial_examples(
         x: images [b, c, h, w] in [0, 1]. y: labels [b].
         eps: radius, in pixels of [0, 1].
         number: of this attack in the run, from which its random numbers follow.
+        steps_from: what makes the steps: `attack_from`, or its replay as a CUDA graph.
 
     Returns:
         x_adv [b, c, h, w], and whether each image's losses were finite.
     """
     r = recipe
-    folded.refresh()
     seed = derive_seed(r.seed, "attack", number)
     with seeded(derive_seed(seed, "model"), x.device):
         rng = generator(seed, "start", 0, device=x.device)
@@ -40,19 +76,4 @@ def adversarial_examples(
             start = project(x + 0.001 * torch.randn(x.shape, generator=rng, device=x.device), x, eps, r.norm)
         else:
             start = random_start(x, eps * (r.noise_radius if r.attack_init == "noise" else 1), r.norm, rng)
-        objective: Loss = cross_entropy
-        if r.objective == "trades":
-            with torch.no_grad():
-                objective = divergence_from(folded(x))
-        return pgd_loop(
-            folded,
-            x,
-            y,
-            start,
-            eps=math.inf if r.attack_init == "noise" else eps,
-            step=r.attack_step(eps),
-            steps=r.steps,
-            eot=r.eot,
-            objective=objective,
-            norm=r.norm,
-        )
+        return steps_from(recipe, folded, x, y, start, eps=eps)

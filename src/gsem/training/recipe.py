@@ -19,6 +19,7 @@ Objective = Literal["ce", "mart", "trades"]
 Augment = Literal["none", "crop", "autoaugment", "resized-crop"]
 Init = Literal["uniform", "gaussian", "noise"]
 Gradient = Literal["corrected", "semi-masked"]
+Compile = Literal["auto", "on", "off"]  # no field of a recipe: it decides how passes run, and not what they compute
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,11 @@ from gsem.data import Dataset, auto_augment, crop_flip, cutout, resized_crop, to
 from gsem.losses import cross_entropy, mart, trades
 from gsem.nn.folded import FoldedModel, fold
 from gsem.rng import derive_seed, generator, reseed
-from gsem.training.attack import adversarial_examples
+from gsem.training.attack import adversarial_examples, attack_from
 from gsem.training.awp import awp
+from gsem.training.cuda_graph import compiler_works, graphed_attack
 from gsem.training.optimizer import make_optimizer, optimizer_state, restore_optimizer
-from gsem.training.recipe import Recipe
+from gsem.training.recipe import Compile, Recipe
 
 
 @cache
@@ -60,7 +61,8 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 class Stepper:
     """Model, averaged model, optimizer, and the folded model that attacks search on; trains on one batch per call.
 
-    With `compiled`, torch.compile runs the training passes and the folded model. `used` is the precision that the
+    `compile`: with "auto", a CUDA graph replays the attacks where that pays (see `cuda_graph.py`); with "on",
+    torch.compile runs the training passes and the folded model; with "off", neither. `used` is the precision that the
     training passes and the search run in: what the recipe's `auto` means on the model's device.
 
     Raises:
@@ -75,7 +77,7 @@ class Stepper:
         model: nn.Module,
         average: Average | None,
         *,
-        compiled: bool = False,
+        compile: Compile = "auto",
     ):
         self.recipe, self.source, self.eps = recipe, source, eps
         self.model, self.average = model, average
@@ -88,11 +90,20 @@ class Stepper:
         warn_if_emulated(self.used.values(), self.device)
         self.dtype, self.search_dtype = DTYPES[self.used["precision"]], DTYPES[self.used["attack_precision"]]
         self.folded = fold(model, self.search_dtype)
-        self.training_pass: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
-        if compiled:
+        self.graphed = graphed_attack(self.device) if compile == "auto" else None
+        self.compiled = compile == "on" and compiler_works(self.device)
+        self.training_pass: Callable[[Tensor], Tensor] = torch.compile(model) if self.compiled else model
+        if self.compiled:
             self.folded.compile_graph()
         self.new_optimizer()
         self.clear_sums()
+
+    @property
+    def compile_used(self) -> str:
+        """How the passes have run so far: "torch.compile", "CUDA graph" (the attacks) or "off"."""
+        if self.compiled:
+            return "torch.compile"
+        return "CUDA graph" if self.graphed is not None and self.graphed.used else "off"
 
     def new_optimizer(self) -> None:
         self.optimizer = make_optimizer(self.recipe, self.model)
@@ -163,7 +174,8 @@ class Stepper:
 
     def attack(self, recipe: Recipe, folded: FoldedModel, x: Tensor, y: Tensor, *, number: int) -> Tensor:
         """See `adversarial_examples`. An infinite loss shows in `finite`, which is looked at now and then."""
-        x_adv, finite = adversarial_examples(recipe, folded, x, y, eps=self.eps, number=number)
+        steps_from = self.graphed or attack_from
+        x_adv, finite = adversarial_examples(recipe, folded, x, y, eps=self.eps, number=number, steps_from=steps_from)
         self.finite &= finite.all()
         return x_adv
 

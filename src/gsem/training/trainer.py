@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from gsem.nn.models import check_weights
 from gsem.rng import derive_seed, reseed, seeded
 from gsem.training.model_selection import Counters
 from gsem.training.progress import Progress, Schedule, batch_rows, epoch_order
-from gsem.training.recipe import Recipe
+from gsem.training.recipe import Compile, Recipe
 from gsem.training.recorded import TrainingData, training_data
 from gsem.training.run import (
     Run,
@@ -62,7 +62,7 @@ def train(
     model: Network | str | None = None,
     device: str | None = None,
     resume: bool = False,
-    compiled: bool = False,
+    compile: Compile = "auto",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
     """Train by `recipe` and keep the result in a run directory.
@@ -81,17 +81,22 @@ def train(
             recorded by its name.
         device: "cpu", "cuda", "cuda:N"; default: the GPU where there is one.
         resume: resume the run in `out` where it stopped. On a CPU, it ends with the same bits as without the stop.
-        compiled: run the passes by torch.compile. Its first steps take minutes; on a CPU it gains nothing.
+        compile: "auto": on CUDA, a CUDA graph replays the attacks where launching their kernels would take longer than
+            running them; elsewhere passes run plainly. "on": torch.compile runs the passes. Its first steps take
+            minutes; on a CPU it gains nothing. "off": all passes run plainly. Where the device cannot do it, passes run
+            plainly, with a warning.
         on_progress: called with a `Progress` every few steps and after each epoch.
 
     Raises:
         ValueError: a run is already there (and `resume` is False), it has another recipe, was trained
             on other data, or is in progress in another process (`Locked`); a network that cannot be built, or does not
-            fit the data.
+            fit the data; an unknown `compile`.
         gsem.data.DamagedImage: a streamed image cannot be read, after the training was saved; it can be resumed.
         TrainingDiverged: the loss or gradient is not finite, or exploded.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the running step was saved.
     """
+    if compile not in get_args(Compile):
+        raise ValueError(f"compile {compile!r} is unknown: it is auto, on or off")
     if data is not None:
         data = as_dataset(data)
     if model is not None:
@@ -113,7 +118,7 @@ def train(
     with seeded(derive_seed(recipe.seed, "run"), where), deterministic(recipe.deterministic):
         # A resumed run keeps its precision, also on a machine where `auto` would now choose another.
         used = recorded_precision(path, where) if resume else {}
-        loop = Trainer(recipe, found, network, path, where, compiled, used)
+        loop = Trainer(recipe, found, network, path, where, compile, used)
         path.mkdir(parents=True, exist_ok=True)
         instead = "wait for its end, or stop it" if resume else "wait for its end, or choose another --out"
         with locked(path / ".lock", f"training in {path}", instead):
@@ -139,7 +144,7 @@ class Trainer:
         network: Network | None,
         path: Path,
         device: torch.device,
-        compiled: bool,
+        compile: Compile,
         used: dict[str, Any],
     ):
         self.recipe, self.path, self.device = recipe, path, device
@@ -159,9 +164,10 @@ class Trainer:
         model, self.meta["model"] = build_network(wanted_network(recipe, source, network), device)
         equal = recipe.swa_from is not None
         average = Average(model, copy.deepcopy(model), recipe.ema, equal) if recipe.ema or equal else None
-        self.stepper = Stepper(replace(recipe, **used), source, eps, model, average, compiled=compiled)
+        self.stepper = Stepper(replace(recipe, **used), source, eps, model, average, compile=compile)
         chosen = self.stepper.used
         self.meta["precision"] = {f: {"asked": getattr(recipe, f), "used": chosen[f]} for f in chosen}
+        self.meta["compile"] = {"asked": compile, "used": self.stepper.compile_used}
         self.validate = Validator(self.stepper, validation.to(device))
         self.counters = Counters()
 
@@ -207,14 +213,18 @@ class Trainer:
         self.meta["model"] = check_same_network(meta["model"], self.meta["model"], self.path)
         self.stepper.restore(tensors, meta["state"].pop("scaler"))
         self.counters = Counters.from_dict(meta["state"])
-        metadata = read_metadata(self.path)
-        moved = {key: self.meta[key] for key in ("data", "places") if metadata.get(key) != self.meta[key]}
-        if moved:
-            write_atomically(self.path / "recipe.json", json.dumps(metadata | moved, indent=2).encode())
+        self._record("data", "places", "compile")
         # Lines that a killed run wrote after this checkpoint will be written again.
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.counters.step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self.path / "metrics.jsonl", text.encode())
+
+    def _record(self, *keys: str) -> None:
+        """Write what has changed of these into recipe.json."""
+        metadata = read_metadata(self.path)
+        changed = {key: self.meta[key] for key in keys if metadata.get(key) != self.meta[key]}
+        if changed:
+            write_atomically(self.path / "recipe.json", json.dumps(metadata | changed, indent=2).encode())
 
     @property
     def ended(self) -> bool:
@@ -305,6 +315,9 @@ class Trainer:
             metrics |= found
         stepper.clear_sums()
         append_line(self.path / "metrics.jsonl", json.dumps(metrics))
+        if self.meta["compile"]["used"] != stepper.compile_used:  # (the first attacks decide it)
+            self.meta["compile"]["used"] = stepper.compile_used
+            self._record("compile")
         if validated and counters.count_validation(self.recipe, metrics):
             tensors = {f"model.{name}": t for name, t in chosen.state_dict().items()}
             metadata = {"metrics": metrics, "fingerprint": model_fingerprint(chosen)}
