@@ -144,6 +144,14 @@ class _Fuse(torch.autograd.Function):
         return F.conv_transpose2d(grad, back, padding=1), None, None, None
 
 
+def _repeated(x: Float[Tensor, "b c h w"], draws: int) -> Float[Tensor, "n c h w"]:
+    """`x.repeat(draws, 1, 1, 1)`, on an accelerator in channels-last."""
+    if x.device.type == "cpu":  # (as it always was: in another memory format, later sums would round differently)
+        return x.expand(draws, *x.shape).flatten(0, 1)
+    last = x.movedim(1, -1)
+    return last.expand(draws, *last.shape).flatten(0, 1).movedim(-1, 1)
+
+
 class _FoldedGSeM(_Folded):
     """GSeM in one convolution: mapping (1×1), fusion (3×3) and BatchNorm are linear, so their product is taken.
 
@@ -188,17 +196,20 @@ class _FoldedGSeM(_Folded):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             bias = self.bias.expand(-1, -1, *x.shape[2:])
-            bias = (F.conv2d(bias, self.mapped, padding=1) + self.shift).to(x.dtype)
+            bias = F.conv2d(bias, self.mapped, padding=1) + self.shift
+            bias = bias.to(x.dtype, memory_format=torch.channels_last)
             k = self.source[0].integers(x) if self.draws == 1 else self.source[0].levelled(x)
         out = _Fuse.apply(x, k, self.weight, self.back) + bias
         if self.draws > 1:
             # The convolution is linear: what the draws share is computed once, forward and (autograd sums over the
             # draws first) backward; each draw adds the convolution of its own noise.
             with torch.no_grad():
-                n = self.offsets(x.new_empty((self.draws * len(x), *x.shape[1:])))
+                n = self.offsets(x, self.draws)
                 noise = F.conv2d(n, self.own, padding=1)
-                noise = noise.view(-1, *out.shape) if len(n) > 1 else noise  # (frozen, or off: one for all)
-            out = (out + noise).expand(self.draws, *out.shape).flatten(0, 1)
+            if len(n) > 1:
+                out = (out + noise.view(self.draws, *out.shape)).flatten(0, 1)
+            else:  # frozen, or off: one for all draws
+                out = _repeated(out + noise, self.draws)
         return F.mish(out)
 
 
