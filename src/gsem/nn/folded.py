@@ -144,12 +144,16 @@ class _Fuse(torch.autograd.Function):
         return F.conv_transpose2d(grad, back, padding=1), None, None, None
 
 
-def _repeated(x: Float[Tensor, "b c h w"], draws: int) -> Float[Tensor, "n c h w"]:
-    """`x.repeat(draws, 1, 1, 1)`, on an accelerator in channels-last."""
-    if x.device.type == "cpu":  # (as it always was: in another memory format, later sums would round differently)
-        return x.expand(draws, *x.shape).flatten(0, 1)
-    last = x.movedim(1, -1)
-    return last.expand(draws, *last.shape).flatten(0, 1).movedim(-1, 1)
+def _with_noise(out: Float[Tensor, "b c h w"], noise: Float[Tensor, "n c h w"], draws: int) -> Float[Tensor, "m c h w"]:
+    """`out` with the noise of each draw, or with one noise of all: [draws · b, c, h, w].
+
+    Written in [b, h, w, c], so that the copies here and the sum over draws in the backward pass are channels-last.
+    """
+    if len(noise) == 1 and out.device.type == "cpu":  # (as it always was: later sums would round differently)
+        return (out + noise).expand(draws, *out.shape).flatten(0, 1)
+    last, noise = out.movedim(1, -1), noise.movedim(1, -1)
+    total = last + (noise.unflatten(0, (draws, len(last))) if len(noise) > 1 else noise)
+    return total.expand(draws, *last.shape).flatten(0, 1).movedim(-1, 1)
 
 
 class _FoldedGSeM(_Folded):
@@ -204,12 +208,8 @@ class _FoldedGSeM(_Folded):
             # The convolution is linear: what the draws share is computed once, forward and (autograd sums over the
             # draws first) backward; each draw adds the convolution of its own noise.
             with torch.no_grad():
-                n = self.offsets(x, self.draws)
-                noise = F.conv2d(n, self.own, padding=1)
-            if len(n) > 1:
-                out = (out + noise.view(self.draws, *out.shape)).flatten(0, 1)
-            else:  # frozen, or off: one for all draws
-                out = _repeated(out + noise, self.draws)
+                noise = F.conv2d(self.offsets(x, self.draws), self.own, padding=1)
+            out = _with_noise(out, noise, self.draws)
         return F.mish(out)
 
 
