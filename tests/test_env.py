@@ -192,6 +192,6 @@ def test_images_that_do_not_fit_on_a_gpu_are_refused_before_they_are_put_there(m
     with pytest.raises(ValueError, match=r"4 images take 2\.0 GiB, and cuda:1 has 1\.5 GiB free: stream them"):
         device.require_room(torch.empty(4, 2**29, dtype=torch.uint8, device="meta"), "cuda:1", "stream them")
     device.require_room(torch.empty(4, 2**40, device="meta"), CPU, "")
-    many = torch.empty(4, 3, 2**14, 2**14, dtype=torch.uint8, device="meta")
-    with pytest.raises(ValueError, match="--no-hold"):
-        gsem.data.batches.Held(many, torch.zeros(4, dtype=torch.int64), CUDA)
+    part = gsem.data.Split(torch.empty(2, 3, 2**14, 2**14, dtype=torch.uint8, device="meta"), torch.zeros(2).long())
+    with pytest.raises(ValueError, match=r"4 images take 3\.0 GiB.*--no-hold"):  # real and additional images
+        gsem.data.batches.batches_of([part, part], CUDA)

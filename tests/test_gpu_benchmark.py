@@ -1,5 +1,6 @@
 """The GPU benchmark's helpers, and its check of correctness on a CPU with tiny sizes."""
 
+import ast
 import json
 import sys
 import time
@@ -78,6 +79,27 @@ def test_the_check_passes_on_a_cpu_without_the_command_lines_packages(tmp_path, 
     assert code == 0
     table = capsys.readouterr().out.split("\n\n")[-1]
     assert all(what in table for what in found)
+
+
+def imported(name: str, seen: dict[str, set[str]]) -> None:
+    """What a file of benchmarks/ imports, also inside functions, and what the files import that it imports."""
+    tree = ast.parse((BENCHMARKS / f"{name}.py").read_text())
+    found = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    found |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    seen[name] = found
+    for other in found - seen.keys():
+        if (BENCHMARKS / f"{other}.py").exists():
+            imported(other, seen)
+
+
+def test_no_part_needs_the_command_line_or_a_package_beyond_those_named():
+    seen: dict[str, set[str]] = {}
+    imported("gpu", seen)
+    assert {"gpu_check", "gpu_step", "gpu_run", "autoattack"} < seen.keys()
+    every = set().union(*seen.values()) - seen.keys()
+    packages = {name.partition(".")[0] for name in every} - sys.stdlib_module_names
+    assert packages <= {"torch", "numpy", "gsem", "pyautoattack"}  # (the last where it is installed)
+    assert not [name for name in every if name.startswith("gsem.cli")]
 
 
 def test_a_failing_check_fails_the_part_after_all_others_ran(tmp_path, monkeypatch):

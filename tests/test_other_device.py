@@ -12,6 +12,8 @@ from torch import nn
 
 import gsem
 from gsem.attacks._active import Remaining
+from gsem.nn.folded import fold
+from gsem.nn.gsem import IntegerNoise
 from gsem.nn.predict import predict_draws
 from gsem.reporting.visuals import pictures
 from gsem.training.progress import Progress
@@ -63,6 +65,39 @@ def test_an_attack_finds_the_same_points(name, model, norm, marked):
         found = attack(device.put(net), device.put(x), device.put(y), seed=1, **how, **ATTACKS[name])
         assert found.device == DEVICE
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-5)
+
+
+NOISE = [("fresh", None), ("fresh", 3), ("frozen", 3), ("off", None)]
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize(("mode", "seed"), NOISE)
+def test_all_feature_maps_of_a_folded_model_are_channels_last(mode, seed, draws):
+    """The noise too: two memory formats in one operation are slow on a GPU."""
+    (x, _), net = digits(3), network("gsem-resnet10x16")
+    last = {}
+    with pretended() as device:
+        folded = fold(device.put(net))
+        for name, part in (*folded.graph.named_modules(), ("noise", folded.gate.offsets)):
+            part.register_forward_hook(lambda part, args, out, name=name: last.update({name: out.stride()[1] == 1}))
+        images = device.put(x).requires_grad_()
+        device.counts.clear()
+        with gsem.noise(net, mode, seed=seed):
+            folded.logits_of_draws(images, draws).sum().backward()
+    assert {"noise", "part0"} < last.keys() and len(last) > 10
+    assert all(last.values()), last
+    assert not +device.counts.mixed
+
+
+@pytest.mark.parametrize("mode", ["fresh", "frozen"])
+def test_seeded_noise_belongs_to_the_element_whatever_the_memory_format(mode):
+    source, x = IntegerNoise(4), torch.zeros(2, 16, 5, 7)
+    with gsem.noise(source, mode, seed=3):
+        expected = source(x, 2)
+    with pretended() as device, gsem.noise(device.put(source), mode, seed=3):
+        found = source(device.put(x.to(memory_format=torch.channels_last)), 2)
+        assert found.is_contiguous(memory_format=torch.channels_last) and not found.is_contiguous()
+        assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("name", ["gcat", "gcat-awp", "trades", "gcat-published"])

@@ -39,6 +39,16 @@ def test_a_stream_starts_at_its_seed_and_gives_the_caller_his_own_back():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_an_apple_gpu_has_its_stream_seeded_and_gets_its_own_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "former")
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: calls.append(seed))
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: calls.append(state))
+    with seeded(4, torch.device("mps")):
+        assert calls == [4]
+    assert calls == [4, "former"]
+
+
 def test_the_callers_state_returns_after_an_exception_too():
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError), seeded(4, CPU):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from gsem.attacks import NotFinite, counting
 from gsem.attacks._active import WorstSoFar
 from gsem.attacks._checks import check_result, require_finite, resolve_loss
-from gsem.attacks._core import FOLDED_PIXELS, ascend, distances, draw_chunks, project, random_start
+from gsem.attacks._core import FOLDED_PIXELS, FOLDED_PIXELS_GPU, ascend, distances, draw_chunks, project, random_start
 from gsem.losses import LOSSES
 
 
@@ -128,6 +128,32 @@ def test_folds_share_out_all_draws_without_overflowing_a_pass(draws, rows, side)
     assert sum(passes) == draws
     assert all(fold == 1 or fold * pixels <= FOLDED_PIXELS for fold in passes)
     assert len(passes) <= draws * pixels / FOLDED_PIXELS * 2 + 1  # and no pass is nearly empty without need
+
+
+@pytest.mark.parametrize(
+    ("draws", "rows", "on_cpu", "elsewhere"),
+    [
+        (10, 18, [7, 3], [10]),
+        (10, 292, [1] * 10, [5, 5]),  # at most 7 in a pass of 2,048 rows
+        (10, 600, [1] * 10, [3, 3, 2, 2]),
+        (10, 5000, [1] * 10, [1] * 10),
+        (1, 16, [1], [1]),
+    ],
+)
+def test_draws_are_folded_evenly_on_an_accelerator(draws, rows, on_cpu, elsewhere):
+    assert draw_chunks(draws, torch.empty(1).expand(rows, 3, 32, 32)) == on_cpu
+    assert draw_chunks(draws, torch.empty(rows, 3, 32, 32, device="meta")) == elsewhere
+
+
+@pytest.mark.parametrize("draws", [1, 2, 20, 1000])
+@pytest.mark.parametrize("side", [8, 32, 224])
+@pytest.mark.parametrize("rows", [1, 7, 256, 2049])
+def test_folds_of_an_accelerator_are_full_and_equal(draws, rows, side):
+    passes, most = draw_chunks(draws, torch.empty(rows, 3, side, side, device="meta")), FOLDED_PIXELS_GPU // side**2
+    assert sum(passes) == draws
+    assert max(passes) - min(passes) <= 1
+    assert max(passes) == 1 or max(passes) * rows <= most
+    assert len(passes) == max(1, -(-draws // max(1, most // rows)))  # no fewer passes would do
 
 
 def test_a_loss_is_a_name_or_a_function():

@@ -356,6 +356,30 @@ def test_a_model_whose_backward_pass_cannot_be_vectorised():
         torch.testing.assert_close(grads.flatten(2), w[classes] - w[y])
 
 
+class _Full(torch.autograd.Function):
+    """The first backward pass, that of all planes together, finds the device's memory full."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        _Full.passes += 1
+        if _Full.passes == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return grad
+
+
+def test_a_full_memory_is_not_taken_for_a_backward_pass_that_cannot_be_vectorised():
+    w, z, y = torch.randn((10, 64), generator=rng()), images(4).requires_grad_(), torch.arange(4)
+    classes = (torch.arange(9)[:, None] + (torch.arange(9)[:, None] >= y)).expand(9, 4)
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(Linear(w)(_Full.apply(z)), z, classes, y, 4)
+
+
 def test_one_lucky_draw_does_not_break_an_image():
     # Wrong in nine draws of ten beyond 0.55, and in every draw only beyond 0.75; the margin rises all the way.
     def f(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The binarization test: a planted point is found by a real attack, and not by one step."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from torch import nn
 
 import gsem
 from audited_models import EPS, Fronted, Quantise, digits, mlp
-from gsem.auditing.binarization import Binarized, Features, distinguishing, features_of
+from gsem.auditing.binarization import Binarized, Features, distinguishing, features_of, plant
+from in_memory import InMemory
 
 
 def binarized(model: nn.Module, attacks: str, **how):
@@ -55,6 +57,15 @@ def test_the_suite_finds_what_was_planted_and_one_step_does_not(robust: bool):
 def test_a_blocked_gradient_finds_nothing():
     check = binarized(Fronted(Quantise(17, 0.0), mlp()), "apgd")
     assert check.outcome != "pass"
+
+
+def test_the_points_of_the_ball_are_not_all_in_memory():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 3)).eval()
+    x = torch.rand((6, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    how = {"eps": 0.1, "norm": "Linf", "seed": 0, "draws": 1, "batch_size": 6, "stochastic": False, "quick": True}
+    with InMemory() as memory:
+        plant(SimpleNamespace(model=model, on_progress=lambda text: None, **how), x)
+    assert memory.most < 32 * 4 * x.numel()  # of 128 points for each image
 
 
 def test_losses_that_need_more_classes_give_way():

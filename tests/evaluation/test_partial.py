@@ -20,6 +20,7 @@ from gsem.evaluation.evaluate import _Evaluation, evaluate
 from gsem.evaluation.partial import FinishedBatches
 from gsem.evaluation.result import EvaluationResult
 from gsem.evaluation.verify import verify
+from in_memory import InMemory
 from killed_evaluation import question
 from planted import Flipper, Halves, halves, small_net
 
@@ -248,6 +249,15 @@ def test_what_was_found_is_found_again(uninterrupted):
     found = verify(uninterrupted, q["model"], q["x"], q["y"], draws=200)
     assert [v.name for v in found] == [s.name for s in uninterrupted.scores]
     assert [v.problems for v in found] == [[]] * len(found)
+
+
+def test_distances_are_computed_in_float64_batch_by_batch(plain, monkeypatch):
+    result, kwargs = plain
+    monkeypatch.setattr("gsem.evaluation.verify.BATCH", 4)
+    with InMemory(torch.float64) as memory:
+        assert all(not found.problems for found in verify(result, **kwargs))
+    images = kwargs["x"].numel() * 8
+    assert 0 < memory.most < images / 2  # of 40 images
 
 
 def changed(result: EvaluationResult, number: int, **change) -> EvaluationResult:

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -39,12 +40,15 @@ class Counts:
         """Of the CPU for the device: by "file:line operation"."""
         self.uploads: Counter[str] = Counter()
         """Copies from the CPU to the device that did not ask for `non_blocking`."""
+        self.mixed: Counter[str] = Counter()
+        """Operations on feature maps, or a feature map and a kernel, of two memory formats."""
         self.operations = 0
         """Operations on the device."""
 
     def clear(self) -> None:
         self.waits.clear()
         self.uploads.clear()
+        self.mixed.clear()
         self.operations = 0
 
 
@@ -152,13 +156,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counts) -> Any:
         masks = masks and any(isinstance(t, torch.Tensor) and t.dtype in (torch.bool, torch.uint8) for t in args[1])
         if name in READ or name in SHAPED or masks:
             counts.waits[f"{_place()} {'mask' if masks else name}"] += 1
+        counts.mixed[f"{_place()} {name}"] += len(_formats(ours)) > 1 and "copy" not in name
         counts.operations += 1
     random = kwargs.get("generator")
     if random is not None and (random.initial_seed() in _Generator.seeds) != here:
         raise RuntimeError(f"a generator of the other device in {func} at {_place()}")
     if asked is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    out = func(*tree.tree_map(_held, args), **tree.tree_map(_held, kwargs))
+    call = partial(_drawn_like, func) if name == "randint_like" else func
+    out = call(*tree.tree_map(_held, args), **tree.tree_map(_held, kwargs))
     if name == "_local_scalar_dense" or not here:
         return out
     if func._schema.is_mutable:
@@ -168,6 +174,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counts) -> Any:
         if written and isinstance(written[0], _OnDevice) and out is written[0].held:
             return written[0]
     return tree.tree_map(lambda t: _OnDevice(t, counts) if type(t) is torch.Tensor else t, out)
+
+
+def _formats(tensors: list[torch.Tensor]) -> set[bool]:
+    """Whether each is channels-last, of those of [b, c, h, w] of which it can be known."""
+    maps = [t for t in tensors if t.dim() == 4 and t.shape[1] > 1 and t.shape[2] * t.shape[3] > 1]
+    return {t.stride(1) == 1 for t in maps if 0 not in t.stride()}
+
+
+def _drawn_like(func: Any, like: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """In the memory format of `like`, with the numbers that a contiguous tensor gets: torch fills in the order of
+    memory, and tests compare with a CPU, where the noise is contiguous."""
+    drawn = func(like.contiguous(), *args, **kwargs)
+    return torch.empty_like(like, dtype=drawn.dtype).copy_(drawn)
 
 
 def _held(value: Any) -> Any:

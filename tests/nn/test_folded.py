@@ -517,6 +517,28 @@ def test_hooks_that_change_an_answer_are_obeyed(layer):
     assert difference(fold(model, torch.float64), model, images()) < 1e-12
 
 
+# --- compilers ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_folded_is_one_graph_for_the_compiler():
+    """One for each number of draws: no seed, and no pass, makes another."""
+    from torch._dynamo.testing import CompileCounter  # here, since it takes a second to import
+
+    torch._dynamo.reset()
+    model, x = network(FAMILIES[0], torch.float32), images().float()
+    folded, counter = fold_silently(model), CompileCounter()
+    eager, compiled = folded.graph, torch.compile(folded.graph, fullgraph=True, backend=counter)
+    for seed in range(2):
+        for draws in (1, 3):
+            found = []
+            for folded.graph in (eager, compiled):
+                with gsem.noise(model, "fresh", seed=seed):
+                    found.append(predict_draws(lambda z, draws=draws: folded.logits_of_draws(z, draws), x))
+            for one, other in zip(*found, strict=True):
+                torch.testing.assert_close(one, other)
+    assert counter.frame_count == 2
+
+
 # --- strength ----------------------------------------------------------------------------------------------------
 
 

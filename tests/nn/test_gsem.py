@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gsem.nn.gsem import GSeM, IntegerNoise, noise, pass_through
+from in_memory import InMemory
 
 DEFAULTS = (6, 4)
 
@@ -228,6 +229,32 @@ def test_seeded_fresh_noise_is_reproducible_and_leaves_torchs_state_alone():
     with noise(module, "fresh", seed=3):
         n = module.offsets(x)
     assert not torch.equal(n[0], n[1])
+
+
+def test_seeded_noise_holds_two_words_for_each_feature():
+    module, x = make(), features(2, 4, 16, 16)
+    with noise(module, "fresh", seed=3), InMemory() as memory:
+        module.offsets(x)
+    assert 16 * x.numel() <= memory.most <= 17 * x.numel()
+
+
+def mixed(word: int) -> int:
+    """SplitMix64's finaliser in Python's integers."""
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("seed", [0, -7])
+def test_seeded_noise_is_the_hash_of_seed_draw_and_place(seed, layout):
+    source, x = IntegerNoise(4), torch.zeros(2, 3, 4, 5).to(memory_format=layout)
+    key = (seed * 0x2545F4914F6CDD1D + 1) % 2**63
+    with noise(source, "fresh", seed=seed):
+        found = [source(x), source(x, 2)]
+    for draw, n in enumerate(found):
+        words = [mixed((mixed(mixed(key) + draw) + place) % 2**64) for place in range(n.numel())]
+        assert n.reshape(-1).tolist() == [word % 2**31 % 9 - 4 for word in words]
 
 
 def test_off_and_frozen_leave_torchs_state_alone_and_off_is_quantisation_only():

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import gsem
 from gsem._io import read_checkpoint
 from gsem.data import Split
 from gsem.training.progress import epoch_order
-from gsem.training.run import Run, TrainingDiverged, TrainingInterrupted
+from gsem.training.run import Run, TrainingDiverged, TrainingInterrupted, deterministic
 from gsem.training.step import Stepper, attacked_rows
 from gsem.training.trainer import train
 from gsem.training.validation import Validator
@@ -309,6 +310,23 @@ def test_the_accuracy_on_the_training_batches_is_that_of_the_adversarial_example
 def test_deterministic_mode_is_put_back(tmp_path, few_digits):
     train(replace(TINY, deterministic=True, epochs=1), out=tmp_path / "run", data=few_digits, device="cpu")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "inside"),
+    [("cpu", None, None), ("cuda:1", None, ":4096:8"), ("cuda", ":16:8", ":16:8")],
+)
+def test_deterministic_mode_on_a_gpu_has_the_workspace_that_cublas_wants(monkeypatch, device, given, inside):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    with suppress(KeyError), deterministic(True, torch.device(device)):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == inside
+        raise KeyError
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == given
+    with deterministic(False, torch.device(device)):
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == given
 
 
 def test_extra_images_are_mixed_in(tmp_path, few_digits):

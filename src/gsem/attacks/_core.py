@@ -76,11 +76,17 @@ def also_wrong_unfolded(model: nn.Module, x: Images, y: Labels, broken: Bool[Ten
 
 
 def draw_chunks(draws: int, x: Images) -> list[int]:
-    """How many draws go into each pass over this batch."""
-    pixels = FOLDED_PIXELS if x.device.type == "cpu" else FOLDED_PIXELS_GPU
+    """How many draws go into each pass over this batch. On an accelerator their numbers differ by one at most, so that
+    no pass is nearly empty and few shapes are planned or compiled."""
+    on_cpu = x.device.type == "cpu"
+    pixels = FOLDED_PIXELS if on_cpu else FOLDED_PIXELS_GPU
     per_pass = max(1, min(draws, pixels // max(1, x[:, :1].numel())))
     full, rest = divmod(draws, per_pass)
-    return [per_pass] * full + ([rest] if rest else [])
+    if on_cpu:  # (Equal sizes would be other draws of seeded noise, and of what a model draws by randn.)
+        return [per_pass] * full + ([rest] if rest else [])
+    passes = full + (rest > 0)
+    least, larger = divmod(draws, passes)
+    return [least + 1] * larger + [least] * (passes - larger)
 
 
 def forward_draws(model: nn.Module, x: Images, draws: int) -> Float[Tensor, "n k"]:

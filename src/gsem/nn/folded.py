@@ -144,6 +144,18 @@ class _Fuse(torch.autograd.Function):
         return F.conv_transpose2d(grad, back, padding=1), None, None, None
 
 
+def _with_noise(out: Float[Tensor, "b c h w"], noise: Float[Tensor, "n c h w"], draws: int) -> Float[Tensor, "m c h w"]:
+    """`out` with the noise of each draw, or with one noise of all: [draws · b, c, h, w].
+
+    Written in [b, h, w, c], so that the copies here and the sum over draws in the backward pass are channels-last.
+    """
+    if len(noise) == 1 and out.device.type == "cpu":  # (as it always was: later sums would round differently)
+        return (out + noise).expand(draws, *out.shape).flatten(0, 1)
+    last, noise = out.movedim(1, -1), noise.movedim(1, -1)
+    total = last + (noise.unflatten(0, (draws, len(last))) if len(noise) > 1 else noise)
+    return total.expand(draws, *last.shape).flatten(0, 1).movedim(-1, 1)
+
+
 class _FoldedGSeM(_Folded):
     """GSeM in one convolution: mapping (1×1), fusion (3×3) and BatchNorm are linear, so their product is taken.
 
@@ -188,17 +200,16 @@ class _FoldedGSeM(_Folded):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             bias = self.bias.expand(-1, -1, *x.shape[2:])
-            bias = (F.conv2d(bias, self.mapped, padding=1) + self.shift).to(x.dtype)
+            bias = F.conv2d(bias, self.mapped, padding=1) + self.shift
+            bias = bias.to(x.dtype, memory_format=torch.channels_last)
             k = self.source[0].integers(x) if self.draws == 1 else self.source[0].levelled(x)
         out = _Fuse.apply(x, k, self.weight, self.back) + bias
         if self.draws > 1:
             # The convolution is linear: what the draws share is computed once, forward and (autograd sums over the
             # draws first) backward; each draw adds the convolution of its own noise.
             with torch.no_grad():
-                n = self.offsets(x.new_empty((self.draws * len(x), *x.shape[1:])))
-                noise = F.conv2d(n, self.own, padding=1)
-                noise = noise.view(-1, *out.shape) if len(n) > 1 else noise  # (frozen, or off: one for all)
-            out = (out + noise).expand(self.draws, *out.shape).flatten(0, 1)
+                noise = F.conv2d(self.offsets(x, self.draws), self.own, padding=1)
+            out = _with_noise(out, noise, self.draws)
         return F.mish(out)
 
 

@@ -49,12 +49,27 @@ def pass_through(x: Float[Tensor, "*s"], value: Float[Tensor, "*s"]) -> Float[Te
 torch.fx.wrap("pass_through")
 
 
-def _mix(h: Tensor) -> Tensor:
+def _mix_(h: Tensor) -> Tensor:
     # A bijection of 64-bit words with full avalanche (the finaliser of SplitMix64, Steele et al. 2014). torch's
-    # shift of a signed word copies the sign, so the copies are masked away.
-    h = (h ^ ((h >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    h = (h ^ ((h >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return h ^ ((h >> 31) & 0x1FFFFFFFF)
+    # shift of a signed word copies the sign, so the copies are masked away. In place: a word is four times as large as
+    # a feature in bf16.
+    h ^= (h >> 30).bitwise_and_(0x3FFFFFFFF)
+    h *= -0x40A7B892E31B1A47
+    h ^= (h >> 27).bitwise_and_(0x1FFFFFFFFF)
+    h *= -0x6B2FB644ECCEEE15
+    h ^= (h >> 31).bitwise_and_(0x1FFFFFFFF)
+    return h
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The memory format that noise for `x` is made in: on an accelerator its own.
+
+    Tensors of two formats are slow to add there. On a CPU it gains nothing, and the numbers would be others, because
+    torch's stream fills a tensor in the order of memory.
+    """
+    # (Strides, because vmap knows them and no memory format but the contiguous one.)
+    last = x.device.type != "cpu" and x.stride(1) == 1
+    return torch.channels_last if last else torch.contiguous_format
 
 
 class IntegerNoise(nn.Module):
@@ -62,7 +77,7 @@ class IntegerNoise(nn.Module):
 
     The seeded modes compute each integer from (seed, draw, position) by a hash in tensor operations, because a
     private `torch.Generator` breaks `torch.compile(fullgraph=True)`; the same seed gives the same integers on
-    every device and in every dtype. The unseeded mode draws from torch's own stream.
+    every device, in every dtype and in every memory format. The unseeded mode draws from torch's own stream.
     """
 
     key: Tensor
@@ -76,27 +91,36 @@ class IntegerNoise(nn.Module):
         # not persistent, so that published checkpoints load as they are.
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "#b c h w"]:
-        """Offsets for `x`, in its dtype and on its device; [1, c, h, w] when frozen."""
+    def forward(self, x: Float[Tensor, "b c h w"], draws: int = 1) -> Float[Tensor, "n c h w"]:
+        """Offsets for `x`, in its dtype and on its device: [draws · b, c, h, w], or [1, c, h, w] when frozen or off.
+
+        On an accelerator they have the memory format of `x`.
+        """
         if self.mode == "off" or self.largest == 0:
             return torch.zeros_like(x[:1])
         if self.mode == "frozen":
             return self._hashed((1, *x.shape[1:]), x)
+        shape = (draws * x.shape[0], *x.shape[1:])
         if self.seeded:
-            offsets = self._hashed(tuple(x.shape), x)
+            offsets = self._hashed(shape, x)
             self.key[1:] += 1
             return offsets
-        return torch.randint(-self.largest, self.largest + 1, x.shape, dtype=x.dtype, device=x.device)
+        if _layout(x) is torch.contiguous_format:
+            return torch.randint(-self.largest, self.largest + 1, shape, dtype=x.dtype, device=x.device)
+        like = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+        return torch.randint_like(like, -self.largest, self.largest + 1)
 
     def _hashed(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         count = 1
         for side in shape:
             count = count * side
-        position = torch.arange(count, device=like.device)
-        seed, draw = self.key.to(like.device)
-        word = _mix(_mix(_mix(seed) + draw) + position)
+        # Numbered by (image, channel, row, column) whatever the memory format.
+        word = torch.arange(count, device=like.device).view(shape).contiguous(memory_format=_layout(like))
+        seed, draw = self.key.to(like.device, copy=True)
+        word += _mix_(_mix_(seed) + draw)
         # 31 bits modulo at most a few dozen values: the bias is below 1e-7.
-        return ((word & 0x7FFFFFFF) % (2 * self.largest + 1) - self.largest).view(shape).to(like.dtype)
+        word = _mix_(word).bitwise_and_(0x7FFFFFFF).remainder_(2 * self.largest + 1).sub_(self.largest)
+        return word.to(like.dtype)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A run directory and its metrics, and the exceptions that end a training early."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,14 +158,24 @@ def recorded_precision(path: Path, device: torch.device) -> dict[str, str]:
     return used
 
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
+def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+    """torch's deterministic algorithms inside this block, if `wanted`; the caller's settings are put back."""
     if not wanted:  # torch's switch imports its compiler, which takes a second
         yield
         return
     former = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    given = os.environ.get(_CUBLAS)
     try:
+        if device.type == "cuda" and given is None:
+            # Before torch 2.10 a product on a GPU is an error in this mode unless this was set before the first one.
+            os.environ[_CUBLAS] = ":4096:8"
         torch.use_deterministic_algorithms(True, warn_only=former[1])
         yield
     finally:
         torch.use_deterministic_algorithms(former[0], warn_only=former[1])
+        if given is None:
+            os.environ.pop(_CUBLAS, None)

@@ -115,7 +115,7 @@ def train(
     if former is not None and network is None:
         check_named(former["model"], path)
     where = device_named(device)
-    with seeded(derive_seed(recipe.seed, "run"), where), deterministic(recipe.deterministic):
+    with seeded(derive_seed(recipe.seed, "run"), where), deterministic(recipe.deterministic, where):
         # A resumed run keeps its precision, also on a machine where `auto` would now choose another.
         used = recorded_precision(path, where) if resume else {}
         loop = Trainer(recipe, found, network, path, where, compile, used)
