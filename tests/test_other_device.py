@@ -12,6 +12,10 @@ from torch import nn
 
 import gsem
 from gsem.attacks._active import Remaining
+from gsem.auditing import binarization
+from gsem.auditing.check import Check, RegisteredCheck
+from gsem.auditing.context import AuditContext
+from gsem.losses import margin
 from gsem.nn.predict import predict_draws
 from gsem.reporting.visuals import pictures
 from gsem.training.progress import Progress
@@ -209,6 +213,44 @@ def test_scoring_waits_once_a_batch():
         predict_draws(model, images, draws=7, seed=0, batch_size=6)
         assert device.counts.waits.total() == 4
         assert not device.counts.uploads.total()
+
+
+# How often the CPU may wait in each check of a small audit of a stochastic model, copies to the device included: for
+# each batch that is scored, in the attacks, and twice for each batch on which slopes are measured.
+AUDIT_WAITS = {
+    "randomness": 3,
+    "gradient": 16,
+    "unavailable": 1,
+    "unstable": 1,
+    "silent_success": 27,
+    "unconstrained": 28,
+    "binarization": 55,  # 20 of them for the tries of the random search
+    "noise": 18,
+}
+
+
+def test_the_checks_of_an_audit_wait_for_the_device_no_more_often_than_this(monkeypatch):
+    monkeypatch.setattr(binarization, "TRIES", 20)
+    x = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    logits = Linear(0)(x)
+    x = x[margin(logits, y := logits.argmax(1)).argsort()[:20]]  # those that are classified most clearly
+    y, found = Linear(0)(x).argmax(1), {}
+    with pretended() as device:
+
+        def counted(check: RegisteredCheck, ctx: AuditContext) -> Check:
+            device.counts.clear()
+            made = finished(check, ctx)
+            found[check.name] = device.counts.waits.total() + device.counts.uploads.total(), made.outcome
+            return made
+
+        finished = RegisteredCheck.__call__
+        monkeypatch.setattr(RegisteredCheck, "__call__", counted)
+        images, labels, model = device.put(x), device.put(y), device.put(Linear(0.02))
+        gsem.audit(model, images, labels, "apgd:steps=4:eot=2", eps=0.02, quick=True, draws=3, only=list(AUDIT_WAITS))
+    for name, (waits, outcome) in found.items():
+        # (The gradient check has no answer for so few images, but measures all the same.)
+        assert outcome == ("inconclusive" if name == "gradient" else "pass"), name
+        assert waits <= AUDIT_WAITS[name], (name, waits)
 
 
 @pytest.mark.parametrize("name", ["gcat", "gcat-awp", "trades", "mart"])
