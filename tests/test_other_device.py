@@ -86,9 +86,9 @@ def test_a_training_step_ends_with_the_same_weights(name, tmp_path, monkeypatch)
 
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # (it is not: the copy is made)
 def test_a_training_with_averaged_weights_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    recipe = replace(gsem.RECIPES["gcat"], **SMALL | {"batch_size": 48}, eot=1, draws=1, ema=0.9)
+    recipe = replace(gsem.RECIPES["gcat"], **SMALL | {"batch_size": 24}, eot=1, draws=1, ema=0.9)
     data = gsem.data.load("digits")
-    few = gsem.data.Split(data.read_train().x[:160], data.read_train().y[:160])
+    few = gsem.data.Split(data.read_train().x[:80], data.read_train().y[:80])
     data = replace(data, read_train=lambda: few)
 
     def interrupt(progress: Progress) -> None:
@@ -200,7 +200,8 @@ def test_an_attack_waits_for_the_device_no_more_often_than_this(name):
     certain, noisy, rest = WAITS[name]
     # Radii at which nothing can be broken, so that every step is made, and at which some images are.
     assert waits(COUNTED[name], 0.0, scale * 0.0005, long=20)[0] <= certain
-    a_step, in_all = waits(COUNTED[name], 0.02, scale * 0.02, long=50)
+    # (What is confirmed at the end varies by a few waits; FAB's steps have more than that.)
+    a_step, in_all = waits(COUNTED[name], 0.02, scale * 0.02, long=20 if name == "fab" else 50)
     assert a_step <= noisy
     assert in_all <= rest + 10 * noisy
 
