@@ -9,6 +9,7 @@ import torch
 import training_step
 from gpu_report import Report
 from timing import OverTime, in_turns, kernel_launches, product_rate, spread, taken, tf32, time_limit
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.flop_counter import FlopCounterMode
 from training_step import NAMES, Sides
 
@@ -135,3 +136,6 @@ def compiled(report: Report, o: argparse.Namespace, seconds: float) -> None:
         if stopped.what != COMPILING:
             raise
         report.row(COMPILING, str(stopped), "", "", limit=seconds)
+    except TorchDynamoException as error:  # such as no C++ compiler, or no setuptools: nothing to measure
+        reason = f"not possible here: {type(error).__name__}: {error}".splitlines()[0]
+        report.row(COMPILING, reason, reason=reason)

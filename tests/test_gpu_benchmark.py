@@ -148,6 +148,21 @@ def test_a_graph_that_gives_other_points_is_found(monkeypatch, make, verdict):
     assert [row.verdict for row in report.rows] == ["ok", verdict] * 3
 
 
+def test_where_nothing_can_be_compiled_the_part_has_a_line_with_the_reason_and_passes(monkeypatch):
+    import gpu_step
+    from gpu_report import Report
+    from torch._dynamo.exc import TorchDynamoException
+
+    def no_compiler(options):
+        raise TorchDynamoException("no C++ compiler\nand more")
+
+    monkeypatch.setattr(gpu_step, "Sides", no_compiler)
+    report = Report("step", CPU, {})
+    report.attempt(gpu_step.COMPILING, lambda: gpu_step.compiled(report, None, 5.0))
+    assert [row.what for row in report.rows] == [gpu_step.COMPILING] and not report.failed
+    assert report.rows[0].value.endswith("no C++ compiler")
+
+
 def test_every_side_is_warmed_up_and_timed_in_turns():
     from timing import in_turns
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from gsem.attacks import Step, counting, pgd
-from gsem.attacks._active import CONFIRM, Confirmer, cascade, confirm_broken, confirmation, draw_schedule
+from gsem.attacks._active import cascade, draw_schedule
 from gsem.attacks._checks import require_finite
+from gsem.attacks._confirm import CONFIRM, Confirmer, confirm_broken, confirmation
 from gsem.attacks._core import Targeted
 from gsem.nn.contract import NotFinite
 from gsem.nn.folded import fold

@@ -1,4 +1,4 @@
-"""Attacks on the remaining images: when an image counts as broken, and how attacks run one after the other."""
+"""Attacks on the remaining images: which of them remain, and how attacks run one after the other."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,20 +11,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gsem.attacks._checks import require_finite
+from gsem.attacks._confirm import Confirmer, Counted, Trial, confirm_broken
 from gsem.attacks._core import also_wrong_unfolded, expected
 from gsem.attacks._types import Images, Labels, OnStep, Step
 from gsem.losses import margin
 from gsem.nn.contract import NotFinite
-from gsem.nn.predict import is_stochastic
 from gsem.rng import derive_seed, seeded
 
-# One lucky draw breaks nothing: an image of a stochastic model is broken when a point of it is misclassified in all
-# draws of the search and in so many more.
-CONFIRM = 100
-# Images of the two forward passes that show whether the model is stochastic.
-PROBED = 32
-# On a GPU every look at a result makes the CPU wait and the queue of kernels run empty: one look in so many steps.
+# On a GPU every look at a result makes the CPU wait and the queue of kernels run empty: one look in so many steps,
 READ_EVERY = 10
+# and not before so many steps after the device was given the work: by then the result has mostly arrived, and if not,
+# the kernels of these steps are queued behind it.
+LAG = 2
 # Every new number of rows makes cuDNN plan all convolutions anew: on a GPU a batch shrinks to these numbers only.
 BUCKETS = (512, 256, 128, 64, 32, 16)
 
@@ -68,82 +66,12 @@ def select(state: State, rows: Tensor) -> State:
     return replace(state, **{name: value[rows] for name, value in vars(state).items() if isinstance(value, Tensor)})
 
 
-def confirmation(model: nn.Module, x: Images) -> int:
-    """How many more draws confirm that a point is broken: none for a deterministic model."""
-    return CONFIRM if len(x) and is_stochastic(model, x[:PROBED]) else 0
-
-
-def confirm_broken(
-    model: nn.Module, x: Images, y: Labels, wrong: Float[Tensor, " b"], confirm: int
-) -> Bool[Tensor, " b"]:
-    """Which points are broken: misclassified in every draw so far (`wrong` is 1) and in `confirm` more."""
-    broken = wrong == 1
-    done, draws = 0, 5
-    while done < confirm:
-        rows = broken.nonzero()[:, 0]
-        if not len(rows):
-            break
-        now = min(draws, confirm - done)
-        _, again = expected(model, x[rows], y[rows], margin, now)
-        broken[rows] = again == 1
-        done, draws = done + now, 4 * draws
-    return broken
-
-
-class Confirmer:
-    """`confirm_broken` along a path, for many points of each image.
-
-    After a point that was not confirmed, the next one is tried where its loss is higher, and in any case after 1, 2,
-    4, … more points. Otherwise an image that is misclassified in 95 draws of 100 would cost more than all the others.
-    """
-
-    def __init__(self, model: nn.Module, x: Images, y: Labels, confirm: int):
-        self.model, self.y, self.confirm = model, y, confirm
-        self.failed = x.new_full((len(x),), float("-inf"))
-        self.wait = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        self.pause = torch.ones_like(self.wait)
-
-    def __call__(
-        self, x: Images, value: Float[Tensor, " r"], wrong: Float[Tensor, " r"], rows: Int[Tensor, " r"]
-    ) -> Bool[Tensor, " r"]:
-        """Which points x of the images numbered `rows` are broken, by their loss and their share of wrong draws."""
-        broken = wrong == 1
-        if not self.confirm:
-            return broken
-        tried = broken & ((value > self.failed[rows]) | (self.wait[rows] <= 0))
-        self.wait[rows] -= 1
-        broken = torch.zeros_like(tried)
-        at = tried.nonzero()[:, 0]
-        if len(at):
-            broken[at] = confirm_broken(self.model, x[at], self.y[rows[at]], wrong[at], self.confirm)
-            self.failed[rows[at]] = value[at]
-            self.wait[rows[at]] = self.pause[rows[at]]
-            self.pause[rows[at]] *= 2
-        return broken
-
-
-class _Counted:
-    """Numbers that the device computes, on their way to the CPU: `read`, some steps later, hardly waits for them."""
-
-    def __init__(self, value: Tensor):
-        # (Only CUDA has events to wait for a copy, and mps would hand out the memory before it is written.)
-        self.value = value.to("cpu", non_blocking=value.device.type != "mps")
-        self.arrived = torch.cuda.Event() if value.is_cuda else None
-        if self.arrived is not None:
-            self.arrived.record(torch.cuda.current_stream(value.device))
-
-    def read(self) -> list[int]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.value.tolist()
-
-
 class Remaining:
     """Which images of a run are still worked on.
 
     On a CPU an image leaves the attack's state with the step that breaks it, and a loss that is not finite is an error
     at once. On an accelerator the CPU would wait for both, at every step. There images are only marked as finished.
-    Every `READ_EVERY` steps the marks are counted, the count of the time before is read, and the state is cut to one of
+    Every `READ_EVERY` steps the marks are counted, `LAG` steps later the count is read, and the state is cut to one of
     the sizes in `BUCKETS`, filled up with finished images. A finished image keeps its result.
 
     Args:
@@ -167,7 +95,10 @@ class Remaining:
         """Of the state's rows: which are not finished."""
         self.finite = self.live.clone()
         self.held: tuple[Tensor, Tensor] | None = None
-        self.counted: _Counted | None = None
+        self.trial: Trial | None = None
+        self.decided = True
+        """Whether the latest `broken` decided about any image, as it always does on a CPU."""
+        self.counted: Counted | None = None
         self.steps = 0
 
     def __len__(self) -> int:
@@ -207,40 +138,66 @@ class Remaining:
         if self.marked and len(self):
             require_finite(self.finite, self.rows)
 
-    def reads(self, last: bool = False) -> bool:
-        """Whether this is a step at which the CPU may wait for the device."""
-        return not self.marked or last or (self.steps + 1) % READ_EVERY == 0
-
     def broken(
         self,
         x: Tensor,
         value: Float[Tensor, " r"],
         wrong: Float[Tensor, " r"],
-        by: Callable[[Tensor, Tensor, Tensor], Bool[Tensor, " r"]],
+        confirmer: Confirmer,
         *,
-        confirm: int,
         last: bool,
     ) -> tuple[Bool[Tensor, " r"], Tensor, Float[Tensor, " r"]]:
-        """Which images are broken, where, and the loss there.
+        """Which images are broken, where, and the loss there. To be called at every step, before `drop`.
+
+        On a CPU the points x are confirmed at once. On an accelerator the CPU would wait at each part of the draws.
+        There the highest point of `READ_EVERY` steps is tried (`Trial`), with the three parts 2, 4 and 6 steps later.
+        `drop` counts the broken images two steps after that, so that no trial delays the step at which they leave.
+        What is left of the draws at the last step is made there, and the CPU waits.
 
         Args:
-            by: decides for points, their losses and shares of wrong draws. If that takes more draws (`confirm`), for
-                which the CPU would wait, it is asked every `READ_EVERY` steps, about the highest of the points since.
             last: whether this is the last step.
         """
-        if not (self.marked and confirm):
-            return by(x, value, wrong) & self.live, x, value
-        former, high = self.held or (x, torch.full_like(value, float("-inf")))
-        new = (wrong == 1) & (value > high) & self.live
+        if not (self.marked and confirmer.confirm):
+            return confirmer(x, value, wrong, self.rows) & self.live, x, value
+        self.hold(x, value, wrong == 1)
+        assert self.held is not None
+        self.decided, broken = last, torch.zeros_like(self.live)
+        if self.trial is not None and (last or self.phase % LAG == 0):
+            (self.trial.finish if last else self.trial.next_part)(confirmer, self.rows)
+            if not self.trial.parts:
+                self.decided = True
+                x, value, broken = self._decided(self.trial, x, value)
+                self.trial = None
+        point, high = self.held
         each = (-1, *[1] * (x.ndim - 1))
-        point, high = torch.where(new.view(each), x, former), torch.where(new, value, high)
-        broken = torch.zeros_like(new)
-        if self.reads(last):
-            broken = by(point, high, (high > float("-inf")).to(wrong.dtype)) & self.live
+        tried = (high > float("-inf")) & self.live
+        if last:
+            more = confirmer(point, high, tried.to(wrong.dtype), self.rows)
+            x, value = torch.where(more.view(each), point, x), torch.where(more, high, value)
+            broken = broken | more
+        elif self.phase == 0 and self.trial is None:
+            self.trial = Trial.begin(confirmer, point, high, confirmer.due(high, tried, self.rows))
             self.held = None
-        else:
-            self.held = point, high
-        return broken, torch.where(broken.view(each), point, x), torch.where(broken, high, value)
+        return broken, x, value
+
+    @property
+    def phase(self) -> int:
+        """Of the present step, where every `READ_EVERY`-th has 0."""
+        return (self.steps + 1) % READ_EVERY
+
+    def hold(self, x: Tensor, value: Float[Tensor, " r"], wrong: Bool[Tensor, " r"]) -> None:
+        """On an accelerator: points that may be tried, where every draw was wrong; of each image the highest is."""
+        former, high = self.held or (x, torch.full_like(value, float("-inf")))
+        new = wrong & (value > high)
+        self.held = torch.where(new.view(-1, *[1] * (x.ndim - 1)), x, former), torch.where(new, value, high)
+
+    def _decided(self, trial: Trial, x: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Bool[Tensor, " r"]]:
+        """Points, losses and which are broken, after a trial. Lower points are not tried any more."""
+        assert self.held is not None
+        broken, (point, high) = trial.broken & self.live, self.held
+        self.held = point, torch.where(broken & (high <= trial.value), float("-inf"), high)
+        each = broken.view(-1, *[1] * (x.ndim - 1))
+        return torch.where(each, trial.point, x), torch.where(broken, trial.value, value), broken
 
     def record(self, result: Tensor, found: Tensor, which: Bool[Tensor, " r"] | None = None) -> None:
         """Write those of the state's points `found` (default: all) into the run's `result`, but for finished images."""
@@ -252,8 +209,11 @@ class Remaining:
         elif bool(which.any()):
             result[self.place[which]] = found[which]
 
-    def drop(self, done: Bool[Tensor, " r"] | None = None) -> Tensor | None:
+    def drop(self, done: Bool[Tensor, " r"] | None = None, *, cut: bool = True) -> Tensor | None:
         """Work on these images ends. To be called at every step.
+
+        Args:
+            cut: False: not a step at which the state may be cut on an accelerator.
 
         Returns:
             the rows to which the caller cuts its state (a mask or numbers); None to leave it as it is.
@@ -263,13 +223,12 @@ class Remaining:
         if done is not None:
             self.live = self.live & ~done
         self.steps += 1
-        if self.steps % READ_EVERY:
+        phase = self.steps % READ_EVERY
+        if phase == READ_EVERY - LAG:
+            self.counted = Counted(torch.stack([self.live.sum(), (~self.finite).sum()]))
+        if phase or self.counted is None or not cut:
             return None
-        former, counts = self.counted, torch.stack([self.live.sum(), (~self.finite).sum()])
-        self.counted = _Counted(counts)
-        if former is None:
-            return None
-        live, infinite = former.read()  # of READ_EVERY steps before: no fewer than are left now
+        live, infinite = self.counted.read()  # of LAG steps before: no fewer than are left now
         if infinite:
             self.finish()
         size = min((size for size in self.buckets if size >= live), default=len(self)) if live else 0
@@ -283,6 +242,7 @@ class Remaining:
             t[kept] for t in (self.rows, self.place, self.live, self.finite)
         )
         self.held = None if self.held is None else (self.held[0][kept], self.held[1][kept])
+        self.trial = None if self.trial is None else select(self.trial, kept)
         return kept
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import Confirmer, Remaining, cascade, confirmation, select
+from gsem.attacks._active import Remaining, cascade, select
 from gsem.attacks._checks import aimed, check_result, checked_init, resolve_loss
+from gsem.attacks._confirm import Confirmer, confirmation
 from gsem.attacks._core import ascend, averaged, expected_logits, project, starting_points, strongest_wrong_classes
 from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.losses import Loss, dlr_towards, margin_towards
@@ -205,8 +206,7 @@ def _apgd_loop(
         path.update(value, grad)
         broken = None
         if confirmer is not None:
-            by = partial(confirmer, rows=remaining.rows)
-            broken, point, _ = remaining.broken(path.x_adv, value, wrong, by, confirm=confirm or 0, last=ends)
+            broken, point, _ = remaining.broken(path.x_adv, value, wrong, confirmer, last=ends)
             remaining.record(result, point, broken)
         kept = remaining.drop(broken)
         if kept is not None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import cascade, confirmation, draw_schedule
+from gsem.attacks._active import cascade, draw_schedule
 from gsem.attacks._checks import check_result
+from gsem.attacks._confirm import confirmation
 from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep
 from gsem.attacks.apgd import apgd
 from gsem.attacks.fab import fab

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import Remaining, WorstSoFar, confirm_broken, confirmation
+from gsem.attacks._active import Remaining, WorstSoFar
 from gsem.attacks._checks import aimed, check_result, require_finite
+from gsem.attacks._confirm import Confirmer, confirm_broken, confirmation
 from gsem.attacks._core import expected, expected_gradient, project
 from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.attacks.pgd import pgd
@@ -136,6 +137,7 @@ class _Search:
         self.model, self.x, self.y = model, x, y
         self.radius, self.eot, self.kappa, self.on_step = radius, eot, kappa, on_step
         self.confirm = confirmation(model, x)
+        self.confirmer = Confirmer(model, x, y, self.confirm, spaced=False)
         self.worst = WorstSoFar(x)
         self.nearest, self.distance = x.clone(), x.new_full((len(x),), math.inf)
         values, wrong = expected(model, x, y, margin, eot)
@@ -186,13 +188,10 @@ class _Search:
             self.on_step(remaining.step(self.number, x_adv, margins, wrong))
             self.number += 1
 
-        def by(x_adv: Images, value: Tensor, wrong: Tensor) -> Tensor:
-            return confirm_broken(self.model, x_adv, self.y[rows], wrong, self.confirm)
-
         # Only a point that is nearer than the nearest so far is confirmed by more draws.
         length = (x_adv - self.x[rows]).flatten(1).norm(dim=1)
         closer = ((length < self.distance[rows]) & (wrong == 1)).to(wrong.dtype)
-        broken, point, nearness = remaining.broken(x_adv, -length, closer, by, confirm=self.confirm, last=last)
+        broken, point, nearness = remaining.broken(x_adv, -length, closer, self.confirmer, last=last)
         self.nearest[rows] = torch.where(broken[:, None, None, None], point, self.nearest[rows])
         self.distance[rows] = torch.where(broken, -nearness, self.distance[rows])
         reached[rows] |= broken | (wrong == 1)
@@ -204,8 +203,8 @@ class _Search:
 
     def _project(self, point: Images, far: Tensor, remaining: Remaining, last: bool) -> None:
         """Broken points outside the ball are projected into it and compared with the worst."""
-        if self.confirm and not remaining.reads(last):
-            return  # (none was confirmed at this step)
+        if not remaining.decided:
+            return
         which = remaining.only(far)
         if len(which):
             at, far = remaining.rows[which], (far & remaining.live)[which]

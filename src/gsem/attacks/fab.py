@@ -13,13 +13,12 @@ from gsem.attacks._active import (
     Remaining,
     WorstSoFar,
     cascade,
-    confirm_broken,
-    confirmation,
     numbered,
     select,
     shifted,
 )
 from gsem.attacks._checks import aimed, check_result, require_finite
+from gsem.attacks._confirm import Confirmer, confirm_broken, confirmation
 from gsem.attacks._core import (
     Targeted,
     ascend,
@@ -230,6 +229,7 @@ def _fab_loop(task: _Task, path: _Path, worst: WorstSoFar | None, on_step: OnSte
         the path of the images that are not broken.
     """
     remaining = path.remaining
+    confirmer = Confirmer(task.model, path.x, path.y, task.confirm, spaced=False)
     for number in range(task.steps + 1):
         ends = number == task.steps
         # One forward pass decides whether the iterate has crossed; the gradient is taken where the next step begins.
@@ -243,7 +243,7 @@ def _fab_loop(task: _Task, path: _Path, worst: WorstSoFar | None, on_step: OnSte
         if worst is not None:
             # The start is pushed, too: then one gradient alone gives at least a step of length eps.
             chosen = nearer if number else torch.ones_like(nearer)
-            broken = _judge(task, path, seen, length, chosen, worst, last=ends)
+            broken = _judge(task, path, seen, length, chosen, worst, confirmer, last=ends)
         kept = remaining.drop(broken)
         if kept is not None:
             path, seen = select(path, kept), select(seen, kept)
@@ -269,7 +269,15 @@ def _closer(path: _Path, x_adv: Images, distance: Float[Tensor, " b"]) -> Bool[T
 
 
 def _judge(
-    task: _Task, path: _Path, seen: _Seen, length: Tensor, chosen: Tensor, worst: WorstSoFar, *, last: bool
+    task: _Task,
+    path: _Path,
+    seen: _Seen,
+    length: Tensor,
+    chosen: Tensor,
+    worst: WorstSoFar,
+    confirmer: Confirmer,
+    *,
+    last: bool,
 ) -> Bool[Tensor, " b"]:
     """Compare the iterates in the ball with `worst`; the chosen are first pushed along the normal, past the boundary,
     by what remains of eps. Returns which are broken."""
@@ -287,11 +295,8 @@ def _judge(
         value[push] = torch.where(better, higher, value[push])
         wrong[push] = torch.where(better, share, wrong[push])
 
-    def by(point: Images, value: Tensor, wrong: Tensor) -> Tensor:
-        return confirm_broken(task.model, point, path.y, wrong, task.confirm)
-
     value, wrong = torch.where(inside, value, float("-inf")), torch.where(inside, wrong, 0.0)
-    broken, point, value = path.remaining.broken(point, value, wrong, by, confirm=task.confirm, last=last)
+    broken, point, value = path.remaining.broken(point, value, wrong, confirmer, last=last)
     worst.update(point, value, broken, path.remaining.rows)
     return broken
 

@@ -10,8 +10,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import Confirmer, Remaining, WorstSoFar, confirmation
+from gsem.attacks._active import Remaining, WorstSoFar
 from gsem.attacks._checks import aimed, check_result, checked_init, require_finite, resolve_loss
+from gsem.attacks._confirm import Confirmer, confirmation
 from gsem.attacks._core import Targeted, also_wrong_unfolded, ascend, expected, expected_gradient, starting_points
 from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.losses import Loss
@@ -199,8 +200,7 @@ class _Judge:
                 self.on_step(remaining.step(number, x_adv, values, wrong))
             broken = None
             if competes:
-                by = partial(self.confirmer, rows=remaining.rows)
-                broken, point, value = remaining.broken(x_adv, values, wrong, by, confirm=self.confirm, last=ends)
+                broken, point, value = remaining.broken(x_adv, values, wrong, self.confirmer, last=ends)
                 self.worst.update(point, value, broken, remaining.rows)
             if not ends:
                 kept = remaining.drop(broken if self.stop_broken else None)

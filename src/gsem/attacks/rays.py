@@ -1,15 +1,15 @@
 """RayS (Chen & Gu, KDD 2020): a search over directions that uses the model's labels only."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import Remaining, confirm_broken, confirmation, select
+from gsem.attacks._active import Remaining, select
 from gsem.attacks._checks import check_result
+from gsem.attacks._confirm import Confirmer, confirmation
 from gsem.attacks._core import expected
 from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep
 from gsem.losses import margin
@@ -77,14 +77,14 @@ def rays(
     limit = eps if norm == "Linf" else eps / size**0.5
     rng = generator(seed, "orders", device=x.device)
 
-    labels = _Labels(model, x.shape[1:], y, eot, confirm, on_step)
+    labels = _Labels(model, x.shape[1:], y, eot, Confirmer(model, x, y, confirm, spaced=False), on_step)
     flat = x.flatten(1)
     found = flat.clone()
     with seeded(derive_seed(seed, "model"), x.device):
         everything = Remaining(torch.arange(len(x), device=x.device))
         wrong = labels.query(flat, everything, 0)
         everything.finish()
-        rows = (~labels.broken(flat, wrong, wrong, rows=everything.rows)).nonzero()[:, 0]
+        rows = (~labels.confirmer(x, wrong, wrong, everything.rows)).nonzero()[:, 0]
         search = _Search.begin(flat[rows], tolerance=min(TOLERANCE / size**0.5, limit / 16))
         found[rows] = _rays_loop(labels, search, Remaining(rows), limit=limit, queries=queries, rng=rng)
     return check_result(found.view_as(x), x, eps=eps, norm=norm)
@@ -98,7 +98,7 @@ class _Labels:
     shape: torch.Size
     y: Int[Tensor, " n"]
     eot: int
-    confirm: int
+    confirmer: Confirmer
     on_step: OnStep | None
 
     def query(self, points: Flat, remaining: Remaining, number: int) -> Float[Tensor, " r"]:
@@ -110,15 +110,14 @@ class _Labels:
             self.on_step(remaining.step(number, images, wrong, wrong))
         return wrong
 
-    def broken(self, points: Flat, _: Tensor, wrong: Float[Tensor, " r"], rows: Tensor) -> Bool[Tensor, " r"]:
-        return confirm_broken(self.model, points.view(-1, *self.shape), self.y[rows], wrong, self.confirm)
-
 
 def _rays_loop(
     labels: _Labels, search: "_Search", remaining: Remaining, *, limit: float, queries: int, rng: torch.Generator
 ) -> Flat:
     """The search, after one query of the images themselves. Returns the points of the remaining images."""
-    confirm, result = labels.confirm, search.x.clone()
+    confirm, result = labels.confirmer.confirm, search.x.clone()
+    # The last query that may break an image: not one of the best ray again.
+    end = queries - 2 if confirm and (queries - 1) % RECHECK == 0 else queries - 1
     for number in range(1, queries):
         if not len(remaining):
             break
@@ -132,10 +131,9 @@ def _rays_loop(
         reached, broken = shorter & (search.radius <= limit), None
         if remaining.marked or bool(reached.any()):
             points = search.points(torch.full_like(search.radius, limit) if confirm else search.radius)
-            by, last = partial(labels.broken, rows=remaining.rows), number == queries - 1
-            found = remaining.broken(points, -search.radius, reached.to(wrong.dtype), by, confirm=confirm, last=last)
-            broken = found[0]
-            remaining.record(result, found[1], broken)
+            images, share = points.view(-1, *labels.shape), reached.to(wrong.dtype)
+            broken, at, _ = remaining.broken(images, -search.radius, share, labels.confirmer, last=number == end)
+            remaining.record(result, at.flatten(1), broken)
         kept = remaining.drop(broken)
         if kept is not None:
             search = select(search, kept)
@@ -225,17 +223,18 @@ class _Search:
         full = self.block * width >= size
         self.block = self.block.masked_fill(full, 0)
         self.level = self.level + full
-        # After single pixels: all pixels again, and then the halves of another order. (On an accelerator, single pixels
-        # again until the CPU may look.)
+        # After single pixels: all pixels again, and then the halves of another order. (On an accelerator, which orders
+        # all images, single pixels again until then.)
         self.anew = self.anew | (full & (width == 1))
-        if not remaining.reads():
-            return
-        anew = (self.anew & ~self.bisecting).nonzero()[:, 0]
-        if len(anew):
-            self.level[anew] = self.block[anew] = 0
-            self.anew[anew] = False
-            if remaining.marked:
-                order = remaining.drawn(lambda b: torch.rand((b, size), generator=rng, device=rng.device))[anew]
-            else:
-                order = torch.rand((len(anew), size), generator=rng, device=rng.device)
-            self.rank[anew] = order.argsort(1)
+        anew = self.anew & ~self.bisecting
+        if remaining.marked:
+            if remaining.phase == 0:
+                order = remaining.drawn(lambda b: torch.rand((b, size), generator=rng, device=rng.device)).argsort(1)
+                self.rank = torch.where(anew[:, None], order, self.rank)
+                self.level, self.block, self.anew = (
+                    t.masked_fill(anew, 0) for t in (self.level, self.block, self.anew)
+                )
+        elif len(at := anew.nonzero()[:, 0]):
+            self.level[at] = self.block[at] = 0
+            self.anew[at] = False
+            self.rank[at] = torch.rand((len(at), size), generator=rng, device=rng.device).argsort(1)

@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import Remaining, cascade, confirm_broken, confirmation
+from gsem.attacks._active import READ_EVERY, Remaining, cascade
 from gsem.attacks._checks import aimed, check_result
+from gsem.attacks._confirm import Confirmer, confirmation
 from gsem.attacks._core import expected
 from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.losses import margin
@@ -20,6 +21,8 @@ from gsem.rng import derive_seed, generator, reseed, seeded
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # Queries of a stochastic model between two draws of fresh noise; see `_search`.
 REDRAW = 25
+# On an accelerator, where images leave only with a new draw, so that no batch size decides when noise is drawn.
+REDRAW_MARKED = 2 * READ_EVERY
 
 Flat = Float[Tensor, "b d"]  # an image as one row: d = c·h·w
 
@@ -43,8 +46,8 @@ def square(
     """Random search without gradients: squares are repainted at random, and kept where the margin rises.
 
     The margin of a stochastic model is averaged over `eot` draws. Proposal and incumbent are compared on the same
-    draws, and every 25 queries the incumbent is queried again on new ones, which counts as a query: so neither a lucky
-    draw nor a point that fits one set of draws stops the search for long.
+    draws, and every 25 queries (on a GPU: 20) the incumbent is queried again on new ones, which counts as a query: so
+    neither a lucky draw nor a point that fits one set of draws stops the search for long.
 
     Args:
         model: [b, c, h, w] in [0, 1] → logits [b, k], in eval mode; it need not be differentiable.
@@ -127,16 +130,13 @@ def _search(
     shape = x.shape[1:]
     found = squares.start(x, rng)
     remaining = Remaining(torch.arange(len(x), device=x.device))
+    confirmer = Confirmer(model, x, y, confirm, spaced=False)
     x, z = x.flatten(1), found.flatten(1).clone()
     best = x.new_full((len(x),), float("-inf"))
-    drawn = 0
-
-    def by(point: Images, value: Tensor, wrong: Tensor) -> Tensor:
-        return confirm_broken(model, point, y, wrong, confirm)
-
+    drawn, redraw = 0, REDRAW_MARKED if remaining.marked else REDRAW
     with seeded(derive_seed(seed, "model"), x.device):
         for number in range(queries):
-            if confirm and number - drawn == REDRAW:
+            if confirm and number - drawn == redraw:
                 drawn = number
             patches: list[_Patch] = []
             if number == drawn:
@@ -154,13 +154,13 @@ def _search(
                 on_step(remaining.step(number, point.clone(), values, wrong))  # the search works in place
             if confirm:
                 reseed(derive_seed(seed, "confirm", number), x.device)
-            broken, at, _ = remaining.broken(point, values, wrong, by, confirm=confirm, last=number == queries - 1)
+            broken, at, _ = remaining.broken(point, values, wrong, confirmer, last=number == queries - 1)
             remaining.record(found, at, broken)
             better = broken | (values > best)
             best = torch.where(better, values, best)
             for patch in patches:
                 z.scatter_(1, patch.at, torch.where(better[:, None], patch.new, patch.old))
-            kept = remaining.drop(broken)
+            kept = remaining.drop(broken, cut=not (confirm and remaining.marked) or number + 1 - drawn == redraw)
             if kept is not None:
                 x, y, z, best = (t[kept] for t in (x, y, z, best))
                 if not len(remaining):

@@ -6,8 +6,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from gsem._env import exact_float32
-from gsem.attacks._active import cascade, confirmation
+from gsem.attacks._active import cascade
 from gsem.attacks._checks import check_result
+from gsem.attacks._confirm import confirmation
 from gsem.attacks._types import Images, ImagesLike, LabelsLike, Norm, OnStep
 from gsem.attacks.apgd import apgd
 from gsem.nn.contract import checked, plain_logits

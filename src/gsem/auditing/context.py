@@ -90,12 +90,12 @@ def trace(images: int, run: Callable[[OnStep], Tensor]) -> Trace:
     losses: list[list[float]] = [[] for _ in range(images)]
 
     def record(step: Step) -> None:
-        live = [True] * len(step.rows) if step.live is None else step.live.tolist()
-        for at, (row, wrong, loss) in enumerate(
-            zip(step.rows.tolist(), step.wrong.tolist(), step.loss.tolist(), strict=True)
-        ):
-            if not live[at]:
+        live = torch.ones_like(step.rows) if step.live is None else step.live
+        figures = torch.stack([part.double() for part in (live, step.rows, step.wrong, step.loss)], 1)
+        for at, (works, number, wrong, loss) in enumerate(figures.tolist()):  # (one copy from the device)
+            if not works:
                 continue
+            row = int(number)
             losses[row].append(loss)
             if row not in best or (wrong, loss) > best[row][:2]:
                 best[row] = (wrong, loss, step.x[at].detach().clone())

@@ -140,15 +140,15 @@ def slopes(
     ]
     # Where the gradient is zero its sign is no direction: a random one takes its place.
     signs[0] = torch.where(grad == 0, signs[0], grad.sign())
-    found = []
+    measured = []
     for h in hs:
-        a, b = [], []
-        for d in signs:
-            a.append((losses(h * d) - losses(-h * d)) / (2 * h))
-            b.append(losses.derivative(h, d) if along else _dot(grad, d))
-        one, other = (torch.stack(each, 1).cpu().numpy() for each in (a, b))
-        found.append(joined([Slope(h, one, other, ROUNDING * (1 + float(value.abs().mean())) / h)]))
-    return found
+        a = torch.stack([(losses(h * d) - losses(-h * d)) / (2 * h) for d in signs], 1)
+        b = torch.stack([losses.derivative(h, d) if along else _dot(grad, d) for d in signs], 1)
+        measured.append(torch.stack([a, b]))
+    size = 1 + float(value.abs().mean())
+    # (One copy from the device, at the end.)
+    pairs = torch.stack(measured).cpu().numpy()
+    return [joined([Slope(h, a, b, ROUNDING * size / h)]) for h, (a, b) in zip(hs, pairs, strict=True)]
 
 
 def joined(parts: Sequence[Slope], *, beside: bool = False, seed: int = 0) -> Slope:

@@ -71,8 +71,8 @@ def _without_gradient(ctx: AuditContext, loss: str) -> tuple[np.ndarray, int]:
         with seeded(seed, x.device):
             _, _, grad = expected_gradient(ctx.search, start, y, resolve_loss(loss), eot)
         none = (grad == 0).flatten(1).all(1)
-        zero[first : first + len(x)] = none.cpu().numpy()
-        if none.any():
+        zero[first : first + len(x)] = found = none.cpu().numpy()
+        if found.any():
             with seeded(seed, x.device):
                 _, _, other = expected_gradient(ctx.search, start[none], y[none], margin, eot)
             by_loss += int((other != 0).flatten(1).any(1).sum())
@@ -104,11 +104,13 @@ def unstable(ctx: AuditContext) -> Finding:
             with seeded(derive_seed(ctx.seed, "unstable", "draws", first), x.device), torch.no_grad():
                 return expected(ctx.search, x, y, margin, ctx.few_draws)[0]
 
-        middle = loss(x)
+        middle, changes = loss(x), []
         for _ in range(samples):
             offset = (torch.rand(x.shape, generator=rng, device=x.device, dtype=x.dtype) - 0.5) * RADIUS
             change = (loss((x + offset).clamp(0, 1)) - middle).abs() / middle.abs().clamp_min(1e-12)
-            total[first : first + len(x)] += change.clamp_max(1).cpu().numpy() / samples
+            changes.append(change.clamp_max(1))
+        for change in torch.stack(changes).cpu().numpy():  # (one copy from the device a batch)
+            total[first : first + len(x)] += change / samples
     figure = float(total.mean())
     reason = f"the margin changes by {figure:.1%} of its value, on average, within 4/255"
     details = {"per_image": [float(v) for v in total], "draws": ctx.few_draws, "radius": RADIUS}
