@@ -368,10 +368,10 @@ class Trainer:
 
 
 def _first_weights(recipe: Recipe, model: nn.Module) -> dict[str, Tensor]:
-    """The weights that the training starts from, on the CPU: the model's own, or those of `init_from`."""
+    """The weights that the training starts from: the model's own, or those of `init_from`; for others, on the CPU."""
     ours = model.state_dict()
     if recipe.init_from is None:
-        return {name: t.cpu() for name, t in ours.items()}
+        return {name: t.cpu() for name, t in ours.items()} if current().several else ours
     weights = weights_in(recipe.init_from)
     check_weights(weights, ours, f"init_from {recipe.init_from} does not fit {recipe.model}")
     return weights
