@@ -104,7 +104,7 @@ def training_step(report: Report, case: Case) -> None:
     fast, slow = network(device, torch.float64), network(device, torch.float64)
     stepper = Stepper(recipe, source, EPS, fast, None)
     stepper.folded = fold(fast, torch.float64)
-    stepper._augmented = lambda x, number: x.double() / 255  # type: ignore[method-assign]
+    stepper._augmented = lambda x, *_: x.double() / 255  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(slow.parameters(), recipe.learning_rate(0.0), momentum=0.9, weight_decay=3.5e-3)
     images = source.test()
     x = images.x.double() / 255

@@ -44,7 +44,7 @@ def sides(name: str, shape: tuple[int, int, int], batch: int, precision: str, de
 
     def train() -> None:
         model.train()
-        stepper.scaler.scale(stepper._loss(x, x, y).mean()).backward()
+        stepper.scaler.scale(stepper._losses(stepper._logits(x, x), y).mean()).backward()
 
     return {"attack": lambda: expected_gradient(stepper.folded, x, y, cross_entropy, 1), "training": train}
 

@@ -130,7 +130,8 @@ class Sides:
     def training_pass(self, side: str) -> None:
         if side == "ours":
             self.models[side].train()
-            self.stepper._loss(self.images(side), self.images(side), self.y).mean().backward()
+            logits = self.stepper._logits(self.images(side), self.images(side))
+            self.stepper._losses(logits, self.y).mean().backward()
         else:
             reference.training_pass(self.models[side], self.images(side), self.y, 1.0, self.casts[side])
 

@@ -112,7 +112,7 @@ def test_a_training_step_ends_with_the_same_weights(name, tmp_path, monkeypatch)
     data = replace(data, read_train=lambda: few)
     expected = gsem.train(recipe, out=tmp_path / "cpu", data=data, device="cpu").model().state_dict()
     with pretended():
-        monkeypatch.setattr("gsem.training.trainer.device_named", lambda _: DEVICE)
+        monkeypatch.setattr("gsem.distributed.device_named", lambda _: DEVICE)
         run = gsem.train(recipe, out=tmp_path / "device", data=data)
     found = run.model().state_dict()
     for key, weight in expected.items():  # (Rounding may turn a sign of the attack, or a level of the quantiser.)
@@ -130,7 +130,7 @@ def test_a_training_with_averaged_weights_resumes_to_the_same_bits(tmp_path, mon
         if progress.step == 1:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("gsem.training.trainer.device_named", lambda _: DEVICE)
+    monkeypatch.setattr("gsem.distributed.device_named", lambda _: DEVICE)
     with pretended():
         whole = gsem.train(recipe, out=tmp_path / "whole", data=data)
         with pytest.raises(gsem.TrainingInterrupted):

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,18 +46,26 @@ class Interruption(threading.Event):
     """Set when Ctrl-C or SIGTERM asks to stop."""
 
     kind: type[KeyboardInterrupt] = KeyboardInterrupt
+    since: float = 0.0
+    """When it was set, on the monotonic clock."""
 
 
 @contextmanager
-def finish_step_on_interrupt() -> Iterator[Interruption]:
-    """The first Ctrl-C or SIGTERM sets the event, so that a step is never torn; the second stops at once."""
+def finish_step_on_interrupt(seconds: float = 0.0) -> Iterator[Interruption]:
+    """The first Ctrl-C or SIGTERM sets the event, so that a step is never torn; the second stops at once.
+
+    One that comes within so many `seconds` is not a second one: a launcher passes on to its processes the Ctrl-C that
+    they have received from the terminal too.
+    """
     event = Interruption()
 
     def stop(number: int, frame: Any) -> None:
         event.kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        if event.is_set():
+        if not event.is_set():
+            event.since = time.monotonic()
+            event.set()
+        elif time.monotonic() - event.since >= seconds:
             raise event.kind
-        event.set()
 
     with on_signals(stop, signal.SIGINT, signal.SIGTERM):
         yield event

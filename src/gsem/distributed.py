@@ -23,8 +23,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from gsem._env import device_named
 from gsem._lock import is_dead, this_process
 
 JOIN_SECONDS = 120.0
@@ -114,6 +115,21 @@ class Processes:
     def several(self) -> bool:
         return self.size > 1
 
+    def device(self, name: str | None) -> torch.device:
+        """As `device_named`; with several processes, "cuda" is the GPU of this one.
+
+        Raises:
+            ValueError: as `device_named`, or one device for several processes.
+        """
+        device = device_named(name)
+        if not self.several:
+            return device
+        if device.type == "mps" or (device.type == "cuda" and device.index not in (None, torch.cuda.current_device())):
+            raise ValueError(
+                f"device {name!r} is one for all of {self.size} processes: with cuda each takes a GPU of its own"
+            )
+        return device
+
     def rows(self, count: int) -> slice:
         """This process's share of `count` rows: contiguous, and sizes differ by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
@@ -142,7 +158,11 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on any process. All ask at the same place."""
-        return bool(max(self.gathered(bool(flag)))) if self.several else flag
+        if not self.several:
+            return flag
+        found = torch.tensor([int(flag)])
+        self.max_(found)
+        return bool(found)
 
     def gathered(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks: whatever can be pickled."""
@@ -190,6 +210,12 @@ class Processes:
                 raise OtherProcessFailed(f"process {rank}: {text}")
 
     @contextmanager
+    def first_writes(self) -> Iterator[bool]:
+        """Whether this process writes: the first does. What it cannot write is an error of all, as in `together`."""
+        with self.together():
+            yield self.first
+
+    @contextmanager
     def explained(self) -> Iterator[None]:
         """What torch raises in this block because another process has ended becomes an error that names it.
 
@@ -212,6 +238,19 @@ class Processes:
     def lost_soon(self) -> str | None:
         """As `lost`, after an error or signal that may come from the end of another process: waits for the watch."""
         return self._watch.lost_soon() if self._watch is not None else None
+
+    def parallel(self, module: nn.Module, *, unused: bool) -> nn.Module:
+        """`module` in DistributedDataParallel: after a backward pass, gradients are the mean of those of all processes.
+
+        Weights and buffers become those of the first process here.
+
+        Args:
+            unused: whether the loss does not depend on all of its parameters.
+        """
+        with self.explained():
+            return nn.parallel.DistributedDataParallel(
+                module, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True
+            )
 
     def counter(self) -> Callable[[], int]:
         """A function that hands out 0, 1, 2, … among all processes: each number to one of them.
@@ -244,6 +283,31 @@ class Processes:
         """This process ends: the others need not wait for it. The first process waits for them, since all ask it."""
         if self._watch is not None:
             self._watch.leave(problem)
+
+
+class SharedBatchNorm2d(nn.SyncBatchNorm):
+    """A BatchNorm2d whose statistics are those of the images of all processes; in train mode on GPUs only.
+
+    It prints as a BatchNorm2d, so that a network has one fingerprint on any number of processes.
+    """
+
+    def _get_name(self) -> str:
+        return "BatchNorm2d"
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Replace each BatchNorm2d inside `model` by a `SharedBatchNorm2d` with the same parameters and buffers.
+
+    Layers of a subclass stay: what else they compute would be lost.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is nn.BatchNorm2d:
+                if layer not in found:
+                    found[layer] = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+                    found[layer].__class__ = SharedBatchNorm2d
+                setattr(parent, name, found[layer])
 
 
 class _Watch(threading.Thread):

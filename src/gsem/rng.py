@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +30,32 @@ def reseed(seed: int, device: torch.device) -> None:
             torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Neighbouring rows of a batch: those of one process.
+
+    Random numbers are drawn for all rows of the batch, and a process takes those of its own rows. An image thus gets
+    the same numbers on any number of processes.
+    """
+
+    start: int
+    stop: int
+    batch: int
+    """Rows of the whole batch."""
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def stream(self) -> tuple[str | int, ...]:
+        """What is added to the name of a random stream that each shard draws from for itself."""
+        return () if len(self) == self.batch else ("shard", self.start)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def task():
 
 def test_steps_and_projection_in_l2_are_foolboxs(task, monkeypatch):
     folded, x, y = task
-    monkeypatch.setattr(attack, "random_start", lambda x, eps, norm, rng: x)
+    monkeypatch.setattr(attack, "random_start", lambda x, eps, norm, rng, shard: x)
     recipe = Recipe(norm="L2", steps=5)
     for eps in (0.5, 3.0):
         x_adv, finite = adversarial_examples(recipe, folded, x, y, eps=eps, number=0)

@@ -54,7 +54,7 @@ def test_the_step_is_the_slow_references(coloured, noise, compiled, monkeypatch)
     stepper.folded = fold(fast, torch.float64)
     if compiled:
         stepper.folded.compile_graph()
-    stepper._augmented = lambda pixels, step: pixels.double() / 255
+    stepper._augmented = lambda pixels, *_: pixels.double() / 255
     optimizer = torch.optim.SGD(
         slow.parameters(), RECIPE.learning_rate(0.0), momentum=RECIPE.momentum, weight_decay=RECIPE.weight_decay
     )

@@ -8,6 +8,7 @@ from gsem.attacks._types import Images, Labels, Norm
 from gsem.losses import Loss, margin
 from gsem.nn.contract import gradient
 from gsem.nn.folded import FoldedModel
+from gsem.rng import Shard
 
 # Draws are folded into the batch up to this many pixels: 128 images of 32 × 32, 2,048 of 8 × 8. Fewer leave a processor
 # with little to do; more no longer fit into its cache, and images of 32 × 32 then take a fifth longer.
@@ -165,14 +166,20 @@ def _length(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)[:, None, None, None]
 
 
-def random_start(x: Images, eps: float, norm: Norm, generator: torch.Generator) -> Images:
-    """A point drawn uniformly from the ball of radius eps around each image, clipped to [0, 1]."""
+def random_start(x: Images, eps: float, norm: Norm, generator: torch.Generator, shard: Shard | None = None) -> Images:
+    """A point drawn uniformly from the ball of radius eps around each image, clipped to [0, 1].
+
+    `shard`: which rows of a batch x is; the random numbers are drawn for the whole batch. Default: all of it.
+    """
+    shard = shard or Shard(0, len(x), len(x))
+    shape = (shard.batch, *x.shape[1:])
     if norm == "Linf":
-        offset = (torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) * 2 - 1) * eps
+        drawn = torch.rand(shape, generator=generator, device=x.device, dtype=x.dtype)[shard.rows]
+        offset = (drawn * 2 - 1) * eps
     else:
-        offset = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        offset = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)[shard.rows]
         size = x[0].numel()
-        share = torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device, dtype=x.dtype)
+        share = torch.rand((shard.batch, 1, 1, 1), generator=generator, device=x.device, dtype=x.dtype)[shard.rows]
         offset = offset / _length(offset).clamp_min(1e-12) * eps * share ** (1 / size)
     return (x + offset).clamp(0, 1)
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor
 
 from gsem.data.images import Images
+from gsem.rng import Shard
 
 
 def to_float(x: UInt8[Tensor, "*s"] | Images) -> Float32[Tensor, "*s"]:
@@ -30,6 +31,7 @@ def crop_flip(
     flip: bool,
     fill: int = 0,
     generator: torch.Generator | None = None,
+    shard: Shard | None = None,
 ) -> UInt8[Tensor, "b c h w"]:
     """A random crop of each image after padding, then a horizontal flip of each with probability 1/2.
 
@@ -42,6 +44,7 @@ def crop_flip(
         fill: the value of the added pixels, 0 … 255.
         generator: the random numbers, on x's device; None is torch's own stream. Drawn from it, in this order:
             the corners' [rows, columns], [2, b], then, if `flip`, one bit per image, [b].
+        shard: which rows of a batch x is; the random numbers are drawn for the whole batch. Default: all of it.
 
     Returns:
         New images on x's device and in its memory format.
@@ -56,10 +59,11 @@ def crop_flip(
     if not 0 <= fill <= 255:
         raise ValueError(f"fill must be a pixel value, 0 to 255, not {fill}")
     b, c, h, w = x.shape
-    corner = torch.randint(2 * padding + 1, (2, b), generator=generator, device=x.device)
+    shard = shard or Shard(0, b, b)
+    corner = torch.randint(2 * padding + 1, (2, shard.batch), generator=generator, device=x.device)[:, shard.rows]
     columns = torch.arange(w, device=x.device).expand(b, w)
     if flip:
-        mirrored = torch.randint(2, (b, 1), generator=generator, device=x.device).bool()
+        mirrored = torch.randint(2, (shard.batch, 1), generator=generator, device=x.device)[shard.rows].bool()
         columns = torch.where(mirrored, w - 1 - columns, columns)
     rows = torch.arange(h, device=x.device) + corner[0, :, None]
     columns = columns + corner[1, :, None]
@@ -84,6 +88,7 @@ def resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     generator: torch.Generator | None = None,
+    shard: Shard | None = None,
 ) -> UInt8[Tensor, "b c h w"]:
     """A random part of each image, resized to the size of the image; then a flip of each with probability 1/2.
 
@@ -99,6 +104,7 @@ def resized_crop(
         scale, ratio: lowest and highest.
         generator: the random numbers, on x's device; None is torch's own stream. Drawn from it, in this order: areas
             and ratios, [2, 10, b], places, [2, b], then, if `flip`, one bit per image, [b].
+        shard: which rows of a batch x is; the random numbers are drawn for the whole batch. Default: all of it.
 
     Returns:
         New images on x's device, contiguous.
@@ -113,8 +119,9 @@ def resized_crop(
             bound = " and at most 1" if name == "scale" else ""
             raise ValueError(f"{name} must be (lowest, highest), above 0{bound}, not {(low, high)}")
     b, _, h, w = x.shape
-    drawn = torch.rand(2, _TRIES, b, generator=generator, device=x.device)
-    place = torch.rand(2, b, generator=generator, device=x.device)
+    shard = shard or Shard(0, b, b)
+    drawn = torch.rand(2, _TRIES, shard.batch, generator=generator, device=x.device)[..., shard.rows]
+    place = torch.rand(2, shard.batch, generator=generator, device=x.device)[:, shard.rows]
     size = _crop_sizes(drawn, h, w, scale, ratio)
     side = torch.tensor([[h], [w]], device=x.device)
     corner = torch.minimum((place * (side - size + 1)).long(), side - size)
@@ -125,7 +132,7 @@ def resized_crop(
     corner = torch.where(fits, corner, (side - fallback) // 2)
     mirrored = None
     if flip:
-        mirrored = torch.randint(2, (b,), generator=generator, device=x.device).bool()
+        mirrored = torch.randint(2, (shard.batch,), generator=generator, device=x.device)[shard.rows].bool()
     return crop_resize(x, corner, size, mirrored)
 
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor
 
+from gsem.rng import Shard
+
 Images = UInt8[Tensor, "n c h w"]  # 0 … 255
 Rows = Float[Tensor, "n"]  # a magnitude for each image
 
@@ -267,7 +269,11 @@ _MIDDLE, _SWING = torch.tensor(
 
 
 def auto_augment(
-    x: UInt8[Tensor, "b 3 h w"], *, fill: int = 128, generator: torch.Generator | None = None
+    x: UInt8[Tensor, "b 3 h w"],
+    *,
+    fill: int = 128,
+    generator: torch.Generator | None = None,
+    shard: Shard | None = None,
 ) -> UInt8[Tensor, "b 3 h w"]:
     """Each image through one of the 25 sub-policies that AutoAugment found for CIFAR-10.
 
@@ -283,6 +289,7 @@ def auto_augment(
         generator: the random numbers; None is torch's own stream on the CPU. On a CPU it keeps a GPU's work free of
             waiting; from a generator on a GPU the choices are fetched, which waits. Drawn from it, in this order:
             the sub-policies [b], what the probabilities are compared with [2, b], the directions [2, b].
+        shard: which rows of a batch x is; the random numbers are drawn for the whole batch. Default: all of it.
 
     Returns:
         New images on x's device and in its memory format.
@@ -298,7 +305,7 @@ def auto_augment(
         )
     if not 0 <= fill <= 255:
         raise ValueError(f"fill must be a pixel value, 0 to 255, not {fill}")
-    operations, magnitudes = _choose(len(x), generator)
+    operations, magnitudes = _choose(shard or Shard(0, len(x), len(x)), generator)
     out = x.contiguous()
     place = torch.arange(len(x))  # of each image in `out`
     for operation, m in zip(operations, magnitudes, strict=True):
@@ -320,19 +327,24 @@ def auto_augment(
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def _choose(b: int, generator: torch.Generator | None) -> tuple[Int64[Tensor, "2 b"], Float[Tensor, "2 b"]]:
+def _choose(shard: Shard, generator: torch.Generator | None) -> tuple[Int64[Tensor, "2 b"], Float[Tensor, "2 b"]]:
     """The operations of both passes, as numbers in _NAMES or one above for none, and their magnitudes."""
     device = generator.device if generator is not None else "cpu"
-    policy = torch.randint(len(POLICY), (b,), generator=generator, device=device).cpu()
-    chance = torch.rand(2, b, generator=generator, device=device).cpu()
-    sign = 2 * torch.randint(2, (2, b), generator=generator, device=device).cpu() - 1
+    b, rows = shard.batch, shard.rows
+    policy = torch.randint(len(POLICY), (b,), generator=generator, device=device)[rows].cpu()
+    chance = torch.rand(2, b, generator=generator, device=device)[:, rows].cpu()
+    sign = 2 * torch.randint(2, (2, b), generator=generator, device=device)[:, rows].cpu() - 1
     applied = chance < _PROBABILITY[:, policy]
     operations = torch.where(applied, _OPERATION[:, policy], len(_NAMES))
     return operations, _MIDDLE[:, policy] + sign * _SWING[:, policy]
 
 
 def cutout(
-    x: UInt8[Tensor, "b c h w"], *, size: int = 16, generator: torch.Generator | None = None
+    x: UInt8[Tensor, "b c h w"],
+    *,
+    size: int = 16,
+    generator: torch.Generator | None = None,
+    shard: Shard | None = None,
 ) -> UInt8[Tensor, "b c h w"]:
     """One square of zeros in each image: its centre uniform over the pixels, what lies outside clipped.
 
@@ -345,6 +357,7 @@ def cutout(
         size: the side of the square, in pixels; 0 for none.
         generator: the random numbers, on x's device; None is torch's own stream. Drawn from it, in this order:
             the centres' rows [b], then their columns [b].
+        shard: which rows of a batch x is; the random numbers are drawn for the whole batch. Default: all of it.
 
     Returns:
         New images on x's device and in its memory format.
@@ -357,8 +370,11 @@ def cutout(
     if size < 0:
         raise ValueError(f"size must be at least 0, not {size}")
 
+    shard = shard or Shard(0, len(x), len(x))
+
     def covered(side: int) -> Tensor:
-        first = torch.randint(side, (len(x), 1), generator=generator, device=x.device) - size // 2
+        centre = torch.randint(side, (shard.batch, 1), generator=generator, device=x.device)[shard.rows]
+        first = centre - size // 2
         places = torch.arange(side, device=x.device)
         return (first <= places) & (places < first + size)
 

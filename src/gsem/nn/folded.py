@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
+from gsem.distributed import SharedBatchNorm2d
 from gsem.nn.gsem import GSeM, IntegerNoise, eval_flags
 
 # Where the largest element of a logit gradient is brought on an fp16 folded model. As it is, the cross-entropy of a
@@ -278,11 +279,11 @@ class _Eager(_Folded):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, GSeM) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, GSeM | SharedBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _is_foldable(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+    return isinstance(module, nn.BatchNorm2d | SharedBatchNorm2d) and module.running_mean is not None
 
 
 def _folded(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> nn.Module:
@@ -290,7 +291,7 @@ def _folded(source: nn.Module, behind: nn.Module | None, dtype: torch.dtype) -> 
     if isinstance(source, GSeM):
         return _FoldedGSeM(source)
     if type(source) is nn.Conv2d:
-        return _Conv(source, behind if isinstance(behind, nn.BatchNorm2d) and _is_foldable(behind) else None)
+        return _Conv(source, cast(nn.BatchNorm2d, behind) if _is_foldable(behind) else None)
     if _is_foldable(source):
         return _Affine(source)
     if next(source.parameters(), None) is not None or next(source.buffers(), None) is not None:

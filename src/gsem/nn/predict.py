@@ -29,11 +29,13 @@ def predict_draws(
     seed: int,
     batch_size: int = BATCH,
     first: int = 0,
+    offset: int = 0,
 ) -> Int[Tensor, "draws n"]:
     """The class that each of `draws` forward passes, each with fresh noise, gives each image.
 
     Args:
         first: number of the first image among all, for the message of an error.
+        offset: where the images begin among those that `seed` is for: the noise is as if all were given.
 
     Raises:
         ValueError: a logit that is NaN or infinite; the image is named.
@@ -42,7 +44,7 @@ def predict_draws(
     for start in range(0, len(x), batch_size):
         part = x[start : start + batch_size]
         bad = torch.zeros(len(part), dtype=torch.bool, device=x.device)
-        with seeded(derive_seed(seed, start), x.device):
+        with seeded(derive_seed(seed, offset + start), x.device):
             for draw in range(draws):
                 logits = model(part)
                 bad |= ~logits.isfinite().all(1)
@@ -61,13 +63,17 @@ def correct_draws(
     draws: int,
     seed: int,
     batch_size: int = BATCH,
+    offset: int = 0,
 ) -> Int[Tensor, " n"]:
     """In how many of `draws` forward passes, each with fresh noise, the image is classified as its label.
+
+    `offset`: as in `predict_draws`, which also counts the images of an error's message from there.
 
     Raises:
         ValueError: as `predict_draws`.
     """
-    return (predict_draws(model, x, draws=draws, seed=seed, batch_size=batch_size) == y).sum(0)
+    found = predict_draws(model, x, draws=draws, seed=seed, batch_size=batch_size, first=offset, offset=offset)
+    return (found == y).sum(0)
 
 
 def vote_accuracy(found: Int[Tensor, "draws n"], y: Int[Tensor, " n"], voters: int) -> Float[Tensor, " n"]:

@@ -10,7 +10,7 @@ from gsem.attacks._core import project, random_start
 from gsem.attacks.pgd import pgd_loop
 from gsem.losses import Loss, cross_entropy, divergence_from
 from gsem.nn.folded import FoldedModel
-from gsem.rng import derive_seed, generator, seeded
+from gsem.rng import Shard, derive_seed, generator, seeded
 from gsem.training.recipe import Recipe
 
 
@@ -51,6 +51,7 @@ def adversarial_examples(
     eps: float,
     number: int,
     steps_from: Callable[..., tuple[Tensor, Tensor]] = attack_from,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recipe's attack on the folded model, which is refreshed first. Nothing here waits for the device.
 
@@ -63,17 +64,21 @@ def adversarial_examples(
         eps: radius, in pixels of [0, 1].
         number: of this attack in the run, from which its random numbers follow.
         steps_from: what makes the steps: `attack_from`, or its replay as a CUDA graph.
+        shard: which rows of the attacked batch x is, where other processes attack the rest. An image's start does not
+            depend on it; the model's noise does. Default: all of it.
 
     Returns:
         x_adv [b, c, h, w], and whether each image's losses were finite.
     """
     r = recipe
+    shard = shard or Shard(0, len(x), len(x))
     seed = derive_seed(r.seed, "attack", number)
-    with seeded(derive_seed(seed, "model"), x.device):
+    with seeded(derive_seed(seed, "model", *shard.stream), x.device):
         rng = generator(seed, "start", 0, device=x.device)
         if r.attack_init == "gaussian":
             rng = generator(r.seed, "start", number, device=x.device)
-            start = project(x + 0.001 * torch.randn(x.shape, generator=rng, device=x.device), x, eps, r.norm)
+            drawn = torch.randn((shard.batch, *x.shape[1:]), generator=rng, device=x.device)[shard.rows]
+            start = project(x + 0.001 * drawn, x, eps, r.norm)
         else:
-            start = random_start(x, eps * (r.noise_radius if r.attack_init == "noise" else 1), r.norm, rng)
+            start = random_start(x, eps * (r.noise_radius if r.attack_init == "noise" else 1), r.norm, rng, shard)
         return steps_from(recipe, folded, x, y, start, eps=eps)

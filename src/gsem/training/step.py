@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from gsem._env import DTYPES, choose_precision, require_float64, warn_if_emulated
 from gsem._io import part
 from gsem.data import Dataset, auto_augment, crop_flip, cutout, resized_crop, to_float
+from gsem.distributed import current
 from gsem.losses import cross_entropy, mart, trades
 from gsem.nn.folded import FoldedModel, fold
-from gsem.rng import derive_seed, generator, reseed
+from gsem.rng import Shard, derive_seed, generator, reseed
 from gsem.training.attack import adversarial_examples, attack_from
 from gsem.training.awp import awp
 from gsem.training.cuda_graph import compiler_works, graphed_attack
 from gsem.training.optimizer import make_optimizer, optimizer_state, restore_optimizer
+from gsem.training.passes import TrainingPasses
 from gsem.training.recipe import Compile, Recipe
 
 
@@ -29,6 +31,16 @@ def attacked_rows(batch: int, share: float, device: torch.device | str = "cpu") 
         return slice(None)
     row = torch.arange(batch, dtype=torch.float64)
     return (torch.floor((row + 1) * share + 1e-9) > torch.floor(row * share + 1e-9)).nonzero()[:, 0].to(device)
+
+
+@cache
+def attacked_shard(shard: Shard, share: float, device: torch.device | str = "cpu") -> tuple[slice | Tensor, Shard]:
+    """Which rows of a shard are attacked, and which of all attacked rows of the batch they are."""
+    rows = attacked_rows(shard.batch, share, device)
+    if isinstance(rows, slice):
+        return rows, shard
+    start, stop = (int((rows < place).sum()) for place in (shard.start, shard.stop))
+    return rows[start:stop] - shard.start, Shard(start, stop, len(rows))
 
 
 class Average:
@@ -52,10 +64,6 @@ class Average:
         """`count`: averaged steps before this one."""
         share = 1 / (count + 1) if self.equal else 1 - min(self.decay, (1 + count) / (10 + count))
         torch._foreach_lerp_(self.mine, self.theirs, share)
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class Stepper:
@@ -90,9 +98,11 @@ class Stepper:
         warn_if_emulated(self.used.values(), self.device)
         self.dtype, self.search_dtype = DTYPES[self.used["precision"]], DTYPES[self.used["attack_precision"]]
         self.folded = fold(model, self.search_dtype)
+        self.processes = current()
         self.graphed = graphed_attack(self.device) if compile == "auto" else None
         self.compiled = compile == "on" and compiler_works(self.device)
         self.training_pass: Callable[[Tensor], Tensor] = torch.compile(model) if self.compiled else model
+        self.passes = TrainingPasses(model, self.training_pass)
         if self.compiled:
             self.folded.compile_graph()
         self.new_optimizer()
@@ -124,87 +134,104 @@ class Stepper:
         step: int,
         epoch: float,
         averaged: int | None,
+        batch: int | None = None,
     ) -> None:
-        """Train on a batch.
+        """Train on a batch, or, with other processes, on this one's rows of it.
 
         Args:
             step: its number in the whole run, from which all random numbers of the step follow.
             epoch: of the round, fractional, for the schedule.
             averaged: steps averaged before this one; None while the average has not begun.
+            batch: images of all processes together. Default: those that are given.
         """
         r = self.recipe
-        reseed(derive_seed(r.seed, "step", step), self.device)
-        x = self._augmented(pixels, step)
+        batch = batch or len(y)
+        mine = self.processes.rows(batch)
+        shard = Shard(mine.start, mine.stop, batch)
+        reseed(derive_seed(r.seed, "step", step, *shard.stream), self.device)
+        x = self._augmented(pixels, step, shard)
         x_adv = x
-        if r.adversarial_fraction > 0:
-            rows = attacked_rows(len(x), r.adversarial_fraction, self.device)
+        rows, attacked = attacked_shard(shard, r.adversarial_fraction, self.device)
+        if len(attacked):
             x_adv = x if r.objective == "ce" else x.clone()  # the others need the clean images too
-            x_adv[rows] = self.attack(r, self.folded, x[rows], y[rows], number=step)
+            x_adv[rows] = self.attack(r, self.folded, x[rows], y[rows], number=step, shard=attacked)
         for group in self.optimizer.param_groups:
             group["lr"] = r.learning_rate(epoch)
         self.model.train()
+        self.passes.join(x_adv)
         with ExitStack() as stack:
             if r.awp > 0 and epoch >= r.awp_warmup:
                 with self._autocast():
-                    stack.enter_context(awp(self.model, x_adv, y, gamma=r.awp, draws=r.draws))
+                    stack.enter_context(awp(self.model, x_adv, y, gamma=r.awp, draws=r.draws, processes=self.processes))
             loss = torch.zeros((), device=self.device)
-            for _ in range(r.draws):
-                draw = self._loss(x, x_adv, y).mean() / r.draws
-                self.scaler.scale(draw).backward()
+            hits = torch.zeros_like(self.hits)
+            for left in reversed(range(r.draws)):
+                with self.passes.of_draw(left):
+                    logits = self._logits(x, x_adv)
+                    draw = self.passes.mean(self._losses(logits, y), batch) / r.draws
+                    self.scaler.scale(draw).backward()
                 loss += draw.detach()
-            self._update(loss)
+                if r.collapse > 0:
+                    right = (logits[0].detach()[rows].argmax(1) == y[rows]).float()
+                    hits += torch.stack([right.sum(), torch.ones_like(right).sum()])
+            self._update()
+            self.finite &= loss.isfinite()
+            self.passes.agree(loss, hits, self.finite, len(y) / batch)
+            self.sums += torch.stack([loss, torch.ones_like(loss)])
+            self.hits += hits
         if self.average and averaged is not None:
             self.average.update(averaged)
 
-    def _augmented(self, pixels: Tensor, step: int) -> Tensor:
+    def _augmented(self, pixels: Tensor, step: int, shard: Shard | None = None) -> Tensor:
         rng = generator(self.recipe.seed, "augment", step, device=self.device)
         flip = self.source.flip if self.recipe.flip is None else self.recipe.flip
         padding, fill = self.source.padding, self.source.fill
         if self.recipe.augment == "resized-crop":
-            pixels = resized_crop(pixels, flip=flip, generator=rng)
+            pixels = resized_crop(pixels, flip=flip, generator=rng, shard=shard)
         elif self.recipe.augment != "none":
-            pixels = crop_flip(pixels, padding=padding, fill=fill, flip=flip, generator=rng)
+            pixels = crop_flip(pixels, padding=padding, fill=fill, flip=flip, generator=rng, shard=shard)
         if self.recipe.augment == "autoaugment":
             if pixels.shape[1] == 3:
                 # The policy's choices are made on the CPU: rows are grouped by operation, and a GPU would wait.
                 choices = generator(self.recipe.seed, "policy", step)
-                pixels = auto_augment(pixels, fill=fill, generator=choices)
-            pixels = cutout(pixels, size=pixels.shape[2] // 2, generator=rng)
+                pixels = auto_augment(pixels, fill=fill, generator=choices, shard=shard)
+            pixels = cutout(pixels, size=pixels.shape[2] // 2, generator=rng, shard=shard)
         return to_float(pixels).contiguous(memory_format=torch.channels_last)
 
-    def attack(self, recipe: Recipe, folded: FoldedModel, x: Tensor, y: Tensor, *, number: int) -> Tensor:
+    def attack(
+        self, recipe: Recipe, folded: FoldedModel, x: Tensor, y: Tensor, *, number: int, shard: Shard | None = None
+    ) -> Tensor:
         """See `adversarial_examples`. An infinite loss shows in `finite`, which is looked at now and then."""
         steps_from = self.graphed or attack_from
-        x_adv, finite = adversarial_examples(recipe, folded, x, y, eps=self.eps, number=number, steps_from=steps_from)
+        x_adv, finite = adversarial_examples(
+            recipe, folded, x, y, eps=self.eps, number=number, steps_from=steps_from, shard=shard
+        )
         self.finite &= finite.all()
         return x_adv
 
-    def _loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        r = self.recipe
+    def _logits(self, x: Tensor, x_adv: Tensor) -> list[Tensor]:
+        """On the adversarial images, then, with MART and TRADES, on the clean ones."""
         with self._autocast():
-            logits_adv = _at_least_float32(self.training_pass(x_adv))
-            logits = None if r.objective == "ce" else _at_least_float32(self.training_pass(x))
-        if r.collapse > 0:
-            rows = attacked_rows(len(y), r.adversarial_fraction, self.device)
-            right = (logits_adv.detach()[rows].argmax(1) == y[rows]).float()
-            self.hits += torch.stack([right.sum(), torch.ones_like(right).sum()])
-        if logits is None:
-            return cross_entropy(logits_adv, y, r.label_smoothing)
+            return self.passes(x_adv) if self.recipe.objective == "ce" else self.passes(x_adv, x)
+
+    def _losses(self, logits: list[Tensor], y: Tensor) -> Tensor:
+        """Of each image."""
+        r = self.recipe
+        if r.objective == "ce":
+            return cross_entropy(logits[0], y, r.label_smoothing)
         objective = mart if r.objective == "mart" else trades
-        return objective(logits_adv, logits, y, r.kl_weight, r.label_smoothing)
+        return objective(logits[0], logits[1], y, r.kl_weight, r.label_smoothing)
 
     def _autocast(self) -> AbstractContextManager:
         low = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype) if low else nullcontext()
 
-    def _update(self, loss: Tensor) -> None:
+    def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)
         length = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or float("inf"))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.sums += torch.stack([loss, torch.ones_like(loss)])
-        self.finite &= loss.isfinite()
         # Under fp16 an infinite gradient is no accident: the scaler skips that step and scales less.
         length = length.nan_to_num(0.0, 0.0) if self.scaler.is_enabled() else length
         self.longest = torch.maximum(self.longest, length)

@@ -12,22 +12,23 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gsem._env import commit, device_named, out_of_memory_names, release
+from gsem._env import commit, out_of_memory_names, release
 from gsem._fingerprint import model_fingerprint
-from gsem._interrupt import Interruption, finish_step_on_interrupt
+from gsem._interrupt import Interruption, Terminated, finish_step_on_interrupt
 from gsem._io import BEST, LAST, append_line, part, read_checkpoint, read_metadata, save_checkpoint, write_atomically
 from gsem._lock import locked
-from gsem.data import as_dataset, load, read_extra
-from gsem.data.batches import Batch, batches_of
+from gsem.data import Dataset, as_dataset, load, read_extra
+from gsem.data.batches import Batch, Held, batches_of
 from gsem.data.images import DamagedImage
+from gsem.distributed import Processes, current, share_statistics
 from gsem.nn.build import Network, build_network, check_named, check_same_network, named
 from gsem.nn.load import weights_in
 from gsem.nn.models import check_weights
@@ -51,6 +52,7 @@ from gsem.training.validation import Validator
 
 CHECK_EVERY = 20  # steps between looks at the guards: each look waits for the device
 SAVE_SECONDS = 60.0
+TWICE_SECONDS = 10.0  # within which a signal that a launcher passes on comes for the second time
 
 
 def train(
@@ -85,7 +87,10 @@ def train(
             running them; elsewhere passes run plainly. "on": torch.compile runs the passes. Its first steps take
             minutes; on a CPU it gains nothing. "off": all passes run plainly. Where the device cannot do it, passes run
             plainly, with a warning.
-        on_progress: called with a `Progress` every few steps and after each epoch.
+        on_progress: called with a `Progress` every few steps and after each epoch; of several processes, in the first.
+
+    Under torchrun or SLURM, the processes share out each batch (see the README of this folder). All call `train` with
+    the same arguments and get the same run; the first writes it.
 
     Raises:
         ValueError: a run is already there (and `resume` is False), it has another recipe, was trained
@@ -94,38 +99,54 @@ def train(
         gsem.data.DamagedImage: a streamed image cannot be read, after the training was saved; it can be resumed.
         TrainingDiverged: the loss or gradient is not finite, or exploded.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the running step was saved.
+        gsem.distributed.ProcessLost: another process ended. OtherProcessFailed: it raised one of these errors.
     """
     if compile not in get_args(Compile):
         raise ValueError(f"compile {compile!r} is unknown: it is auto, on or off")
-    if data is not None:
-        data = as_dataset(data)
-    if model is not None:
-        recipe = replace(recipe, model=named(model))
-    if out is None:
-        name = (data or load(recipe.data, recipe.data_path, resize=recipe.resize)).name
-        of_model = re.sub(r"[^\w.]+", "-", recipe.model)
-        out = Path("runs") / f"{recipe.name}-{Path(name).stem}-{of_model}-seed{recipe.seed}"
-    path = Path(out)
-    former = read_metadata(path) if resume and (path / LAST).exists() else None
-    found = training_data(recipe, data, former, path)
-    if hold is not None:
-        found = replace(found, source=replace(found.source, hold=hold))
-    recipe = found.recipe
+    processes = current()
     network = None if isinstance(model, str) else model
-    if former is not None and network is None:
-        check_named(former["model"], path)
-    where = device_named(device)
-    with seeded(derive_seed(recipe.seed, "run"), where), deterministic(recipe.deterministic, where):
+    with processes.together():
+        if data is not None:
+            data = as_dataset(data)
+        if model is not None:
+            recipe = replace(recipe, model=named(model))
+        path = Path(out or _usual_place(recipe, data))
+    former = processes.from_first(lambda: read_metadata(path) if resume and (path / LAST).exists() else None)
+    with processes.together():
+        found = training_data(recipe, data, former, path)
+        if hold is not None:
+            found = replace(found, source=replace(found.source, hold=hold))
+        recipe = found.recipe
+        if former is not None and network is None:
+            check_named(former["model"], path)
+        where = processes.device(device)
+    with (
+        seeded(derive_seed(recipe.seed, "run"), where),
+        deterministic(recipe.deterministic, where),
+        ExitStack() as stack,
+    ):
         # A resumed run keeps its precision, also on a machine where `auto` would now choose another.
-        used = recorded_precision(path, where) if resume else {}
-        loop = Trainer(recipe, found, network, path, where, compile, used)
-        path.mkdir(parents=True, exist_ok=True)
-        instead = "wait for its end, or stop it" if resume else "wait for its end, or choose another --out"
-        with locked(path / ".lock", f"training in {path}", instead):
-            loop.begin_or_restore(resume)
-            with finish_step_on_interrupt() as interrupted, out_of_memory_names(recipe.batch_size):
-                loop.run(interrupted, on_progress)
-    return Run(path, recipe, read_metrics(path), network)
+        used = processes.from_first(lambda: recorded_precision(path, where) if resume else {})
+        with processes.together():
+            loop = Trainer(recipe, found, network, path, where, compile, used)
+            if processes.first:
+                path.mkdir(parents=True, exist_ok=True)
+                instead = "wait for its end, or stop it" if resume else "wait for its end, or choose another --out"
+                stack.enter_context(locked(path / ".lock", f"training in {path}", instead))
+        loop.begin_or_restore(resume)
+        processes.hint = f"Resume, on any number of processes, with: gsem train --resume {shlex.quote(str(path))}"
+        interrupted = stack.enter_context(finish_step_on_interrupt(TWICE_SECONDS if processes.several else 0))
+        with out_of_memory_names(recipe.batch_size):
+            loop.run(interrupted, on_progress)
+        metrics = processes.from_first(lambda: read_metrics(path))
+        processes.hint = ""
+    return Run(path, recipe, metrics, network)
+
+
+def _usual_place(recipe: Recipe, data: Dataset | None) -> Path:
+    name = (data or load(recipe.data, recipe.data_path, resize=recipe.resize)).name
+    of_model = re.sub(r"[^\w.]+", "-", recipe.model)
+    return Path("runs") / f"{recipe.name}-{Path(name).stem}-{of_model}-seed{recipe.seed}"
 
 
 _COLLAPSED = (
@@ -148,6 +169,7 @@ class Trainer:
         used: dict[str, Any],
     ):
         self.recipe, self.path, self.device = recipe, path, device
+        self.processes = current()
         source = data.source
         eps = recipe.radius(source.eps)
         linf = eps if recipe.norm == "Linf" else source.eps  # the radius of an evaluation that gives none
@@ -158,15 +180,23 @@ class Trainer:
         extra = [] if data.extra is None else [read_extra(data.extra, source.shape, source.classes, hold=source.hold)]
         self.training = batches_of([training, *extra], device)
         self.batch = min(recipe.batch_size, self.real)
+        if self.batch < self.processes.size:
+            raise ValueError(
+                f"a batch of {self.batch} images cannot be shared out among {self.processes.size} processes: "
+                f"start {self.batch} at most, or make the batch larger (--batch-size)"
+            )
         self.schedule = Schedule(recipe, len(self._order(0, 0)))
         self.last, self.best = path / LAST, path / BEST
         reseed(derive_seed(recipe.seed, "weights"), device)
         model, self.meta["model"] = build_network(wanted_network(recipe, source, network), device)
+        if self.processes.several and device.type == "cuda":
+            share_statistics(model)
         equal = recipe.swa_from is not None
         average = Average(model, copy.deepcopy(model), recipe.ema, equal) if recipe.ema or equal else None
         self.stepper = Stepper(replace(recipe, **used), source, eps, model, average, compile=compile)
         chosen = self.stepper.used
         self.meta["precision"] = {f: {"asked": getattr(recipe, f), "used": chosen[f]} for f in chosen}
+        self.meta["processes"] = self.processes.size
         self.meta["compile"] = {"asked": compile, "used": self.stepper.compile_used}
         self.validate = Validator(self.stepper, validation.to(device))
         self.counters = Counters()
@@ -177,47 +207,44 @@ class Trainer:
         Raises:
             ValueError: a run is there, and it is not to be resumed; or it cannot be.
         """
-        if self.last.exists() and resume:
+        last, best = self.processes.from_first(lambda: (self.last.exists(), self.best.exists()))
+        if last and resume:
             self.restore()
-        elif self.last.exists():
-            path = shlex.quote(str(self.path))
-            raise ValueError(f"{self.path} already holds a run: resume it (--resume {path}) or choose another --out")
-        elif self.best.exists():
-            raise ValueError(f"{self.path} holds {BEST}, but no {LAST} to resume from: choose another --out")
         else:
+            _check_free(self.path, last, best)
             self.begin()
 
     def begin(self) -> None:
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        weights = self.stepper.model.state_dict()
-        if self.recipe.init_from is not None:
-            ours, weights = weights, weights_in(self.recipe.init_from)
-            check_weights(weights, ours, f"init_from {self.recipe.init_from} does not fit {self.recipe.model}")
-        self.stepper.load_weights(weights)
+        # (The weights of a network that was passed in Python may differ between the processes.)
+        self.stepper.load_weights(self.processes.from_first(lambda: _first_weights(self.recipe, self.stepper.model)))
         metadata = self.meta | {"gsem_torch": torch.__version__, "machine": platform.machine()}
         metadata |= {"device": str(self.device), "training_images": self.real, "gsem": release(), "commit": commit()}
-        write_atomically(self.path / "recipe.json", json.dumps(metadata, indent=2).encode())
-        write_atomically(self.path / "metrics.jsonl", b"")
+        with self.processes.first_writes() as writes:
+            if writes:
+                (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+                write_atomically(self.path / "recipe.json", json.dumps(metadata, indent=2).encode())
+                write_atomically(self.path / "metrics.jsonl", b"")
         self.save()
 
     def save(self) -> None:
-        tensors, scaler = self.stepper.state()
-        save_checkpoint(self.last, tensors, self.meta | {"state": self.counters.to_dict() | {"scaler": scaler}})
+        with self.processes.first_writes() as writes:
+            if writes:
+                tensors, scaler = self.stepper.state()
+                save_checkpoint(self.last, tensors, self.meta | {"state": self.counters.to_dict() | {"scaler": scaler}})
 
     def restore(self) -> None:
-        tensors, meta = read_checkpoint(self.last)
-        former = Recipe.from_dict(meta["recipe"])
-        if former != self.recipe:
-            changed = [k for k, v in self.recipe.to_dict().items() if former.to_dict()[k] != v]
-            raise ValueError(f"{self.path} has another recipe (different {', '.join(changed)}): choose another --out")
+        tensors, meta = self.processes.from_first(lambda: read_checkpoint(self.last))
+        with self.processes.first_writes() as writes:
+            self._restore(tensors, meta)
+            if writes:
+                self._record("data", "places", "compile", "processes")
+                _forget(self.path, self.counters.step)
+
+    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        _check_recipe(Recipe.from_dict(meta["recipe"]), self.recipe, self.path)
         self.meta["model"] = check_same_network(meta["model"], self.meta["model"], self.path)
         self.stepper.restore(tensors, meta["state"].pop("scaler"))
         self.counters = Counters.from_dict(meta["state"])
-        self._record("data", "places", "compile")
-        # Lines that a killed run wrote after this checkpoint will be written again.
-        kept = [line for line in read_metrics(self.path) if line["step"] <= self.counters.step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(self.path / "metrics.jsonl", text.encode())
 
     def _record(self, *keys: str) -> None:
         """Write what has changed of these into recipe.json."""
@@ -232,6 +259,7 @@ class Trainer:
 
     def run(self, interrupted: Interruption, on_progress: Callable[[Progress], None] | None) -> None:
         rows = batch_rows(self.schedule, self._order, self.counters.step)
+        rows = (picked[self.processes.rows(len(picked))] for picked in rows)
         with closing(self.training.batches(rows)) as batches:  # what reads in advance ends with the loop
             self._run(batches, interrupted, on_progress)
 
@@ -247,7 +275,8 @@ class Trainer:
                 self._begin_round(round_)
             self._train_on(*self._next(batches))
             epoch_ended = index + 1 == self.schedule.steps_per_epoch
-            due = epoch_ended or interrupted.is_set() or time.monotonic() - saved > SAVE_SECONDS
+            stop, late = _decided(self.processes, interrupted, time.monotonic() - saved > SAVE_SECONDS)
+            due = epoch_ended or stop or late
             if due or counters.step % CHECK_EVERY == 0:
                 _check(self.stepper, self.counters.step, self.schedule.steps, self.last)
             if epoch_ended:
@@ -257,9 +286,10 @@ class Trainer:
             if due:
                 self.save()
                 saved = now
-            if on_progress is not None and (due or counters.step % CHECK_EVERY == 0 or counters.step == first + 1):
-                on_progress(self._progress((now - started) / (counters.step - first), epoch_ended))
-            if interrupted.is_set() and not self.ended:
+            shown = self.processes.first and (due or counters.step % CHECK_EVERY == 0 or counters.step == first + 1)
+            if on_progress is not None and shown:
+                on_progress(_progress(self, (now - started) / (counters.step - first), epoch_ended))
+            if stop and not self.ended:
                 stopped = TrainingInterrupted(self.path)
                 stopped.kind = interrupted.kind
                 raise stopped
@@ -268,24 +298,31 @@ class Trainer:
         return epoch_order(self.recipe, self.real, len(self.training) - self.real, self.batch, round_, epoch)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        try:
+        if isinstance(self.training, Held):
             return next(batches)
+        problem: str | None = None
+        try:
+            batch = next(batches)
         except DamagedImage as error:
-            _check(self.stepper, self.counters.step, self.schedule.steps, self.last)
-            self.save()
-            again = f"replace it and resume: --resume {shlex.quote(str(self.path))}"
-            raise DamagedImage(
-                f"{error}. Saved at step {self.counters.step} of {self.schedule.steps}: {again}"
-            ) from None
+            problem = str(error)
+        if not self.processes.any(problem is not None):
+            return batch
+        problem = next(filter(None, self.processes.gathered(problem)))
+        _check(self.stepper, self.counters.step, self.schedule.steps, self.last)
+        self.save()
+        again = f"replace it and resume: --resume {shlex.quote(str(self.path))}"
+        raise DamagedImage(f"{problem}. Saved at step {self.counters.step} of {self.schedule.steps}: {again}")
 
     def _train_on(self, x: Tensor, y: Tensor) -> None:
         step, schedule = self.counters.step, self.schedule
-        self.stepper(x, y, step=step, epoch=schedule.epoch(step), averaged=schedule.averaged(step))
+        epoch, averaged = schedule.epoch(step), schedule.averaged(step)
+        with self.processes.explained():
+            self.stepper(x, y, step=step, epoch=epoch, averaged=averaged, batch=self.batch)
         self.counters.step += 1
 
     def _begin_round(self, round_: int) -> None:
         """Start the schedule again from the best weights, with a new optimizer (the paper has 5 rounds)."""
-        tensors, _ = read_checkpoint(self.best)
+        tensors, _ = self.processes.from_first(lambda: read_checkpoint(self.best))
         self.stepper.load_weights(part(tensors, "model"))
         self.stepper.new_optimizer()
         self.counters.round = round_
@@ -314,34 +351,81 @@ class Trainer:
             counters.latest |= (found := self.validate(chosen))
             metrics |= found
         stepper.clear_sums()
-        append_line(self.path / "metrics.jsonl", json.dumps(metrics))
-        if self.meta["compile"]["used"] != stepper.compile_used:  # (the first attacks decide it)
-            self.meta["compile"]["used"] = stepper.compile_used
-            self._record("compile")
-        if validated and counters.count_validation(self.recipe, metrics):
-            tensors = {f"model.{name}": t for name, t in chosen.state_dict().items()}
-            metadata = {"metrics": metrics, "fingerprint": model_fingerprint(chosen)}
-            save_checkpoint(self.best, tensors, self.meta | metadata)
-        if counters.collapsed:
+        better = validated and counters.count_validation(self.recipe, metrics)
+        compile_decided = self.meta["compile"]["used"] != stepper.compile_used  # (the first attacks decide it)
+        self.meta["compile"]["used"] = stepper.compile_used
+        with self.processes.first_writes() as writes:
+            if writes:
+                append_line(self.path / "metrics.jsonl", json.dumps(metrics))
+            if writes and compile_decided:
+                self._record("compile")
+            if writes and better:
+                tensors = {f"model.{name}": t for name, t in chosen.state_dict().items()}
+                metadata = {"metrics": metrics, "fingerprint": model_fingerprint(chosen)}
+                save_checkpoint(self.best, tensors, self.meta | metadata)
+        if counters.collapsed and self.processes.first:
             warnings.warn(_COLLAPSED.format(epoch, 100 * counters.watched[0]), stacklevel=2)
 
-    def _progress(self, seconds_per_step: float, epoch_ended: bool) -> Progress:
-        counters, schedule = self.counters, self.schedule
-        return Progress(
-            epoch=min(counters.step // schedule.steps_per_epoch + (not epoch_ended), schedule.epochs),
-            epochs=schedule.epochs,
-            step=counters.step,
-            steps=schedule.steps,
-            loss=counters.latest["loss"] if epoch_ended else self.stepper.mean_loss(),
-            images_per_second=self.batch / seconds_per_step,
-            seconds_left=(schedule.steps - counters.step) * seconds_per_step,
-            clean=counters.latest.get("clean"),
-            robust=counters.latest.get("robust"),
-            best_robust=counters.best_robust if counters.best_robust >= 0 else None,
-            epoch_ended=epoch_ended,
-            device=str(self.device),
-            precision=dict(self.stepper.used),
-        )
+
+def _first_weights(recipe: Recipe, model: nn.Module) -> dict[str, Tensor]:
+    """The weights that the training starts from: the model's own, or those of `init_from`; for others, on the CPU."""
+    ours = model.state_dict()
+    if recipe.init_from is None:
+        return {name: t.cpu() for name, t in ours.items()} if current().several else ours
+    weights = weights_in(recipe.init_from)
+    check_weights(weights, ours, f"init_from {recipe.init_from} does not fit {recipe.model}")
+    return weights
+
+
+def _check_free(path: Path, last: bool, best: bool) -> None:
+    if last:
+        again = f"resume it (--resume {shlex.quote(str(path))})"
+        raise ValueError(f"{path} already holds a run: {again} or choose another --out")
+    if best:
+        raise ValueError(f"{path} holds {BEST}, but no {LAST} to resume from: choose another --out")
+
+
+def _check_recipe(former: Recipe, recipe: Recipe, path: Path) -> None:
+    if former != recipe:
+        changed = [k for k, v in recipe.to_dict().items() if former.to_dict()[k] != v]
+        raise ValueError(f"{path} has another recipe (different {', '.join(changed)}): choose another --out")
+
+
+def _forget(path: Path, step: int) -> None:
+    """Remove the lines that a killed run wrote after `step`, where its checkpoint is: they will be written again."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    write_atomically(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def _progress(loop: Trainer, seconds_per_step: float, epoch_ended: bool) -> Progress:
+    counters, schedule = loop.counters, loop.schedule
+    return Progress(
+        epoch=min(counters.step // schedule.steps_per_epoch + (not epoch_ended), schedule.epochs),
+        epochs=schedule.epochs,
+        step=counters.step,
+        steps=schedule.steps,
+        loss=counters.latest["loss"] if epoch_ended else loop.stepper.mean_loss(),
+        images_per_second=loop.batch / seconds_per_step,
+        seconds_left=(schedule.steps - counters.step) * seconds_per_step,
+        clean=counters.latest.get("clean"),
+        robust=counters.latest.get("robust"),
+        best_robust=counters.best_robust if counters.best_robust >= 0 else None,
+        epoch_ended=epoch_ended,
+        device=str(loop.device),
+        precision=dict(loop.stepper.used),
+    )
+
+
+def _decided(processes: Processes, interrupted: Interruption, late: bool) -> tuple[bool, bool]:
+    """(whether to stop, whether to save) after this step: what any of the processes is asked to do, all do."""
+    stop = interrupted.is_set()
+    if not processes.several:
+        return stop, late
+    asked = torch.tensor([stop, stop and issubclass(interrupted.kind, Terminated), late], dtype=torch.int32)
+    processes.max_(asked)
+    stop, terminated, late = (bool(flag) for flag in asked.tolist())
+    interrupted.kind = Terminated if terminated else KeyboardInterrupt
+    return stop, late
 
 
 def _check(stepper: Stepper, step: int, steps: int, last: Path) -> None:

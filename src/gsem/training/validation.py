@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gsem.data import Split, to_float
+from gsem.distributed import current
 from gsem.nn.folded import FoldedModel, fold
 from gsem.nn.predict import BATCH, correct_draws, is_stochastic
 from gsem.rng import derive_seed
@@ -16,7 +17,10 @@ DRAWS = 5
 
 
 class Validator:
-    """Validates the models of a training on the same held-out images, with the same random numbers each time."""
+    """Validates the models of a training on the same held-out images, with the same random numbers each time.
+
+    Batches are shared out among the processes. All get the accuracies of all images.
+    """
 
     def __init__(self, stepper: Stepper, images: Split):
         self.stepper, self.images = stepper, images
@@ -41,10 +45,18 @@ class Validator:
             folded = self.folded_average = self.folded_average or fold(model, self.stepper.search_dtype)
         x, y = to_float(self.images.x), self.images.y
         draws = DRAWS if is_stochastic(model, x[:1]) else 1
-        parts = enumerate(zip(x.split(BATCH), y.split(BATCH), strict=True), start=1)
-        attack = self.stepper.attack
-        x_adv = torch.cat([attack(self.recipe, folded, *xy, number=-number) for number, xy in parts])
-        return {
-            name: correct_draws(model, images, y, draws=draws, seed=self.seed).sum().item() / (draws * len(y))
-            for name, images in (("clean", x), ("robust", x_adv))
-        }
+        correct = torch.zeros(2, dtype=torch.int64, device=x.device)
+        processes = current()
+        with processes.together():
+            for number in range(processes.rank, -(-len(y) // BATCH), processes.size):
+                rows = slice(number * BATCH, (number + 1) * BATCH)
+                x_adv = self.stepper.attack(self.recipe, folded, x[rows], y[rows], number=-number - 1)
+                correct += torch.stack(
+                    [
+                        correct_draws(model, images, y[rows], draws=draws, seed=self.seed, offset=rows.start).sum()
+                        for images in (x[rows], x_adv)
+                    ]
+                )
+        processes.sum_(correct)
+        clean, robust = (count / (draws * len(y)) for count in correct.tolist())
+        return {"clean": clean, "robust": robust}
