@@ -172,6 +172,10 @@ class AuditTask:
         """All options of an attack, with those that were not set."""
         return attack.resolved(eps=self.eps, stochastic=self.stochastic)
 
+    def passes(self, attack: AttackSpec) -> float:
+        """Forward passes for each image that it attacks, at most."""
+        return attack.passes(eps=self.eps, stochastic=self.stochastic)
+
     def label(self, attack: AttackSpec) -> str:
         return attack.label(eps=self.eps, stochastic=self.stochastic)
 
