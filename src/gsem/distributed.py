@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -248,11 +248,28 @@ class Processes:
 
     @contextmanager
     def first_warns(self) -> Iterator[None]:
-        """In this block, the warnings of the other processes are not shown: they are those of the first."""
-        with nullcontext() if self.first else warnings.catch_warnings():
-            if not self.first:
-                warnings.simplefilter("ignore")
+        """The first process gives the warnings of all: its own at once, those of others at the end of the block.
+
+        All processes leave the block without an error, or all with one.
+        """
+        if not self.several:
             yield
+            return
+        found: dict[str, type[Warning]] = {}
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def noted(message: Warning | str, category: type[Warning], *where: Any) -> None:
+                found[str(message)] = category
+                if self.first:
+                    show(message, category, *where)
+
+            warnings.showwarning = noted  # type: ignore[assignment]
+            yield
+        of_others = {text: kind for each in self.gathered(found) for text, kind in each.items()}
+        for text, kind in of_others.items():
+            if self.first and text not in found:
+                warnings.warn(text, kind, stacklevel=3)
 
     def speaks_for_all(self, text: str) -> bool:
         """Whether this process is the first to ask with this text, and may print it."""

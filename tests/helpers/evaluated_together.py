@@ -85,7 +85,7 @@ def equal_results(out: Path) -> dict:
     one_batch = deterministic(out) | {"save": None, "save_adv": False, "batch_size": 256, "attacks": "pgd:steps=2"}
     found.append(gsem.evaluate(**one_batch))
     before = (out / "stochastic.npz").stat().st_mtime_ns
-    again = gsem.evaluate(**stochastic | {"attacks": stochastic["attacks"]})
+    again = gsem.evaluate(**stochastic)
     return {
         "results": [fingerprint(r) for r in [*found, again]],
         "kept": (out / "stochastic.npz").stat().st_mtime_ns == before,
@@ -102,14 +102,16 @@ def errors(out: Path) -> dict:
     asked = {"model": net, "x": x, "y": y, "eps": 0.1, "batch_size": 8}
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        gsem.evaluate(**asked | {"model": nn.Sequential(net, nn.Softmax(1)), "attacks": "clean"})
+        gsem.evaluate(
+            **asked | {"model": nn.Sequential(net, nn.Softmax(1)), "attacks": "apgd:steps=2:loss=dlr:targets=1"}
+        )
     failing = asked | {"attacks": Fails(float(x[8:16].sum())), "save": out / "failed"}
     return {
         "in one item": raised(failing),
         "kept": len(list((out / "failed.unfinished").glob("*.npz"))),
         "other eps": raised(asked | {"eps": 0.1 + 0.1 * rank}),
         "no attack": raised(asked | {"attacks": "nothing"}),
-        "warnings": len(warned),
+        "warnings": sorted({str(w.message) for w in warned}),
         "at the end": fingerprint(gsem.evaluate(**asked)),
     }
 

@@ -116,7 +116,7 @@ def evaluate(
         UserWarning: a model that returns probabilities, or whose gradient is zero.
     """
     processes = current()
-    with processes.together(), processes.first_warns():
+    with processes.first_warns(), processes.together():
         if not len(x):
             raise ValueError("there are no images to evaluate on")
         # Fingerprints are of these, not of the wrappers that take the logits out of what they return.
@@ -157,7 +157,7 @@ def evaluate(
     metadata = processes.from_first(lambda: metadata)
 
     def scored(on_disk: FinishedBatches | None) -> EvaluationResult:
-        with processes.together(), processes.first_warns(), _reworded(named), out_of_memory_names(batch_size):
+        with processes.first_warns(), processes.together(), _reworded(named), out_of_memory_names(batch_size):
             own = _own_scores(task, chosen, source_models, on_disk, on_progress)
         return EvaluationResult(_joined(processes, own, save_adv=save_adv), y.cpu().numpy(), metadata, numbers)
 
