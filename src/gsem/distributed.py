@@ -167,7 +167,7 @@ class Processes:
                 box[1] = error
         problem = box[1]
         if problem is not None:
-            box[1] = _portable(problem)
+            box[1] = portable(problem)
         with self.explained():
             dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
@@ -369,7 +369,7 @@ class _Watch(threading.Thread):
                 store.wait([f"left/{other}" for other in self.others])
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error as the other processes raise it: of the same type, where it can be pickled."""
     try:
         copy = pickle.loads(pickle.dumps(error))

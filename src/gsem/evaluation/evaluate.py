@@ -26,7 +26,7 @@ from gsem.attacks._types import Norm
 from gsem.attacks.own import AnyAttack, AttackLike, listed
 from gsem.attacks.suite import SUITES, AttackSpec, suite
 from gsem.distributed import Processes, current
-from gsem.evaluation.partial import FinishedBatches, computed, differences, question, saved_result
+from gsem.evaluation.partial import FinishedBatches, computed, question, refuse_differences, saved_result
 from gsem.evaluation.result import VOTERS, AttackScores, EvaluationResult, attack_name, joined, with_ending
 from gsem.evaluation.work import Progress as Progress
 from gsem.evaluation.work import Report, Watch, WorkItems
@@ -153,7 +153,7 @@ def evaluate(
         } | ({} if about is None else {"about": dict(about)})
         task = _Task(model, x, y, eps, norm, metadata["draws"], modes, seed, batch_size, save_adv)
     asked = question(metadata)
-    _refuse_differences(processes, asked)
+    refuse_differences(asked)
     metadata = processes.from_first(lambda: metadata)
 
     def scored(on_disk: FinishedBatches | None) -> EvaluationResult:
@@ -167,17 +167,6 @@ def evaluate(
     if finished is None or again:
         return computed(save, asked, scored)
     return _with_examples(finished, save) if save_adv else finished
-
-
-def _refuse_differences(processes: Processes, asked: Mapping[str, Any]) -> None:
-    """Raise a ValueError if another process was called with another model, other images or other arguments."""
-    first, *others = processes.gathered(asked)
-    for rank, other in enumerate(others, 1):
-        if found := differences(first, other):
-            raise ValueError(
-                f"all processes must evaluate the same, but process {rank} differs from process 0 in: "
-                f"{'; '.join(found)}"
-            )
 
 
 def _with_examples(finished: EvaluationResult, save: str | Path) -> EvaluationResult:

@@ -61,6 +61,17 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def refuse_differences(asked: Mapping[str, Any]) -> None:
+    """Raise a ValueError if another process was called with another model, other images or other arguments."""
+    first, *others = current().gathered(asked)
+    for rank, other in enumerate(others, 1):
+        if found := differences(first, other):
+            raise ValueError(
+                f"all processes must be asked the same, but process {rank} differs from process 0 in: "
+                f"{'; '.join(found)}"
+            )
+
+
 def _short(value: float | str) -> str:
     """0.3 as it is, 0.0313725… as 8/255."""
     plain = f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,15 +1,16 @@
 """Work items of an evaluation, handed out to whichever process is free, and the progress of all of them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 from gsem.attacks import Counting, Step
-from gsem.distributed import Processes
+from gsem.distributed import Processes, current, portable
 from gsem.evaluation.result import AttackScores
 
+T = TypeVar("T")
 REPORT_EVERY = 0.2  # seconds
 LOOK_EVERY = 0.1  # seconds, of a process that waits for the others
 
@@ -85,6 +86,46 @@ class WorkItems:
             meanwhile()
             time.sleep(LOOK_EVERY)
         meanwhile()
+
+
+def shared_out(name: str, items: Sequence[Callable[[], T]]) -> list[T]:
+    """What every item returns, on all processes: each item is computed by one of them.
+
+    Args:
+        name: of the items, for the message where processes disagree on what they compute.
+        items: they return what can be pickled, on the CPU.
+
+    Raises:
+        ValueError: the processes have come to different items, because they computed something else before.
+        And what an item raises: on all processes.
+    """
+    processes = current()
+    if not processes.several:
+        return [item() for item in items]
+    work, number = WorkItems(processes), -1
+    own: dict[int, T] = {}
+    problem: Exception | None = None
+    try:
+        with work:
+            for number in work.own(len(items)):
+                own[number] = items[number]()
+            work.wait(lambda: None)
+    except Exception as error:
+        problem = error
+    gathered = processes.gathered((name, len(items), own, number, None if problem is None else portable(problem)))
+    for rank, (other, count, *_) in enumerate(gathered):
+        if (other, count) != gathered[0][:2]:
+            raise ValueError(
+                f"process 0 computes {gathered[0][0]}, process {rank} {other}: they found different figures before. "
+                "Run them on devices of one type"
+            )
+    # Items are handed out in order, so that this is the error that one process alone comes to.
+    errors = {at: (rank, error) for rank, (*_, at, error) in enumerate(gathered) if error is not None}
+    if errors:
+        rank, first_error = errors[min(errors)]
+        raise problem if problem is not None and rank == processes.rank else first_error
+    found = {at: value for _, _, values, *_ in gathered for at, value in values.items()}
+    return [found[at] for at in range(len(items))]
 
 
 class Watch:
