@@ -112,3 +112,14 @@ def test_a_killed_process_ends_all_and_any_number_resumes(tmp_path, monkeypatch,
     assert [found["results"] for found in printed(run(then, words("slow", tmp_path / "out")))] == [whole] * then
     assert saved(tmp_path / "out/deterministic") == saved(equal[1][0] / "deterministic")
     assert len(calls.read_text().splitlines()) <= 4 + size  # what was finished is not computed again
+
+
+def test_audit_corruptions_and_report_are_those_of_one_process(tmp_path):
+    (whole,), together = (printed(run(size, words("audits", tmp_path / str(size) / "run"))) for size in (1, 2))
+    for rank, found in enumerate(together):
+        for key in ("audit", "kept", "corruptions", "shared", "failed", "left"):
+            assert found[key] == whole[key], key
+        assert found["reports"] == 0 if rank else found["reports"] > 5
+    assert [check["name"] for check in whole["kept"]["checks"]] == [check["name"] for check in whole["audit"]["checks"]]
+    assert whole["shared"] == [n * n for n in range(7)] and whole["failed"] == "RuntimeError('item 0')"
+    assert (tmp_path / "2/run/report.md").read_text() == (tmp_path / "1/run/report.md").read_text()

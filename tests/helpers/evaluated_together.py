@@ -6,14 +6,18 @@ import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import gsem
+from audited_models import Fronted, Quantise, mlp
 from gsem.distributed import current
+from gsem.evaluation.corruptions import evaluate_corruptions
 from gsem.evaluation.result import ARRAYS, EvaluationResult
+from gsem.evaluation.work import shared_out
 from killed_evaluation import question
 from planted import halves, small_net
 
@@ -120,7 +124,58 @@ def slow(out: Path) -> dict:
     return {"results": fingerprint(gsem.evaluate(**deterministic(out)))}
 
 
+def first_fails() -> int:
+    raise RuntimeError("item 0")
+
+
+def other_fails() -> int:
+    raise KeyError("item 1")
+
+
+def audits(out: Path) -> dict:
+    """An audit, accuracies under corruptions, a report, and items of which two fail."""
+    test = gsem.data.load("digits").test()
+    x, y = gsem.data.to_float(test.x[:12]), test.y[:12]
+    how: dict = {"eps": 0.1, "quick": True, "draws": 3, "batch_size": 5, "save": out / "audit"}
+    how |= {"only": ["silent_success", "transfer", "unconstrained", "blackbox", "noise"]}
+    attacks = "apgd:steps=3:eot=2,apgd:steps=3:eot=2:loss=margin,square:queries=5:eot=2"
+    stochastic = Fronted(Quantise(noise=0.05), mlp()).eval()
+    reports: list = []
+
+    found = gsem.audit(stochastic, x, y, attacks, **how, on_progress=reports.append)
+    corruptions = {
+        (name, s): gsem.data.Split(test.x[20 * s : 20 * s + 15], test.y[20 * s : 20 * s + 15])
+        for name in ("fog", "snow")
+        for s in (1, 2, 3)
+    }
+    cells = evaluate_corruptions(stochastic, corruptions, draws=4, batch_size=6, save=out / "corruptions.json")
+    gsem.evaluate(stochastic, x, y, "clean", eps=0.1, draws=3, save=out / "evaluation")
+    gsem.report(out / "evaluation.npz", out / "report.md")
+    try:
+        shared_out("items", [lambda: 1, first_fails, other_fails, lambda: 2])
+        failed = ""
+    except Exception as error:
+        failed = repr(error)
+    return {
+        "audit": without_seconds(found.to_dict()),
+        "kept": without_seconds(json.loads((out / "audit.json").read_text())),
+        "reports": len(reports),
+        "corruptions": [cells.to_dict(), json.loads((out / "corruptions.json").read_text())],
+        "shared": shared_out("squares", [partial(pow, n, 2) for n in range(7)]),
+        "failed": failed,
+        "left": sorted(path.name for path in out.iterdir()),
+    }
+
+
+def without_seconds(audit: dict) -> dict:
+    plain = json.loads(json.dumps(audit))
+    del plain["metadata"]["seconds"]
+    return plain
+
+
+CASES = {"equal": equal_results, "errors": errors, "slow": slow, "audits": audits}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     case, place = sys.argv[1:]
-    print(json.dumps({"equal": equal_results, "errors": errors, "slow": slow}[case](Path(place))), flush=True)
+    print(json.dumps(CASES[case](Path(place))), flush=True)
