@@ -122,4 +122,6 @@ def test_audit_corruptions_and_report_are_those_of_one_process(tmp_path):
         assert found["reports"] == 0 if rank else found["reports"] > 5
     assert [check["name"] for check in whole["kept"]["checks"]] == [check["name"] for check in whole["audit"]["checks"]]
     assert whole["shared"] == [n * n for n in range(7)] and whole["failed"] == "RuntimeError('item 0')"
-    assert (tmp_path / "2/run/report.md").read_text() == (tmp_path / "1/run/report.md").read_text()
+    reports = [(tmp_path / str(size) / "run/report.md").read_text().splitlines() for size in (1, 2)]
+    one, two = ([line for line in lines if not line.endswith(" s |")] for lines in reports)  # (but for the times)
+    assert one == two and len(one) > 10
