@@ -42,7 +42,10 @@ def test_sums_gathers_and_what_the_first_makes_are_equal_on_all():
 
 def test_a_counter_hands_every_number_to_one_process():
     program = """
-        one, other = p.counter(), p.counter()
+        one, other, sum_ = p.counter(), p.counter(), p.counter()
+        sum_(10 * (p.rank + 1))
+        p.gathered(None)
+        assert sum_(0) == 30
         say([[i for _ in range(25) if (i := one()) < 20], [i for _ in range(25) if (i := other()) < 5]])
     """
     found = values(together(2, program))
@@ -65,14 +68,25 @@ def _at(rank: int, size: int) -> distributed.Processes:
 
 def test_an_error_of_one_process_is_an_error_of_all():
     program = """
-        for make in (lambda: [][p.rank], lambda: 3):
+        class Mine(ValueError):
+            def __init__(self, a, b): super().__init__(a + b)
+        def fails(): raise Mine("what ", "failed")
+        def fails_on_the_last():
+            with p.together():
+                assert p.rank != 1, "not here"
+        for make in (lambda: p.from_first(lambda: [][0]), lambda: p.from_first(fails), fails_on_the_last,
+                     lambda: p.from_first(lambda: 3)):
             try:
-                say(p.from_first(make))
+                say(make())
             except Exception as error:
-                say(type(error).__name__)
+                say([type(error).__name__, str(error)])
     """
-    ends = together(2, program)
-    assert [end.out.split() for end in ends] == [['"IndexError"', "3"], ['"OtherProcessFailed"', "3"]]
+    one, other = ([json.loads(line) for line in end.out.splitlines()] for end in together(2, program))
+    assert one[0] == other[0] == ["IndexError", "list index out of range"]
+    # An error that cannot be pickled arrives as its text.
+    assert one[1] == ["Mine", "what failed"] and other[1] == ["OtherProcessFailed", "process 0: Mine: what failed"]
+    assert other[2] == ["AssertionError", "not here"] and one[2][0] == "OtherProcessFailed"
+    assert one[3] == other[3] == 3
 
 
 @pytest.mark.parametrize("victim", [0, 1])

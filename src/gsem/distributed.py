@@ -7,6 +7,7 @@ torch.distributed; the rest of the package asks `current()`.
 import atexit
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -174,15 +176,22 @@ class Processes:
         return found
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on process 0, on all of them. An error of it ends all."""
+        """What `make` returns on process 0, on all of them. An error that it raises, all raise."""
         if not self.several:
             return make()
-        box: list[Any] = [None]
-        with self.together():
-            if self.first:
+        box: list[Any] = [None, None]
+        if self.first:
+            try:
                 box[0] = make()
+            except Exception as error:
+                box[1] = error
+        problem = box[1]
+        if problem is not None:
+            box[1] = portable(problem)
         with self.explained():
             dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise problem or box[1]
         return box[0]
 
     @contextmanager
@@ -252,23 +261,54 @@ class Processes:
                 module, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True
             )
 
-    def counter(self) -> Callable[[], int]:
-        """A function that hands out 0, 1, 2, … among all processes: each number to one of them.
+    def counter(self) -> Callable[..., int]:
+        """A number that all processes share, from 0: `count(by)` adds `by`, by default 1, and returns the former value.
 
-        All processes call `counter` at the same places.
+        Called without an argument, it hands out 0, 1, 2, …: each number to one process. All processes call `counter`
+        at the same places.
         """
         self._counters += 1
-        name, number = f"counter/{self._counters}", -1
+        name, number = f"counter/{self._counters}", 0
 
-        def count() -> int:
+        def count(by: int = 1) -> int:
             nonlocal number
             if not self.several:
-                number += 1
-                return number
+                number += by
+                return number - by
             with self.explained():
-                return int(self.store.add(name, 1)) - 1
+                return int(self.store.add(name, by)) - by
 
         return count
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether another process has ended: what it has not finished will not come."""
+        return self._watch is not None and bool(self._watch.gone or self._watch.lost)
+
+    @contextmanager
+    def first_warns(self) -> Iterator[None]:
+        """The first process gives the warnings of all: its own at once, those of others at the end of the block.
+
+        All processes leave the block without an error, or all with one.
+        """
+        if not self.several:
+            yield
+            return
+        found: dict[str, type[Warning]] = {}
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def noted(message: Warning | str, category: type[Warning], *where: Any) -> None:
+                found[str(message)] = category
+                if self.first:
+                    show(message, category, *where)
+
+            warnings.showwarning = noted  # type: ignore[assignment]
+            yield
+        of_others = {text: kind for each in self.gathered(found) for text, kind in each.items()}
+        for text, kind in of_others.items():
+            if self.first and text not in found:
+                warnings.warn(text, kind, stacklevel=3)
 
     def speaks_for_all(self, text: str) -> bool:
         """Whether this process is the first to ask with this text, and may print it."""
@@ -391,6 +431,16 @@ class _Watch(threading.Thread):
             if self.processes.first and problem is None and self.lost is None:
                 store.set_timeout(timedelta(seconds=GRACE_SECONDS))
                 store.wait([f"left/{other}" for other in self.others])
+
+
+def portable(error: Exception) -> Exception:
+    """The error as the other processes raise it: of the same type, where it can be pickled."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        copy = None
+    same = type(copy) is type(error) and str(copy) == str(error)
+    return error if same else OtherProcessFailed(f"process 0: {type(error).__name__}: {error}")
 
 
 _alone = Processes()

@@ -17,6 +17,7 @@ import torch
 from gsem._env import device_named
 from gsem._io import read_metadata, write_atomically
 from gsem.data import load, to_float
+from gsem.distributed import current
 from gsem.evaluation.evaluate import evaluate
 from gsem.evaluation.result import EvaluationResult
 from gsem.evaluation.statistics import Interval, t_interval
@@ -104,7 +105,8 @@ def study(
 ) -> list[dict[str, Any]]:
     """Train and evaluate every variant for seeds 0 … seeds − 1; one row per variant.
 
-    Every finished piece is kept in `out` and not computed again, so an interrupted study can be resumed.
+    Every finished piece is kept in `out` and not computed again, so an interrupted study can be resumed. Of several
+    processes, all call this function with the same arguments; the first one writes and calls `on_progress`.
 
     Args:
         images: test images used, from the first; default: all.
@@ -115,7 +117,8 @@ def study(
         Rows with the variant's name, passes per image and epoch, seconds of training, and for every attack
         (mean, low, high) of its expected accuracy: over seeds, 95% t-interval.
     """
-    progress = on_progress or (lambda what, training: None)
+    processes = current()
+    progress = on_progress if on_progress is not None and processes.first else (lambda what, training: None)
     rows = []
     for variant in variants:
         results, seconds = [], []
@@ -141,7 +144,9 @@ def study(
                 "accuracy": {label.split("-eot")[0]: _over_seeds(results, label) for label in labels},
             }
         )
-        write_atomically(out / "study.json", json.dumps(rows, indent=2).encode())
+        with processes.together():
+            if processes.first:
+                write_atomically(out / "study.json", json.dumps(rows, indent=2).encode())
     return rows
 
 
@@ -166,12 +171,21 @@ def _evaluated(
     asked = {"attacks": attacks, "images": len(x), "eps": eps, "data": test_data or run.recipe.data}
     asked |= {"norm": run.recipe.norm} if run.recipe.norm != "Linf" else {}
     path, question = run.path / f"test-{mode}", run.path / f"test-{mode}.question.json"
-    if question.exists() and json.loads(question.read_text()) == asked:
-        return EvaluationResult.load(path)
+    processes = current()
+
+    def finished() -> EvaluationResult | None:
+        if question.exists() and json.loads(question.read_text()) == asked:
+            return EvaluationResult.load(path)
+        return None
+
+    if (found := processes.from_first(finished)) is not None:
+        return found
     begin()
     model = run.model().to(device)
     with noise(model, mode):
         result = evaluate(model, x, y, attacks, eps=eps, norm=run.recipe.norm, seed=run.recipe.seed, frozen=False)
-    result.save(path)
-    write_atomically(question, json.dumps(asked).encode())
+    with processes.together():
+        if processes.first:
+            result.save(path)
+            write_atomically(question, json.dumps(asked).encode())
     return result

@@ -19,6 +19,7 @@ from gsem.attacks.transfer import transfer
 from gsem.losses import LOSSES
 from gsem.nn.contract import to_number
 
+GRADIENT = 3.0  # a pass with a gradient, in passes without
 EOT = 20  # draws per gradient, loss and decision of an attack on a stochastic model, as published
 
 
@@ -166,6 +167,14 @@ class AttackSpec:
                 shown = "-{}" if isinstance(value, str) else f"-{option}{{:g}}"
                 label += _SHOWN.get(option, shown).format(value)
         return label
+
+    def passes(self, *, eps: float, stochastic: bool) -> float:
+        """Forward passes for each image that it attacks, at most: a pass with a gradient counts as three."""
+        o = self.resolved(eps=eps, stochastic=stochastic)
+        each = o.get("eot", 1) * o.get("restarts", 1)
+        if "queries" in o:
+            return each * o["queries"]
+        return GRADIENT * each * o.get("steps", 1) * max(1, o.get("targets") or 1)
 
     def run(
         self,

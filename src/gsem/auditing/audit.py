@@ -3,6 +3,8 @@
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from gsem.auditing.context import PRIMARY, AuditContext, fold_quietly, lowest
 from gsem.auditing.partial import Finished, Partial, refuse_to_overwrite
 from gsem.auditing.progress import Progress, ProgressReporter, planned
 from gsem.auditing.verdict import verdict
+from gsem.distributed import current
 from gsem.evaluation.evaluate import undefended
+from gsem.evaluation.partial import finished_parts, refuse_differences
 from gsem.evaluation.result import with_ending
 from gsem.nn.contract import ImagesLike, LabelsLike, checked, plain_logits
 from gsem.nn.predict import BATCH, is_stochastic
@@ -64,6 +68,10 @@ def audit(
     in which it could be too high; where one is flagged, the mitigation is applied and the accuracy measured again.
     docs/audit.md describes every check, its threshold and its paper.
 
+    Several processes (started by torchrun, for instance) share the batches of the audited attacks: all of them call
+    this function with the same arguments, and all return the same audit. The first one saves it and calls
+    `on_progress`.
+
     Args:
         model: images [b, c, h, w] in [0, 1] → logits, in eval mode. It is not changed.
         x, y: images in [0, 1], and their labels, tensors or numpy arrays. The gradient check needs at least 100.
@@ -90,40 +98,43 @@ def audit(
             at `save`, an audit of another question, finished or not.
         Locked: another process audits into `save`. OSError: it cannot be written.
     """
-    names = list(CHECKS) if only is None else list(only)
-    for name in names:
-        if name not in CHECKS:
-            raise ValueError(f"check {name!r} is unknown: it is one of {', '.join(CHECKS)}")
-    draws = (QUICK_DRAWS if quick else DRAWS) if draws is None else draws
-    if not len(x):
-        raise ValueError("there are no images to audit on")
-    model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch_size=batch_size)
-    require_float64(x.device, "an audit")
-    if norm == "Linf" and eps > 1:
-        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
-    source_models = {name: plain_logits(source, x, y) for name, source in (source_models or {}).items()}
-    surrogate = None if surrogate is None else plain_logits(surrogate, x, y)
-    chosen, stochastic = audited(attacks, quick=quick), is_stochastic(model, x[:batch_size])
-    reporter = ProgressReporter(on_progress)
-    every = undefended(model) | source_models
-    ctx = AuditContext(
-        model=model,
-        x=x,
-        y=y,
-        attacks=chosen,
-        eps=eps,
-        norm=norm,
-        seed=seed,
-        draws=draws if stochastic else 1,
-        batch_size=batch_size,
-        stochastic=stochastic,
-        quick=quick,
-        source_models={name: fold_quietly(source) for name, source in every.items()},
-        surrogate=surrogate,
-        on_progress=reporter.report,
-        on_step=None if on_progress is None else reporter.on_step,
-    )
-    question = _question(ctx, only, every)
+    processes = current()
+    with processes.first_warns(), processes.together():
+        names = list(CHECKS) if only is None else list(only)
+        for name in names:
+            if name not in CHECKS:
+                raise ValueError(f"check {name!r} is unknown: it is one of {', '.join(CHECKS)}")
+        draws = (QUICK_DRAWS if quick else DRAWS) if draws is None else draws
+        if not len(x):
+            raise ValueError("there are no images to audit on")
+        model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch_size=batch_size)
+        require_float64(x.device, "an audit")
+        if norm == "Linf" and eps > 1:
+            raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
+        source_models = {name: plain_logits(source, x, y) for name, source in (source_models or {}).items()}
+        surrogate = None if surrogate is None else plain_logits(surrogate, x, y)
+        chosen, stochastic = audited(attacks, quick=quick), is_stochastic(model, x[:batch_size])
+        reporter = ProgressReporter(on_progress if processes.first else None)
+        every = undefended(model) | source_models
+        ctx = AuditContext(
+            model=model,
+            x=x,
+            y=y,
+            attacks=chosen,
+            eps=eps,
+            norm=norm,
+            seed=seed,
+            draws=draws if stochastic else 1,
+            batch_size=batch_size,
+            stochastic=stochastic,
+            quick=quick,
+            source_models={name: fold_quietly(source) for name, source in every.items()},
+            surrogate=surrogate,
+            on_progress=reporter.report,
+            on_step=None if reporter.on_progress is None else reporter.on_step,
+        )
+        question = _question(ctx, only, every)
+    refuse_differences(question)
 
     def made(partial: Partial | None) -> Audit:
         ctx.partial = partial
@@ -131,26 +142,31 @@ def audit(
             parts = _finished(ctx, names, reporter)
         checks = tuple(part.check for part in parts)
         word, reason = verdict(checks, complete=set(names) == set(CHECKS))
-        return Audit(checks, word, reason, _metadata(ctx, question, parts, about))
+        found = Audit(checks, word, reason, _metadata(ctx, question, parts, about))
+        return processes.from_first(lambda: found)
 
-    return made(None) if save is None else _saved(Path(save), question, x.device, made)
+    with processes.first_warns():
+        return made(None) if save is None else _saved(Path(save), question, x.device, made)
 
 
 def _saved(save: Path, question: dict[str, Any], device: torch.device, made: Callable[[Partial], Audit]) -> Audit:
     """The audit, made with its finished checks kept beside `save`, and saved there."""
-    out = with_ending(save, ".json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out, processes = with_ending(save, ".json"), current()
     instead = "wait for its end, or choose another --out"
-    with locked(out.with_name(f".{out.name}.lock"), f"auditing into {out}", instead):
-        refuse_to_overwrite(out, question)
-        partial = Partial(out, question, device)
-        try:
+    with ExitStack() as held:
+
+        def opened() -> Partial:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out.with_name(f".{out.name}.lock"), f"auditing into {out}", instead))
+            refuse_to_overwrite(out, question)
+            return Partial(out, question)
+
+        with finished_parts(opened) as partial:
+            partial.device = device
             audit = made(partial)
-        except BaseException:
-            partial.discard_if_empty()
-            raise
-        audit.save(out)
-        partial.discard()
+            with processes.together():
+                if processes.first:
+                    audit.save(out)
     return audit
 
 
@@ -191,7 +207,7 @@ def _finished(ctx: AuditContext, names: Sequence[str], reporter: ProgressReporte
             ctx.found.clear()
             check = CHECKS[name](ctx)
             worst = lowest([points.shares for points in ctx.found]).tolist() if ctx.found else None
-            part = Finished(check, time.monotonic() - started, worst)
+            part = current().from_first(partial(Finished, check, time.monotonic() - started, worst))
             if ctx.partial is not None:
                 ctx.partial.write(part)
         parts.append(part)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gsem._env import DEVICE_FAULTS
 from gsem._io import write_atomically
+from gsem.distributed import OtherProcessFailed, ProcessLost
 from gsem.evaluation.result import with_ending
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["pass", "flag", "inconclusive"]
 Verdict = Literal["TRUSTED", "SUSPECT", "INVALID"]
+NOT_THE_MODELS_FAULT: tuple[type[Exception], ...] = (*DEVICE_FAULTS, ProcessLost, OtherProcessFailed)
 WIDTH = 80  # of the lines of `print(audit)`
 
 
@@ -69,7 +71,7 @@ class RegisteredCheck:
     def __call__(self, ctx: "AuditContext") -> Check:
         try:
             found = self.function(ctx)
-        except DEVICE_FAULTS:  # not the model's fault
+        except NOT_THE_MODELS_FAULT:
             raise
         except RuntimeError as error:  # of torch: a model that cannot be differentiated
             reason = f"the check could not be made: {type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -17,7 +17,9 @@ from gsem.attacks._types import Norm, OnStep
 from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Finding
 from gsem.auditing.partial import Partial
+from gsem.distributed import current
 from gsem.evaluation.statistics import Interval, bootstrap_mean
+from gsem.evaluation.work import shared_out
 from gsem.nn.folded import fold
 from gsem.nn.predict import predict_draws
 from gsem.rng import derive_seed
@@ -78,6 +80,17 @@ class Trace:
     """The loss of each iterate; NaN after the attack stopped working on an image."""
     broken: Float[np.ndarray, " n"]
     """The largest share of draws of the search that an iterate was wrong in."""
+
+    def to(self, device: torch.device | str) -> "Trace":
+        return replace(self, x_adv=self.x_adv.to(device), best=self.best.to(device))
+
+
+def joined_traces(parts: Sequence[Trace]) -> Trace:
+    """The traces of consecutive batches as one."""
+    steps = max(part.loss.shape[1] for part in parts)
+    losses = [np.pad(p.loss, ((0, 0), (0, steps - p.loss.shape[1])), constant_values=np.nan) for p in parts]
+    x_adv, best = (torch.cat([getattr(part, name) for part in parts]) for name in ("x_adv", "best"))
+    return Trace(x_adv, best, np.concatenate(losses), np.concatenate([part.broken for part in parts]))
 
 
 def trace(images: int, run: Callable[[OnStep], Tensor]) -> Trace:
@@ -172,6 +185,10 @@ class AuditTask:
         """All options of an attack, with those that were not set."""
         return attack.resolved(eps=self.eps, stochastic=self.stochastic)
 
+    def passes(self, attack: AttackSpec) -> float:
+        """Forward passes for each image that it attacks, at most."""
+        return attack.passes(eps=self.eps, stochastic=self.stochastic)
+
     def label(self, attack: AttackSpec) -> str:
         return attack.label(eps=self.eps, stochastic=self.stochastic)
 
@@ -221,7 +238,14 @@ class AuditContext(AuditTask):
     @_shared
     def path(self) -> Trace:
         """The path of the primary attack."""
-        return trace(len(self.x), lambda on_step: self.points(self.primary_attack, "path", on_step=on_step))
+
+        def of_batch(first: int) -> Trace:
+            batch = self.x[first : first + self.batch_size], self.y[first : first + self.batch_size]
+            run = partial(self._attacked, self.primary_attack, ("path",), first, len(self.x), *batch)
+            return trace(len(batch[0]), run).to("cpu")
+
+        parts = shared_out("the path", [partial(of_batch, first) for first, _, _ in self.batches()])
+        return joined_traces(parts).to(self.x.device)
 
     @_shared
     def white_box(self) -> Points:
@@ -252,34 +276,53 @@ class AuditContext(AuditTask):
         rows: Tensor | None = None,
         through: nn.Module | None = None,
         eps: float | None = None,
-        on_step: OnStep | None = None,
     ) -> Tensor:
-        """x_adv [r, c, h, w] of the images numbered `rows` (default: all).
+        """x_adv [r, c, h, w] of the images numbered `rows` (default: all). Each batch is attacked by one process.
 
         Args:
             names: of the random stream.
             through: the model that the attack sees, already a folded model; default: `self.search`.
-            on_step: called with every iterate, also by attacks that it costs passes; rows are numbers in `rows`.
         """
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
-        found = []
-        for first in range(0, len(x), self.batch_size):
+
+        def of_batch(first: int) -> Tensor:
             part = slice(first, first + self.batch_size)
-            self.on_progress(f"{self.label(attack)}, image {first + len(x[part])} of {len(x)}")
-            x_adv = attack.run(
-                through or self.search,
-                x[part],
-                y[part],
-                eps=eps or self.eps,
-                norm=self.norm,
-                stochastic=self.stochastic,
-                seed=derive_seed(self.seed, "search", self.label(attack), *names, first),
-                source_models=dict(self.source_models),
-                on_step=self.on_step if on_step is None else _numbered_from(first, on_step),
-                on_step_always=on_step is not None,
-            )
-            found.append(check_result(x_adv, x[part], eps=eps or self.eps, norm=self.norm))
-        return torch.cat(found) if found else x
+            x_adv = self._attacked(attack, names, first, len(x), x[part], y[part], through=through, eps=eps)
+            return x_adv.cpu()
+
+        firsts = range(0, len(x), self.batch_size)
+        found = shared_out(f"{self.label(attack)} {names}", [partial(of_batch, first) for first in firsts])
+        return torch.cat(found).to(x.device) if found else x
+
+    def _attacked(
+        self,
+        attack: AttackSpec,
+        names: tuple[str | int, ...],
+        first: int,
+        images: int,
+        x: Tensor,
+        y: Tensor,
+        on_step: OnStep | None = None,
+        *,
+        through: nn.Module | None = None,
+        eps: float | None = None,
+    ) -> Tensor:
+        """x_adv of the batch from image `first` of so many. `on_step` is called with every iterate, also by attacks
+        that it costs passes."""
+        self.on_progress(f"{self.label(attack)}, image {first + len(x)} of {images}")
+        x_adv = attack.run(
+            through or self.search,
+            x,
+            y,
+            eps=eps or self.eps,
+            norm=self.norm,
+            stochastic=self.stochastic,
+            seed=derive_seed(self.seed, "search", self.label(attack), *names, first),
+            source_models=dict(self.source_models),
+            on_step=self.on_step if on_step is None else on_step,
+            on_step_always=on_step is not None,
+        )
+        return check_result(x_adv, x, eps=eps or self.eps, norm=self.norm)
 
     def cascade(
         self, attacks: Sequence[AttackSpec], start: Points, *names: str | int, through: nn.Module | None = None
@@ -320,8 +363,13 @@ class AuditContext(AuditTask):
         if not len(y):
             return np.zeros(0)
         seed = derive_seed(self.seed, "scoring", *names)
-        found = predict_draws(model or self.model, x_adv, draws=self.draws, seed=seed, batch_size=self.batch_size)
-        return (found != y).double().mean(0).cpu().numpy()
+
+        def scored() -> Float[np.ndarray, " r"]:
+            found = predict_draws(model or self.model, x_adv, draws=self.draws, seed=seed, batch_size=self.batch_size)
+            return (found != y).double().mean(0).cpu().numpy()
+
+        # What is attacked next follows from these figures, so that they must be equal on all processes.
+        return current().from_first(scored)
 
     def score(self, x_adv: Tensor, *names: str | int) -> Points:
         """Points of all images, with their selection and scoring draws."""
@@ -352,10 +400,6 @@ class AuditContext(AuditTask):
         # The standard deviation of the difference of two shares is at most √(1/2m).
         margin = 3 * (0.5 / self.draws) ** 0.5 if self.draws > 1 else 0.5
         return (after > 0.5) & (before <= 0.5) & (after - before > margin)
-
-
-def _numbered_from(first: int, on_step: OnStep) -> OnStep:
-    return lambda s: on_step(replace(s, rows=s.rows + first))
 
 
 def fold_quietly(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gsem.attacks import pgd
 from gsem.auditing.check import Finding, check
 from gsem.auditing.context import AuditContext, Points
+from gsem.evaluation.work import shared_out
 from gsem.nn.gsem import GSeM, NoiseMode
 from gsem.nn.gsem import noise as noise_of
 from gsem.rng import derive_seed, seeded
@@ -145,10 +146,12 @@ def _measure_reseeded(ctx: AuditContext, seed: int) -> tuple[Points, Points]:
     """The accuracy of a model whose noise is not GSeM's, under PGD with the noise frozen."""
     known = _Reseeded(ctx.model, seed)
     step, steps = ctx.eps / 4, ctx.options(ctx.primary_attack).get("steps", 20)
-    found = []
-    for _, x, y in ctx.batches():
+
+    def of_batch(x: Tensor, y: Tensor) -> list[np.ndarray]:
         x_adv = pgd(known, x, y, eps=ctx.eps, step=step, steps=steps, norm=ctx.norm, stop_broken=False, seed=ctx.seed)
         with torch.no_grad():
-            found.append([(known(at).argmax(1) != y).double().cpu().numpy() for at in (x, x_adv)])
+            return [(known(at).argmax(1) != y).double().cpu().numpy() for at in (x, x_adv)]
+
+    found = shared_out("known noise", [partial(of_batch, x, y) for _, x, y in ctx.batches()])
     clean, wrong = (np.concatenate(each) for each in zip(*found, strict=True))
     return Points(ctx.x, clean, clean), Points(ctx.x, wrong, np.maximum(clean, wrong))

@@ -4,6 +4,7 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gsem._io import write_atomically, written_whole
 from gsem.auditing.check import Audit, Check
+from gsem.distributed import current
 from gsem.evaluation.partial import Unfinished, differences
 
 T = TypeVar("T")
@@ -63,12 +65,14 @@ class Partial(Unfinished):
     refusal = AnotherAudit
     patterns = ("check-*.json", "*.npz")
 
-    def __init__(self, path: str | Path, question: Mapping[str, Any], device: torch.device):
-        self.device = device
-        super().__init__(path, question)
+    device = torch.device("cpu")
+    """Of the tensors that are read."""
 
     def read(self, name: str) -> Finished | None:
-        """The check of this name, if it was finished."""
+        """The check of this name, if it was finished. As the first process finds it, like all that is read here."""
+        return current().from_first(partial(self._read_check, name))
+
+    def _read_check(self, name: str) -> Finished | None:
         try:
             found = json.loads((self.folder / f"check-{name}.json").read_text())
             return Finished(Check(**found.pop("check")), **found)
@@ -76,8 +80,10 @@ class Partial(Unfinished):
             return None
 
     def write(self, one: Finished) -> None:
-        text = json.dumps(asdict(one), allow_nan=False)
-        write_atomically(self.folder / f"check-{one.check.name}.json", text.encode())
+        with current().together():
+            text = json.dumps(asdict(one), allow_nan=False)
+            if current().first:
+                write_atomically(self.folder / f"check-{one.check.name}.json", text.encode())
 
     def shared(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
         """What several checks look at: read if it was computed before, else made and kept.
@@ -85,25 +91,30 @@ class Partial(Unfinished):
         Args:
             kind: a dataclass whose fields are tensors and arrays.
         """
-        file = self.folder / f"{name}.npz"
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return kind(**{f.name: self._read(arrays, f.name) for f in fields(kind)})  # type: ignore[arg-type]
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-            pass
+        found = current().from_first(partial(self._read_arrays, name))
+        if found is not None and set(found) == {f.name for f in fields(kind)}:  # type: ignore[arg-type]
+            return kind(**{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in found.items()})
         made = make()
         values = {f.name: getattr(made, f.name) for f in fields(kind)}  # type: ignore[arg-type]
         plain = {f"tensor.{k}": v.detach().cpu().numpy() for k, v in values.items() if isinstance(v, Tensor)}
         plain |= {f"array.{k}": v for k, v in values.items() if not isinstance(v, Tensor)}
-        with written_whole(file) as opened:
-            np.savez(opened, **plain)  # type: ignore[arg-type]  # (its stub takes them for its flag)
+        with current().together():
+            if current().first:
+                with written_whole(self._file(name)) as opened:
+                    np.savez(opened, **plain)  # type: ignore[arg-type]  # (its stub takes them for its flag)
         return made
 
-    def _read(self, arrays: Mapping[str, np.ndarray], name: str) -> Tensor | np.ndarray:
-        if f"tensor.{name}" in arrays:
-            return torch.from_numpy(arrays[f"tensor.{name}"]).to(self.device)
-        return arrays[f"array.{name}"]
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
+
+    def _read_arrays(self, name: str) -> dict[str, Tensor | np.ndarray] | None:
+        try:
+            with np.load(self._file(name), allow_pickle=False) as arrays:
+                found = {key.partition("."): arrays[key] for key in arrays}
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):  # not there, or damaged
+            return None
+        return {name: torch.from_numpy(v) if kind == "tensor" else v for (kind, _, name), v in found.items()}
 
     def has(self, name: str) -> bool:
         """Whether `shared` of this name was computed."""
-        return (self.folder / f"{name}.npz").exists()
+        return current().from_first(self._file(name).exists)

@@ -5,17 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gsem.attacks import Step
-from gsem.attacks.suite import AttackSpec
+from gsem.attacks.suite import GRADIENT
 from gsem.auditing.blackbox import black_box_attacks
 from gsem.auditing.check import Check
 from gsem.auditing.context import AuditContext
 from gsem.auditing.partial import Finished
-from gsem.evaluation.evaluate import REPORT_EVERY
+from gsem.evaluation.work import REPORT_EVERY
 
 # Share of the whole work that must be finished before the time left is estimated.
 ENOUGH = 0.02
-# A pass with a gradient, in passes without.
-GRADIENT = 3.0
 # Images that a gradient attack leaves for the next one, and steps that it needs without a bound: typical shares.
 REMAINING, UNBOUNDED = 0.5, 0.1
 
@@ -38,22 +36,13 @@ class Progress:
     """Whether the check was finished before the audit was interrupted, and read from disk now."""
 
 
-def attack_passes(ctx: AuditContext, attack: AttackSpec) -> float:
-    """For each image that it attacks, at most."""
-    o = ctx.options(attack)
-    each = o.get("eot", 1) * o.get("restarts", 1)
-    if "queries" in o:
-        return each * o["queries"]
-    return GRADIENT * each * o.get("steps", 1) * max(1, o.get("targets") or 1)
-
-
 def planned(ctx: AuditContext, names: Sequence[str]) -> dict[str, float]:
     """Passes per image of each check, roughly; 1 for a check that is not listed here.
 
     The first check that needs the audited attacks runs them.
     """
     options = ctx.options(ctx.primary_attack)
-    primary, white = attack_passes(ctx, ctx.primary_attack), sum(attack_passes(ctx, a) for a in ctx.white)
+    primary, white = ctx.passes(ctx.primary_attack), sum(ctx.passes(a) for a in ctx.white)
     scored = 2.0 * ctx.draws
     curves = sum(key in options for key in ("steps", "restarts")) + ctx.stochastic
     passes = {
@@ -66,7 +55,7 @@ def planned(ctx: AuditContext, names: Sequence[str]) -> dict[str, float]:
         "unconstrained": UNBOUNDED * white + scored,
         "binarization": (128 if ctx.quick else 256) + white + 200 * (3 if ctx.stochastic else 1),
         "sweeps": REMAINING * (3 * primary + curves * (white + 2 * primary)) + (3 if ctx.quick else 10) * scored,
-        "blackbox": REMAINING * sum(attack_passes(ctx, a) for a in black_box_attacks(ctx)),
+        "blackbox": REMAINING * sum(ctx.passes(a) for a in black_box_attacks(ctx)),
         "noise": 3 * white / max(1, options["eot"]) if ctx.stochastic or ctx.source_models else 1.0,
     }
     plan = {name: passes.get(name, 1.0) for name in names}

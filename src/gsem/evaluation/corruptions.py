@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import mean
@@ -16,6 +17,9 @@ from gsem._io import write_atomically
 from gsem._text import columns, percent
 from gsem.data import balanced, to_float
 from gsem.data.corruptions import EXTRA, Corruptions
+from gsem.distributed import current
+from gsem.evaluation.partial import refuse_differences
+from gsem.evaluation.work import shared_out
 from gsem.nn.predict import BATCH, correct_draws, is_stochastic
 from gsem.rng import derive_seed
 
@@ -98,6 +102,9 @@ def evaluate_corruptions(
 ) -> CorruptionResult:
     """The expected accuracy of a model in eval mode under every corruption and severity.
 
+    Several processes share the work: all of them call this function with the same arguments, and all return the same
+    result. The first one writes it and calls `on_progress`.
+
     Args:
         model: a classifier of images in [0, 1], on `device`.
         corruptions: of `gsem.data.load_corruptions`; the images are read in batches.
@@ -114,38 +121,58 @@ def evaluate_corruptions(
     """
     if not corruptions or draws < 1:
         raise ValueError("there are no corruptions" if not corruptions else f"draws must be at least 1, not {draws}")
-    path = None if save is None else Path(save)
-    first = next(iter(corruptions.values()))
-    probe = to_float(first.x[:BATCH]).to(device)
-    model.eval()
-    stochastic = is_stochastic(model, probe)
-    metadata: dict[str, Any] = {
-        "model": model_fingerprint(model),
-        "images": {f"{name}/{s}": _sample(x.x, x.y) for (name, s), x in corruptions.items()},
-        "images_per_cell": images,
-        "stochastic": stochastic,
-        "draws": draws if stochastic else 1,
-        "seed": seed,
-    }
-    cells = _finished(path, metadata)
+    path, processes = None if save is None else Path(save), current()
+    with processes.first_warns(), processes.together():
+        first = next(iter(corruptions.values()))
+        probe = to_float(first.x[:BATCH]).to(device)
+        model.eval()
+        stochastic = is_stochastic(model, probe)
+        metadata: dict[str, Any] = {
+            "model": model_fingerprint(model),
+            "images": {f"{name}/{s}": _sample(x.x, x.y) for (name, s), x in corruptions.items()},
+            "images_per_cell": images,
+            "stochastic": stochastic,
+            "draws": draws if stochastic else 1,
+            "seed": seed,
+        }
+    refuse_differences(metadata)
+    cells = processes.from_first(partial(_finished, path, metadata))
     result = CorruptionResult(tuple(cells.values()), metadata | (about or {}))
-    for (name, severity), split in corruptions.items():
-        if (name, severity) in cells:
-            continue
-        rows = torch.arange(len(split)) if images is None else balanced(split.y, images)
-        right = 0.0
-        for part in rows.split(batch_size):
-            x, y = to_float(split.x[part]).to(device), split.y[part].to(device)
-            of = derive_seed(seed, "scoring", name, severity, int(part[0]))
-            found = correct_draws(model, x, y, draws=metadata["draws"], seed=of, batch_size=batch_size)
-            right += float(found.sum()) / metadata["draws"]
-        cells[name, severity] = cell = _cell(name, severity, right / len(rows), len(rows))
-        result = CorruptionResult(tuple(cells[key] for key in corruptions if key in cells), result.metadata)
-        if path is not None:
-            write_atomically(path, json.dumps(result.to_dict(), indent=2).encode())
-        if on_progress is not None:
-            on_progress(cell)
+    missing = [key for key in corruptions if key not in cells]
+    computed = partial(_computed, model, corruptions, images, metadata["draws"], seed, batch_size, device)
+    # Cells cost about the same: each process takes one, and the next ones when all have finished.
+    for start in range(0, len(missing), processes.size):
+        now = missing[start : start + processes.size]
+        for cell in shared_out(f"the cells {now}", [partial(computed, *key) for key in now]):
+            cells[cell.corruption, cell.severity] = cell
+            result = CorruptionResult(tuple(cells[key] for key in corruptions if key in cells), result.metadata)
+            with processes.together():
+                if path is not None and processes.first:
+                    write_atomically(path, json.dumps(result.to_dict(), indent=2).encode())
+            if on_progress is not None and processes.first:
+                on_progress(cell)
     return result
+
+
+def _computed(
+    model: nn.Module,
+    corruptions: Corruptions,
+    images: int | None,
+    draws: int,
+    seed: int,
+    batch_size: int,
+    device: torch.device | str,
+    name: str,
+    severity: int,
+) -> Cell:
+    split = corruptions[name, severity]
+    rows = torch.arange(len(split)) if images is None else balanced(split.y, images)
+    right = 0.0
+    for part in rows.split(batch_size):
+        x, y = to_float(split.x[part]).to(device), split.y[part].to(device)
+        of = derive_seed(seed, "scoring", name, severity, int(part[0]))
+        right += float(correct_draws(model, x, y, draws=draws, seed=of, batch_size=batch_size).sum()) / draws
+    return _cell(name, severity, right / len(rows), len(rows))
 
 
 def _sample(x: Any, y: Tensor) -> str:

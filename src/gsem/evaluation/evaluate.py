@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,44 +19,22 @@ from torch import Tensor, nn
 from gsem._env import exact_float32, out_of_memory_names
 from gsem._fingerprint import data_fingerprint, model_fingerprint
 from gsem._text import with_rows
-from gsem.attacks import Counting, Step, counting
+from gsem.attacks import counting
 from gsem.attacks._checks import check_result
 from gsem.attacks._core import distances
 from gsem.attacks._types import Norm
 from gsem.attacks.own import AnyAttack, AttackLike, listed
 from gsem.attacks.suite import SUITES, AttackSpec, suite
-from gsem.evaluation.partial import FinishedBatches, computed, question, saved_result
+from gsem.distributed import Processes, current
+from gsem.evaluation.partial import FinishedBatches, computed, question, refuse_differences, saved_result
 from gsem.evaluation.result import VOTERS, AttackScores, EvaluationResult, attack_name, joined, with_ending
+from gsem.evaluation.work import Progress as Progress
+from gsem.evaluation.work import Report, Watch, WorkItems
 from gsem.nn.contract import ImagesLike, LabelsLike, check_gradient, checked, plain_logits
 from gsem.nn.folded import fold
 from gsem.nn.gsem import GSeM, noise
 from gsem.nn.predict import BATCH, is_stochastic, predict_draws, vote_accuracy
 from gsem.rng import derive_seed
-
-REPORT_EVERY = 0.2  # seconds
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an evaluation is."""
-
-    name: str
-    """Of the attack, with the noise unless it is fresh."""
-    done: int
-    """Images finished with this attack, of `images`."""
-    images: int
-    remaining: int
-    """Images of the current batch that this attack still works on."""
-    accuracy: float | None
-    """Expected accuracy so far, 0 to 1, on the selection draws; images of the current batch that are not
-    broken yet count as right."""
-    gradients_per_second: float
-    """Image rows forward and back, in the current batch."""
-    seconds_left: float | None
-    """Of this attack."""
-
-
-Report = Callable[[Progress], None]
 
 
 @exact_float32()
@@ -124,6 +102,11 @@ def evaluate(
     It is named by its `__name__`, or by the pair. At `save`, it is the same attack if its name and the function's
     qualified name are the same: what changed inside the function is not seen (`again` computes it anew).
 
+    Several processes (started by torchrun, for instance) share the work: all of them call this function with the same
+    arguments, batches go to whichever process is free, and all return the same result, which is that of one process
+    on the same type of device. The first process saves it and calls `on_progress`. The folder of `save` must be shared
+    by all hosts.
+
     Raises:
         ValueError: an unknown attack or option, arguments out of range, logits that are not finite, attacks that
             follow the gradient of a model that has none; at `save`, a result of something else (`AnotherQuestion`), an
@@ -132,52 +115,57 @@ def evaluate(
     Warns:
         UserWarning: a model that returns probabilities, or whose gradient is zero.
     """
-    if not len(x):
-        raise ValueError("there are no images to evaluate on")
-    # Fingerprints are of these, not of the wrappers that take the logits out of what they return.
-    given, others = model, dict(source_models or {})
-    numbers = _checked_rows(rows, len(x))
-    named = partial(with_rows, rows=numbers)
-    source_models = {}
-    with _reworded(named):
-        model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch_size=batch_size)
-        for name, source in others.items():
-            with _reworded(partial("source {!r}: {}".format, name)):
-                source_models[name] = plain_logits(source, x, y)
-    if norm == "Linf" and eps > 1:
-        raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
-    chosen = _chosen(attacks, transferable=bool(source_models) or _defended(model))
-    stochastic = is_stochastic(model, x[:batch_size])
-    modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
-    metadata: dict[str, Any] = {
-        "images": len(x),
-        "fingerprint": model_fingerprint(given) | data_fingerprint((x, y)),
-        "eps": eps,
-        "norm": norm,
-        "draws": draws if stochastic else 1,
-        "stochastic": stochastic,
-        "seed": seed,
-        "noise": modes,
-        "options": _options(chosen, eps=eps, norm=norm, stochastic=stochastic),
-        "batch_size": batch_size,
-        "source_models": {name: model_fingerprint(source) for name, source in others.items()},
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "device": str(x.device),
-        "tf32": False,
-    } | ({} if about is None else {"about": dict(about)})
-    task = _Task(model, x, y, eps, norm, metadata["draws"], modes, seed, batch_size, save_adv)
+    processes = current()
+    with processes.first_warns(), processes.together():
+        if not len(x):
+            raise ValueError("there are no images to evaluate on")
+        # Fingerprints are of these, not of the wrappers that take the logits out of what they return.
+        given, others = model, dict(source_models or {})
+        numbers = _checked_rows(rows, len(x))
+        named = partial(with_rows, rows=numbers)
+        source_models = {}
+        with _reworded(named):
+            model, x, y, eps = checked(model, x, y, eps=eps, norm=norm, draws=draws, batch_size=batch_size)
+            for name, source in others.items():
+                with _reworded(partial("source {!r}: {}".format, name)):
+                    source_models[name] = plain_logits(source, x, y)
+        if norm == "Linf" and eps > 1:
+            raise ValueError(f"eps = {eps:g}, but images lie in [0, 1]: it must be at most 1 (8/255, not 8)")
+        chosen = _chosen(attacks, transferable=bool(source_models) or _defended(model))
+        stochastic = is_stochastic(model, x[:batch_size])
+        modes = ["fresh", "frozen", "off"] if stochastic and frozen and _noisy(model) else ["fresh"]
+        metadata: dict[str, Any] = {
+            "images": len(x),
+            "fingerprint": model_fingerprint(given) | data_fingerprint((x, y)),
+            "eps": eps,
+            "norm": norm,
+            "draws": draws if stochastic else 1,
+            "stochastic": stochastic,
+            "seed": seed,
+            "noise": modes,
+            "options": _options(chosen, eps=eps, norm=norm, stochastic=stochastic),
+            "batch_size": batch_size,
+            "source_models": {name: model_fingerprint(source) for name, source in others.items()},
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "device": str(x.device),
+            "tf32": False,
+        } | ({} if about is None else {"about": dict(about)})
+        task = _Task(model, x, y, eps, norm, metadata["draws"], modes, seed, batch_size, save_adv)
+    asked = question(metadata)
+    refuse_differences(asked)
+    metadata = processes.from_first(lambda: metadata)
 
     def scored(on_disk: FinishedBatches | None) -> EvaluationResult:
-        with _reworded(named), out_of_memory_names(batch_size):
-            scores = _scores(task, chosen, source_models, on_disk, on_progress)
-        return EvaluationResult(scores, y.cpu().numpy(), metadata, numbers)
+        with processes.first_warns(), processes.together(), _reworded(named), out_of_memory_names(batch_size):
+            own = _own_scores(task, chosen, source_models, on_disk, on_progress)
+        return EvaluationResult(_joined(processes, own, save_adv=save_adv), y.cpu().numpy(), metadata, numbers)
 
     if save is None:
         return scored(None)
-    finished = saved_result(save, question(metadata), None if rows is None else numbers)
+    finished = processes.from_first(lambda: saved_result(save, asked, None if rows is None else numbers))
     if finished is None or again:
-        return computed(save, question(metadata), scored)
+        return computed(save, asked, scored)
     return _with_examples(finished, save) if save_adv else finished
 
 
@@ -268,67 +256,116 @@ class _Task:
     batch_size: int
     save_adv: bool
 
+    def draws_in(self, mode: str) -> int:
+        """Selection draws, and scoring draws: one where the noise is frozen or off."""
+        return self.draws if mode == "fresh" else 1
 
-def _scores(
+    def name(self, mode: str, attack: AnyAttack) -> str:
+        return attack_name(attack.label(eps=self.eps, stochastic=self.draws_in(mode) > 1), mode)
+
+
+def _own_scores(
     task: _Task,
     attacks: Sequence[AnyAttack],
     source_models: Mapping[str, nn.Module],
     on_disk: FinishedBatches | None,
     on_progress: Report | None,
-) -> list[AttackScores]:
-    """Every attack in every mode of the noise."""
-    scores: list[AttackScores] = []
+) -> dict[str, dict[int, AttackScores]]:
+    """Every attack in every mode of the noise: by its name, and by their first image, the batches of this process."""
+    processes = current()
+    # Transferred and unbounded points are questions about the model as it is used: with fresh noise.
+    asked = {m: [a for a in attacks if m == "fresh" or (a.bounded and a.name != "transfer")] for m in task.modes}
+    work, watches = WorkItems(processes), {}
     for mode in task.modes:
-        # Transferred and unbounded points are questions about the model as it is used: with fresh noise.
-        asked = [a for a in attacks if mode == "fresh" or (a.bounded and a.name != "transfer")]
-        transferred = any(a.name == "transfer" for a in asked)
-        as_set: Any = nullcontext()  # one mode only: the model stays as the caller set it
-        if len(task.modes) > 1:
-            as_set = noise(task.model, mode, seed=task.seed if mode == "frozen" else None)  # type: ignore[arg-type]
-        with as_set:
-            sources = undefended(task.model) | dict(source_models) if transferred else {}
-            folded = fold(task.model)
-            folded_sources: dict[str, nn.Module] = {name: fold(source) for name, source in sources.items()}
-            evaluation = _Evaluation(task, mode, folded, folded_sources, on_disk, on_progress)
-            if mode == "fresh" and any(a.follows_gradient for a in asked):
-                check_gradient(folded, task.x)
-            scores += [evaluation.score(attack) for attack in asked]
+        for name in map(partial(task.name, mode), asked[mode]):
+            watches[name] = Watch(on_progress, name, len(task.x), task.draws_in(mode), work)
+    parts: dict[str, dict[int, AttackScores]] = {name: {} for name in watches}
+    with work:
+        for mode in task.modes:
+            with _noise(task, mode):
+                evaluation = _Evaluation(task, mode, asked[mode], source_models, on_disk)
+                items = _items(task, mode, asked[mode], costly_first=processes.several)
+                for number in work.own(len(items)):
+                    attack, name, first = items[number]
+                    part = evaluation.part(attack, name, first, watches[name])
+                    # (The points of all attacks at once take more memory than those of one batch.)
+                    parts[name][first] = part if task.save_adv else replace(part, x_adv=None)
+                    _refresh(watches)
+        work.wait(partial(_refresh, watches))
+    return parts
+
+
+def _joined(processes: Processes, own: dict[str, dict[int, AttackScores]], *, save_adv: bool) -> list[AttackScores]:
+    """The scores of each attack, from the batches of all processes. `own` is emptied, to hold no image twice."""
+    scores = []
+    for name in list(own):
+        found = {first: part for parts in processes.gathered(own.pop(name)) for first, part in parts.items()}
+        scores.append(joined([found[first] for first in sorted(found)], save_adv=save_adv))
     return scores
 
 
-@dataclass(frozen=True)
+def _refresh(watches: Mapping[str, Watch]) -> None:
+    for watch in watches.values():
+        watch.refresh()
+
+
+def _items(
+    task: _Task, mode: str, attacks: Sequence[AnyAttack], *, costly_first: bool
+) -> list[tuple[AnyAttack, str, int]]:
+    """The batches of a mode of the noise: attack, its name in the result, and number of the first image.
+
+    Where the costly ones come first, the processes that share them end at about the same time.
+    """
+    if costly_first:
+        stochastic = task.draws_in(mode) > 1
+        attacks = sorted(attacks, key=lambda a: -a.passes(eps=task.eps, stochastic=stochastic))
+    return [(a, task.name(mode, a), first) for a in attacks for first in range(0, len(task.x), task.batch_size)]
+
+
+@contextmanager
+def _noise(task: _Task, mode: str) -> Iterator[None]:
+    as_set: Any = nullcontext()  # one mode only: the model stays as the caller set it
+    if len(task.modes) > 1:
+        as_set = noise(task.model, mode, seed=task.seed if mode == "frozen" else None)  # type: ignore[arg-type]
+    with as_set:
+        yield
+
+
 class _Evaluation:
-    """The attacks on one model in one mode of its noise, which is set already, batch by batch."""
+    """The attacks on one model in one mode of its noise, which is set already, batch by batch.
 
-    task: _Task
-    mode: str
-    folded: nn.Module
-    source_models: dict[str, nn.Module]
-    on_disk: FinishedBatches | None
-    on_progress: Report | None
+    Raises:
+        NoGradient: attacks follow the gradient of a model that has none.
+    """
 
-    @property
-    def draws(self) -> int:
-        return self.task.draws if self.mode == "fresh" else 1
+    def __init__(
+        self,
+        task: _Task,
+        mode: str,
+        attacks: Sequence[AnyAttack],
+        source_models: Mapping[str, nn.Module],
+        on_disk: FinishedBatches | None,
+    ):
+        self.task, self.mode, self.on_disk, self.draws = task, mode, on_disk, task.draws_in(mode)
+        transferred = any(a.name == "transfer" for a in attacks)
+        sources = undefended(task.model) | dict(source_models) if transferred else {}
+        self.folded = fold(task.model)
+        self.source_models: dict[str, nn.Module] = {name: fold(source) for name, source in sources.items()}
+        if mode == "fresh" and any(a.follows_gradient for a in attacks):
+            check_gradient(self.folded, task.x)
 
-    def score(self, attack: AnyAttack) -> AttackScores:
-        """All images under one attack."""
-        task = self.task
-        name = attack_name(attack.label(eps=task.eps, stochastic=self.draws > 1), self.mode)
-        watch = _Watch(self.on_progress, name, len(task.x), self.draws)
-        parts: list[AttackScores] = []
-        for first in range(0, len(task.x), task.batch_size):
-            watch.begin(min(task.batch_size, len(task.x) - first))
-            part = self.on_disk.read(name, first) if self.on_disk is not None else None
-            if part is None:
-                part = self._batch(attack, name, first, watch)
-                if self.on_disk is not None:
-                    self.on_disk.write(name, first, part)
-            parts.append(part)
-            watch.finished(part)
-        return joined(parts, save_adv=task.save_adv)
+    def part(self, attack: AnyAttack, name: str, first: int, watch: Watch) -> AttackScores:
+        """The batch from image `first`, read if it was finished before an interruption."""
+        watch.begin(min(self.task.batch_size, len(self.task.x) - first))
+        part = self.on_disk.read(name, first) if self.on_disk is not None else None
+        if part is None:
+            part = self._batch(attack, name, first, watch)
+            if self.on_disk is not None:
+                self.on_disk.write(name, first, part)
+        watch.finished(part)
+        return part
 
-    def _batch(self, attack: AnyAttack, name: str, first: int, watch: "_Watch") -> AttackScores:
+    def _batch(self, attack: AnyAttack, name: str, first: int, watch: Watch) -> AttackScores:
         task = self.task
         x, y = (values[first : first + task.batch_size] for values in (task.x, task.y))
         started = time.monotonic()
@@ -344,7 +381,7 @@ class _Evaluation:
                 # The names keep the streams apart: no draw of the search is a draw of the selection or of the score.
                 seed=derive_seed(task.seed, "search", name, first),
                 source_models=self.source_models,
-                on_step=watch.on_step if self.on_progress is not None else None,
+                on_step=watch.on_step if watch.used else None,
             )
             if attack.bounded:
                 check_result(x_adv, x, eps=task.eps, norm=task.norm)
@@ -388,40 +425,3 @@ def undefended(model: nn.Module) -> dict[str, nn.Module]:
                 module.offsets.mode = "off"
                 module.quantiser = module.quantiser and name == "noise off"
     return copies
-
-
-class _Watch:
-    """The progress of one attack."""
-
-    def __init__(self, on_progress: Report | None, name: str, images: int, draws: int):
-        self.on_progress, self.name, self.images, self.draws = on_progress, name, images, draws
-        self.done, self.correct, self.seconds = 0, 0, 0.0  # of the finished batches
-        self.begin(0)
-
-    def begin(self, size: int) -> None:
-        """A batch of so many images."""
-        self.size = size
-        self.model: Counting | None = None
-        self.started = self.reported = time.monotonic()
-
-    def on_step(self, step: Step) -> None:
-        now = time.monotonic()
-        if now - self.reported >= REPORT_EVERY:
-            self.reported = now
-            remaining = len(step.rows) if step.live is None else int(step.live.sum())
-            self._report(remaining, (self.correct / self.draws + remaining) / (self.done + self.size))
-
-    def finished(self, part: AttackScores) -> None:
-        self.done += len(part.selection)
-        # Each image counts with its share of right selection draws, as in an expected accuracy.
-        self.correct += int(part.selection.sum())
-        self.seconds += part.seconds
-        self._report(0, self.correct / self.draws / self.done)
-
-    def _report(self, remaining: int, accuracy: float) -> None:
-        if self.on_progress is None:
-            return
-        passed = max(time.monotonic() - self.started, 1e-9)
-        rate = 0.0 if self.model is None else self.model.gradients / passed
-        left = self.seconds / self.done * (self.images - self.done) if self.done else None
-        self.on_progress(Progress(self.name, self.done, self.images, remaining, accuracy, rate, left))

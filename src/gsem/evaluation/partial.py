@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import socket
+import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -13,11 +16,14 @@ from jaxtyping import Int
 from gsem._io import write_atomically, written_whole
 from gsem._lock import locked
 from gsem._text import pixels
+from gsem.distributed import current
 from gsem.evaluation.result import ARRAYS, FIELDS, AttackScores, EvaluationResult, saved_metadata, with_ending
 from gsem.rng import derive_seed
 
 # The metadata of a result that decide it: two results that agree in them have the same figures.
 QUESTION = ("fingerprint", "eps", "norm", "draws", "seed", "noise", "options", "batch_size", "source_models")
+# A network file system may show a new file to other hosts later.
+SEEN_SECONDS = 20.0
 _WORDS = {
     "structure": "the model's layers, settings or normalisation",
     "weights": "the model's weights",
@@ -53,6 +59,17 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         else:
             found.append(_WORDS.get(key, key))
     return found
+
+
+def refuse_differences(asked: Mapping[str, Any]) -> None:
+    """Raise a ValueError if another process was called with another model, other images or other arguments."""
+    first, *others = current().gathered(asked)
+    for rank, other in enumerate(others, 1):
+        if found := differences(first, other):
+            raise ValueError(
+                f"all processes must be asked the same, but process {rank} differs from process 0 in: "
+                f"{'; '.join(found)}"
+            )
 
 
 def _short(value: float | str) -> str:
@@ -96,7 +113,19 @@ class Unfinished:
                 "Repeat that command to finish it, choose another --out, or delete the folder"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(question, indent=2).encode())
+        self.question = json.dumps(question, indent=2)
+        write_atomically(file, self.question.encode())
+
+    def check_shared(self) -> None:
+        """Raise a ValueError where this process does not see the folder as the one that opened it has left it."""
+        file, until = self.folder / "question.json", time.monotonic() + SEEN_SECONDS
+        while not (file.exists() and file.read_text() == self.question):
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"{self.folder} on {socket.gethostname()} is not the folder of the first process: all hosts must "
+                    "share it. Choose a place on a shared file system (--out)"
+                )
+            time.sleep(0.1)
 
     @property
     def finished(self) -> int:
@@ -112,6 +141,31 @@ class Unfinished:
         """Nothing was finished: the next computation finds the place free."""
         if not self.finished:
             self.discard()
+
+
+U = TypeVar("U", bound=Unfinished)
+
+
+@contextmanager
+def finished_parts(opened: Callable[[], U]) -> Iterator[U]:
+    """The finished parts of a computation, for the length of a `with` block at whose end the result is saved.
+
+    Args:
+        opened: opens the folder. The first process does, for all.
+    """
+    processes = current()
+    on_disk = processes.from_first(opened)
+    with processes.together():
+        on_disk.check_shared()
+    try:
+        yield on_disk
+    except BaseException as error:
+        # (Where one process is interrupted, others may still write.)
+        if processes.first and (isinstance(error, Exception) or not processes.several):
+            on_disk.discard_if_empty()
+        raise
+    if processes.first:
+        on_disk.discard()
 
 
 class FinishedBatches(Unfinished):
@@ -143,10 +197,14 @@ class AnotherQuestion(ValueError):
     """The result that is saved at this path has another model, other images or other arguments."""
 
     def __init__(self, out: Path, different: list[str]):
+        self.out, self.different = out, different
         super().__init__(
             f"{with_ending(out, '.npz')} is there already, and is a different evaluation. It differs in: "
             f"{'; '.join(different)}. Choose another --out, or move the file away"
         )
+
+    def __reduce__(self) -> tuple:
+        return AnotherQuestion, (self.out, self.different)
 
 
 def refuse_to_overwrite(out: str | Path, asked: Mapping[str, Any]) -> None:
@@ -191,17 +249,19 @@ def computed(
     Raises:
         AnotherQuestion: the result there has another question. Locked: another process evaluates into `out`.
     """
-    out = with_ending(out, "")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out, processes = with_ending(out, ""), current()
     instead = "wait for its end, or choose another --out"
-    with locked(out.with_name(f".{out.name}.lock"), f"evaluating into {out}", instead):
-        refuse_to_overwrite(out, asked)
-        on_disk = FinishedBatches(out, asked)
-        try:
+    with ExitStack() as held:
+
+        def opened() -> FinishedBatches:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out.with_name(f".{out.name}.lock"), f"evaluating into {out}", instead))
+            refuse_to_overwrite(out, asked)
+            return FinishedBatches(out, asked)
+
+        with finished_parts(opened) as on_disk:
             result = scored(on_disk)
-        except BaseException:
-            on_disk.discard_if_empty()
-            raise
-        result.save(out)
-        on_disk.discard()
+            with processes.together():
+                if processes.first:
+                    result.save(out)
     return result

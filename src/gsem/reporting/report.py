@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gsem._env import device_named, release
 from gsem._fingerprint import model_fingerprint
 from gsem._io import write_atomically
 from gsem.data import Dataset, balanced, load, to_float
+from gsem.distributed import current
 from gsem.evaluation.result import AttackScores, EvaluationResult
 from gsem.nn.contract import plain_logits
 from gsem.nn.load import load_model
@@ -60,12 +62,26 @@ def report(
         on_progress: called with a line of text before each step that takes time.
 
     Returns:
-        The files written.
+        The files written. Of several processes, the first one writes them, while the others wait.
 
     Raises:
         FileNotFoundError, ValueError: no run, a damaged file, an unknown ending, or a `model` that is not the
             evaluated one.
     """
+    written = partial(_written, runs, out, model, data, data_path, images, device, on_progress)
+    return current().from_first(written)
+
+
+def _written(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path | Sequence[str | Path],
+    model: nn.Module | None,
+    data: str | Dataset | None,
+    data_path: str | None,
+    images: int,
+    device: str | None,
+    on_progress: Callable[[str], None] | None,
+) -> list[Path]:
     paths = [Path(p) for p in ([out] if isinstance(out, (str, Path)) else out)]
     for path in paths:
         if path.suffix not in ENDINGS:
