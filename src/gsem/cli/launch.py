@@ -98,7 +98,9 @@ def _ended(failures: dict[int, Any], killed: dict[str, Any]) -> int:
     """
     started = min(failure.timestamp for failure in failures.values())
     at_once = [rank for rank, failure in failures.items() if failure.timestamp == started]
-    rank = killed.get("rank", min(at_once, key=lambda rank: failures[rank].exitcode))
+    # (SIGTERM is what torch's launcher sends to the others.)
+    first = min(at_once, key=lambda rank: (failures[rank].exitcode == -signal.SIGTERM, failures[rank].exitcode))
+    rank = killed.get("rank", first)
     failure = failures.get(rank)
     code = 1 if failure is None else failure.exitcode
     if killed or code not in OWN_CODES:

@@ -4,7 +4,9 @@ The arguments are parsed first, which needs neither torch nor scipy; the module 
 """
 
 import os
+import signal
 import sys
+import threading
 import warnings
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
@@ -229,6 +231,9 @@ def _ended(text: str, cause: BaseException, code: int) -> int:
     if distributed is None or processes is None or not processes.several:
         errors.print(text, soft_wrap=True)
         return code
+    # The end of the others must not tear this one.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # torch's error, or torchrun's SIGTERM, may come from the end of another process, which is printed already.
     if type(cause) in (RuntimeError, Terminated, distributed.ProcessLost):
         processes.lost_soon()
