@@ -315,6 +315,8 @@ class _Watch(threading.Thread):
         if self.leaving.is_set():
             return
         self.leaving.set()
+        # A thread that is inside torch when Python ends would abort the process.
+        self.join(GRACE_SECONDS)
         rank, store = self.processes.rank, self.processes.store
         with suppress(RuntimeError):
             store.set(f"left/{rank}", json.dumps((problem or "", printed)))
