@@ -101,7 +101,7 @@ def test_the_end_of_one_process_ends_all_with_one_message(victim, doing):
     """
     ends = together(3, program)
     assert all(end.code for end in ends)
-    said = [line for end in ends for line in end.err.splitlines() if line.startswith("error: ")]
+    said = [line for end in ends for line in end.err.splitlines() if line.startswith("gsem: ")]
     assert len(said) == 1
     assert f"process {victim} (" in said[0]
     assert said[0].endswith("Resume by hand")

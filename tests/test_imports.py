@@ -9,6 +9,7 @@ import gsem
 
 ROOT = Path(gsem.__file__).parent
 FLOORS = [
+    {"_world"},
     {"losses", "rng", "_io", "_text", "_env", "_fingerprint", "_lock", "_interrupt"},
     {"distributed"},
     {"nn"},

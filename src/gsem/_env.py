@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 import gsem
+from gsem._world import World, world
 
 Used = Literal["float32", "bf16", "fp16"]
 
@@ -85,14 +86,19 @@ def require_room(images: torch.Tensor, device: torch.device | str, instead: str)
         raise ValueError(f"{problem}: {instead}")
 
 
-def device_named(name: str | None) -> torch.device:
-    """A torch device; `None` is the GPU where there is one.
+def device_named(name: str | None, place: World | None = None) -> torch.device:
+    """A torch device; `None` is the GPU where there is one. Of several processes, each takes a GPU of its own.
+
+    Args:
+        place: of the process that takes it; default: of this one.
 
     Raises:
-        ValueError: a device that torch does not know, or that this machine does not have.
+        ValueError: a device that torch does not know, that this machine does not have, or that several processes cannot
+            share.
     """
+    place = world() if place is None else place
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -106,7 +112,27 @@ def device_named(name: str | None) -> torch.device:
         raise ValueError("device 'mps' is not available: torch sees no Apple GPU here: use --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device {name!r} is not supported: it is cpu, cuda, cuda:N or mps")
-    return device
+    return _of_several(device, place) if place.size > 1 else device
+
+
+def _of_several(device: torch.device, place: World) -> torch.device:
+    """The device of one of several processes: on GPUs, that of its number among the processes of this host."""
+    if device.type == "mps" or device.index is not None:
+        raise ValueError(
+            f"device '{device}' is one for all {place.size} processes: --device cuda gives each a GPU of its own, "
+            "--device cpu computes without"
+        )
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if place.local_rank < count:
+        return torch.device("cuda", place.local_rank)
+    if count == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return torch.device("cuda", 0)  # srun can let each process see its own GPU alone
+    raise ValueError(
+        f"at least {place.local_rank + 1} processes on this host, and torch sees {count} GPU{'s' * (count > 1)} here: "
+        f"start {count}, or compute with --device cpu"
+    )
 
 
 def require_float64(device: torch.device, what: str) -> None:

@@ -5,6 +5,7 @@ torch.distributed; the rest of the package asks `current()`.
 """
 
 import atexit
+import faulthandler
 import json
 import os
 import pickle
@@ -17,10 +18,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gsem._env import device_named
+from gsem._io import write_atomically
 from gsem._lock import is_dead, this_process
+from gsem._world import World as World
+from gsem._world import world as world
 
 JOIN_SECONDS = 120.0
 """For all processes to arrive at the start."""
@@ -38,7 +42,10 @@ MISSED_BEATS = 30
 """Beats of another process that may be missed before it counts as ended."""
 GRACE_SECONDS = 10.0
 """Between the end of one process and the hard end of those that wait for it where Python cannot be interrupted."""
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+END = "the end of all"
+"""What the process that prints why all end asks `Processes.speaks_for_all` for."""
+KILLED_FILE = "GSEM_KILLED_FILE"
+"""Names, in the environment, the file to which the end of a process is written, where `--processes` prints it."""
 
 T = TypeVar("T")
 
@@ -49,53 +56,6 @@ class ProcessLost(RuntimeError):
 
 class OtherProcessFailed(RuntimeError):
     """Another process raised an error, and raises it itself; this one ends with it."""
-
-
-@dataclass(frozen=True)
-class World:
-    """The place of this process among all, from the environment."""
-
-    rank: int
-    size: int
-    local_rank: int
-    """Among the processes of this host."""
-
-
-def world(environment: Mapping[str, str] | None = None) -> World:
-    """The processes that were started together; one process where nothing in the environment names several.
-
-    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. In a step of SLURM (srun) they follow from
-    SLURM's own variables.
-
-    Raises:
-        ValueError: some of the variables are there and others are not, or they are no sensible numbers.
-    """
-    found = os.environ if environment is None else environment
-    if "RANK" not in found and "WORLD_SIZE" not in found and int(found.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return World(*(int(found[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID")))
-    size = _number(found, "WORLD_SIZE", 1)
-    if size < 1:
-        raise ValueError(f"WORLD_SIZE must be at least 1, not {size}")
-    if size == 1 and "RANK" not in found:
-        return World(0, 1, 0)
-    missing = [name for name in VARIABLES if name not in found]
-    if missing and (size > 1 or "WORLD_SIZE" not in found):
-        given = ", ".join(f"{name}={found[name]}" for name in VARIABLES if name in found)
-        raise ValueError(
-            f"{given} is set, but {', '.join(missing)} is not: start several processes by torchrun "
-            "(torchrun --nproc-per-node N -m gsem …) or --processes N, or unset it"
-        )
-    rank = _number(found, "RANK", 0)
-    if not 0 <= rank < size:
-        raise ValueError(f"RANK must be 0 to {size - 1} where WORLD_SIZE is {size}, not {rank}")
-    return World(rank, size, _number(found, "LOCAL_RANK", rank))
-
-
-def _number(found: Mapping[str, str], name: str, default: int) -> int:
-    try:
-        return int(found.get(name, default))
-    except ValueError:
-        raise ValueError(f"{name} must be an integer, not {found[name]!r}") from None
 
 
 class Processes:
@@ -234,7 +194,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            lost = self.lost_soon()
+            lost = self.lost_soon(needed=True)
             if lost is None or isinstance(error, ProcessLost | OtherProcessFailed):
                 raise
             raise ProcessLost(lost) from error
@@ -244,9 +204,13 @@ class Processes:
         """Which process has ended before its time; None while none has. The message was printed already."""
         return self._watch.lost if self._watch is not None else None
 
-    def lost_soon(self) -> str | None:
-        """As `lost`, after an error or signal that may come from the end of another process: waits for the watch."""
-        return self._watch.lost_soon() if self._watch is not None else None
+    def lost_soon(self, needed: bool = False) -> str | None:
+        """As `lost`, after an error or signal that may come from the end of another process: waits for the watch.
+
+        Args:
+            needed: a process that has ended without an error counts, too.
+        """
+        return self._watch.lost_soon(needed) if self._watch is not None else None
 
     def parallel(self, module: nn.Module, *, unused: bool) -> nn.Module:
         """`module` in DistributedDataParallel: after a backward pass, gradients are the mean of those of all processes.
@@ -311,7 +275,10 @@ class Processes:
                 warnings.warn(text, kind, stacklevel=3)
 
     def speaks_for_all(self, text: str) -> bool:
-        """Whether this process is the first to ask with this text, and may print it."""
+        """Whether this process is the first to ask with this text, and may print it.
+
+        Why all end is asked for with `END`: one message, from one process.
+        """
         if not self.several:
             return True
         try:
@@ -319,10 +286,14 @@ class Processes:
         except RuntimeError:  # the store is gone with process 0
             return self.rank == 1
 
-    def leave(self, problem: str | None = None) -> None:
-        """This process ends: the others need not wait for it. The first process waits for them, since all ask it."""
+    def leave(self, problem: str | None = None, *, printed: bool = False) -> None:
+        """This process ends: the others need not wait for it. The first process waits for them, since all ask it.
+
+        Args:
+            problem: why it ends before its time; the others end with it. printed: it was printed already.
+        """
         if self._watch is not None:
-            self._watch.leave(problem)
+            self._watch.leave(problem, printed)
 
 
 class SharedBatchNorm2d(nn.SyncBatchNorm):
@@ -353,8 +324,8 @@ def share_statistics(model: nn.Module) -> None:
 class _Watch(threading.Thread):
     """Signs of life in the store, so that the end of one process ends all: no collective of torch notices every death.
 
-    Values in the store: `who/RANK` (host and process), `beat/RANK` (a count), `left/RANK` ("" after a normal end, else
-    the problem).
+    Values in the store: `who/RANK` (host and process), `beat/RANK` (a count), `left/RANK` (at its end: the problem, and
+    whether that was printed).
     """
 
     def __init__(self, processes: Processes):
@@ -363,9 +334,10 @@ class _Watch(threading.Thread):
         self.lost: str | None = None
         self.leaving = threading.Event()
         self.noticed = threading.Event()
+        self.awaited = False
+        """Whether the main thread waits for what this one notices, and ends with it."""
         rank, size = processes.rank, processes.size
         self.others = [other for other in range(size) if other != rank]
-        self.store.set(f"who/{rank}", json.dumps(this_process()))
         self.who = {other: json.loads(self.store.get(f"who/{other}")) for other in self.others}
         self.beats = dict.fromkeys(self.others, (-1, 0))  # the last count seen, and looks since
         self.gone: set[int] = set()
@@ -378,59 +350,86 @@ class _Watch(threading.Thread):
                 self.store.add(f"beat/{rank}", 1)
                 lost = next(filter(None, map(self._problem, self.others)), None)
             except RuntimeError:
-                lost = None if self.leaving.is_set() else f"process 0 ({self._place(0)}) has ended: it held the store"
+                lost = self._store_problem()
             if lost is not None and not self.leaving.is_set():
-                return self._end_all(lost)
+                return self._end_all(*lost)
 
-    def _place(self, rank: int) -> str:
-        who = self.who.get(rank, {})
-        return f"process id {who.get('pid', '?')} on {who.get('host', 'this host')}"
+    def _named(self, rank: int) -> str:
+        who = self.who[rank]
+        return f"process {rank} (process id {who['pid']} on {who['host']})"
 
-    def _problem(self, other: int) -> str | None:
+    def _problem(self, other: int) -> tuple[str, bool] | None:
+        """What has happened to a process, and whether somebody else prints it."""
         if other in self.gone:
             return None
         if self.store.check([f"left/{other}"]):
-            problem = self.store.get(f"left/{other}").decode()
+            problem, printed = json.loads(self.store.get(f"left/{other}"))
+            if problem:
+                return f"{self._named(other)} has ended with an error: {problem}", printed
             self.gone.add(other)
-            return f"process {other} ({self._place(other)}) has ended with an error: {problem}" if problem else None
+            return None
         count, looks = self.beats[other]
         now = int(self.store.add(f"beat/{other}", 0))
         self.beats[other] = (now, 0) if now != count else (count, looks + 1)
         if is_dead(self.who[other]) and not self.store.check([f"left/{other}"]):
-            return f"process {other} ({self._place(other)}) was killed"
+            return f"{self._named(other)} was killed", self._leave_to_launcher(other)
         if self.beats[other][1] >= MISSED_BEATS:
-            return f"process {other} ({self._place(other)}) has shown no sign of life for {MISSED_BEATS} s"
+            return f"{self._named(other)} has shown no sign of life for {MISSED_BEATS * BEAT_SECONDS:.0f} s", False
         return None
 
-    def _end_all(self, lost: str) -> None:
-        self.lost = lost
-        if self.processes.speaks_for_all(lost):
-            hint = f". {self.processes.hint}" if self.processes.hint else ""
-            print(f"error: {lost}. All processes end{hint}", file=sys.stderr, flush=True)
-        self.noticed.set()
-        # The main thread ends as after SIGTERM where it is in Python, or by torch's error; in a kernel, by neither.
-        signal.raise_signal(signal.SIGTERM) if os.name == "nt" else os.kill(os.getpid(), signal.SIGTERM)
-        if not self.leaving.wait(GRACE_SECONDS):
-            os._exit(1)
+    def _leave_to_launcher(self, killed: int) -> bool:
+        """Whether the launcher prints that a process was killed: it knows the signal."""
+        file = os.environ.get(KILLED_FILE)
+        if file is None:
+            return False
+        with suppress(OSError):
+            write_atomically(Path(file), json.dumps({"rank": killed, "hint": self.processes.hint}).encode())
+        return True
 
-    def lost_soon(self) -> str | None:
-        """Which process has ended, where torch has raised an error already and the watch will notice soon."""
+    def _store_problem(self) -> tuple[str, bool]:
+        """As `_problem`, of the process that held the store."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return "the launcher of the processes has ended", False
+        return f"{self._named(0)} {'was killed' if is_dead(self.who[0]) else 'has ended, and with it the store'}", False
+
+    def _end_all(self, lost: str, printed: bool) -> None:
+        self._print(lost, printed)
+        # The main thread ends as after SIGTERM where it is in Python, or by torch's error; in a kernel, by neither.
+        if not self.awaited:
+            signal.raise_signal(signal.SIGTERM) if os.name == "nt" else os.kill(os.getpid(), signal.SIGTERM)
+        if not self.leaving.wait(GRACE_SECONDS):
+            os._exit(2)
+
+    def lost_soon(self, needed: bool) -> str | None:
+        self.awaited = True
         self.noticed.wait(4 * BEAT_SECONDS)
-        if self.lost is None and self.gone:
-            other = min(self.gone)
-            return f"process {other} ({self._place(other)}) has ended, and this one still needs it"
+        if self.lost is None and needed and self.gone:
+            self._print(f"{self._named(min(self.gone))} has ended, and this one still needs it")
+        self.awaited = self.lost is not None
         return self.lost
 
-    def leave(self, problem: str | None) -> None:
+    def _print(self, lost: str, printed: bool = False) -> None:
+        self.lost = lost
+        if not printed and self.processes.speaks_for_all(END):
+            hint = f". {self.processes.hint}" if self.processes.hint else ""
+            print(f"gsem: {lost}. All processes end{hint}", file=sys.stderr, flush=True)
+        self.noticed.set()
+
+    def leave(self, problem: str | None, printed: bool) -> None:
         if self.leaving.is_set():
             return
         self.leaving.set()
-        rank, store = self.processes.rank, self.store
+        # A thread that is inside torch when Python ends would abort the process.
+        self.join(GRACE_SECONDS)
+        rank, store = self.processes.rank, self.processes.store
         with suppress(RuntimeError):
-            store.set(f"left/{rank}", problem or "")
-            if self.processes.first and problem is None and self.lost is None:
-                store.set_timeout(timedelta(seconds=GRACE_SECONDS))
-                store.wait([f"left/{other}" for other in self.others])
+            store.set(f"left/{rank}", json.dumps((problem or "", printed)))
+            until = time.monotonic() + GRACE_SECONDS
+            waited = self.others if self.processes.first else []
+            while any(not store.check([f"left/{r}"]) and not is_dead(self.who[r]) for r in waited):
+                if time.monotonic() > until:
+                    return
+                time.sleep(0.05)
 
 
 def portable(error: Exception) -> Exception:
@@ -466,64 +465,106 @@ def launched() -> bool:
     return world().size > 1
 
 
+def joined() -> Processes | None:
+    """All processes, where this one has joined the others, or is about to: after an error, unlike `current`."""
+    return _current
+
+
 def _join(place: World) -> Processes:
+    global _current
     _fill_environment()
     gpus = torch.cuda.is_available()
     if gpus:
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
-    if dist.is_initialized():  # by the caller's own program
-        store = dist.PrefixStore("gsem", dist.distributed_c10d._get_default_store())
-    else:
+    store = None
+    if not dist.is_initialized():  # else by the caller's own program
         store = _rendezvous(place)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            store=dist.PrefixStore("torch", store),
-            rank=place.rank,
-            world_size=place.size,
-            # Another process may attack a batch for hours. That it is still there is the watch's question.
-            timeout=timedelta(days=7),
-        )
-        store = dist.PrefixStore("gsem", store)
-    found = Processes(place.rank, place.size, place.local_rank, store)
+    ours = dist.PrefixStore("gsem", store if store is not None else dist.distributed_c10d._get_default_store())
+    _wait_for_all(ours, place)
+    # The watch begins before torch connects the processes, where one of them may end, too.
+    _current = Processes(place.rank, place.size, place.local_rank, ours)
+    _leave_at_the_end(_current)
+    if store is not None:
+        with _current.explained():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpus else "gloo",
+                store=dist.PrefixStore("torch", store),
+                rank=place.rank,
+                world_size=place.size,
+                # Another process may attack a batch for hours. That it is still there is the watch's question.
+                timeout=timedelta(days=7),
+            )
+    return _current
+
+
+def _leave_at_the_end(found: Processes) -> None:
     atexit.register(_leave_at_exit, found)
     # Python calls what is registered for its exit also after an error, and says nothing of it there.
     hook = sys.excepthook
 
     def leave_with_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        hook(kind, error, trace)
+        # What another process has printed already, or raises itself, needs no traceback here.
+        if not issubclass(kind, ProcessLost | OtherProcessFailed):
+            hook(kind, error, trace)
         found.leave(f"{kind.__name__}: {error}")
 
     sys.excepthook = leave_with_error
-    return found
 
 
 def _leave_at_exit(processes: Processes) -> None:
     processes.leave()
+    # Where another process was killed, torch's threads may wait for it for ever.
+    faulthandler.dump_traceback_later(3 * GRACE_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     if dist.is_initialized() and processes.lost is None:
         dist.destroy_process_group()
 
 
 def _rendezvous(place: World) -> Any:
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    where = f"MASTER_ADDR={address}, MASTER_PORT={port}"
+    where = _where()
     try:
         rendezvous = dist.rendezvous(
             "env://", rank=place.rank, world_size=place.size, timeout=timedelta(seconds=JOIN_SECONDS)
         )
-        store, _, _ = next(iter(rendezvous))
-        store.add("arrived", 1)
-        started = time.monotonic()
-        while (arrived := int(store.add("arrived", 0))) < place.size:
-            if time.monotonic() - started > JOIN_SECONDS:
-                raise ValueError(f"only {arrived} of {place.size} processes came within {JOIN_SECONDS:.0f} s ({where})")
-            time.sleep(0.05)
+        return next(iter(rendezvous))[0]
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         if "EADDRINUSE" in text or "already in use" in text:
+            port = os.environ["MASTER_PORT"]
             raise ValueError(f"port {port} is in use ({where}): choose another MASTER_PORT") from None
         missed = f"process {place.rank} of {place.size} did not reach the others within {JOIN_SECONDS:.0f} s"
         raise ValueError(f"{missed} ({where}): {text}") from None
-    return store
+
+
+def _where() -> str:
+    return ", ".join(f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+
+def _wait_for_all(store: Any, place: World) -> None:
+    """Until all processes have written who they are.
+
+    Raises:
+        ValueError: one has ended since, or does not come.
+    """
+    store.set(f"who/{place.rank}", json.dumps(this_process()))
+    missing, known = set(range(place.size)), {}
+    until = time.monotonic() + JOIN_SECONDS
+    problem = ""
+    while missing and not problem:
+        try:
+            for rank in [rank for rank in missing if store.check([f"who/{rank}"])]:
+                known[rank] = json.loads(store.get(f"who/{rank}"))
+                missing.remove(rank)
+        except RuntimeError:
+            raise ValueError(f"the process that holds the store has ended ({_where()})") from None
+        dead = [rank for rank, who in known.items() if is_dead(who)]
+        if missing and dead:
+            problem = f"process {dead[0]} (process id {known[dead[0]]['pid']}) ended before all had come"
+        elif missing and time.monotonic() > until:
+            problem = f"only {len(known)} of {place.size} processes came within {JOIN_SECONDS:.0f} s"
+        elif missing:
+            time.sleep(0.05)
+    if problem:
+        raise ValueError(f"{problem} ({_where()})")
 
 
 def _fill_environment() -> None:

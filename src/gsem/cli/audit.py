@@ -34,7 +34,7 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
     for module in task.model.modules():
         if o.gradient is not None and isinstance(module, GSeM):
             module.gradient = o.gradient
-    command = command_line("audit", o.model, **changed(o, "model", "only", "out"))
+    command = command_line("audit", o.model, **changed(o, "model", "only", "out", "processes"))
     with AuditBar(console) as bar:
 
         def audited(place: Path) -> Audit:

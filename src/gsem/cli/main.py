@@ -4,8 +4,11 @@ The arguments are parsed first, which needs neither torch nor scipy; the module 
 """
 
 import os
+import signal
 import sys
+import threading
 import warnings
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
@@ -14,7 +17,9 @@ from typing import Any
 from rich.console import Console
 
 import gsem
-from gsem._interrupt import exit_code, sigterm_raises
+from gsem._interrupt import Terminated, exit_code, sigterm_raises
+from gsem._world import VARIABLES, World, world
+from gsem.cli.launch import launch, processes_to_start
 from gsem.cli.options import (
     STUDIES,
     AuditOptions,
@@ -72,6 +77,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "data": (DataOptions, "gsem.cli.list:data_command"),
 }
 RESUMED = ("evaluate", "audit", "study")
+SEVERAL = ("train", *RESUMED)
+"""The commands that compute in several processes. Of the others, the first process runs, and the rest return."""
 
 
 def read(command: str, words: list[str]) -> Any:
@@ -139,28 +146,35 @@ def _warning(message: Warning | str, *where: Any) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0; 2 for an error (one line on stderr), 130 Ctrl-C, 143 SIGTERM."""
+    """Run one command. Returns the exit code: 0; 2 for an error (one line on stderr), 130 Ctrl-C, 143 SIGTERM.
+
+    Of several processes, the first prints; an error is printed by one of them.
+    """
     words = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
+    try:
+        place = world()
+    except ValueError as error:
+        return _refused(error)
+    console.quiet = errors.quiet = place.rank > 0
+    if place.size > 1:  # before torch is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not words or words[0] in ("-h", "--help", "help"):
         console.print(HELP)
         return 0 if words else 2
     if words[0] == "--version":
         console.print(f"gsem {gsem.__version__} (torch {version('torch')})")
         return 0
-    command, *rest = words
+    if place.size > 1 and words[0] in COMMANDS and words[0] not in SEVERAL:
+        if place.rank > 0:
+            return 0
+        place = _alone()
     try:
-        options = read(command, rest)
-        module, function = COMMANDS[command][1].split(":")
-        with warnings.catch_warnings(), sigterm_raises():
-            warnings.showwarning = _warning  # type: ignore[assignment]  # (the line of code that warned is not shown)
-            getattr(import_module(module), function)(console, options)
-        return 0
+        return _run(words, place, debug)
     except KeyboardInterrupt as stopped:
-        kept = "; what is finished is kept: the same command resumes from there" if command in RESUMED else ""
-        errors.print(str(stopped) or f"stopped{kept}", soft_wrap=True)
-        return exit_code(stopped)
+        kept = "; what is finished is kept: the same command resumes from there" if words[0] in RESUMED else ""
+        return _ended(str(stopped) or f"stopped{kept}", stopped, exit_code(stopped))
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except BrokenPipeError:  # the reader, like `head`, has seen enough
@@ -169,10 +183,66 @@ def main(words: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        text = " ".join(str(error).split()) or type(error).__name__
-        errors.print(f"gsem: {kind}{text}", soft_wrap=True)
-        return 2
+        return _refused(error)
+
+
+def _run(words: list[str], place: World, debug: bool) -> int:
+    command, *rest = words
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if place.rank > 0 else nullcontext():
+        options = read(command, rest)
+    processes = processes_to_start(options, place)
+    if processes > 1:
+        return launch([*words, *(["--debug"] if debug else [])], processes)
+    module, function = COMMANDS[command][1].split(":")
+    with warnings.catch_warnings(), sigterm_raises():
+        warnings.showwarning = _warning  # type: ignore[assignment]  # (the line of code that warned is not shown)
+        if place.size > 1:
+            _join(place).hint = "The same command resumes from what is finished" if command in RESUMED else ""
+        getattr(import_module(module), function)(console, options)
+    return 0
+
+
+def _join(place: World) -> Any:
+    try:
+        return import_module("gsem.distributed").current()
+    except ValueError:
+        if place.rank == 1:
+            errors.quiet = False  # the first process may be the one that is missing
+        raise
+
+
+def _alone() -> World:
+    """From here on, this process is the only one: for commands that compute in one process."""
+    for name in (*VARIABLES, "SLURM_STEP_NUM_TASKS"):
+        os.environ.pop(name, None)
+    return world()
+
+
+def _refused(error: Exception) -> int:
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    text = " ".join(str(error).split()) or type(error).__name__
+    return _ended(f"gsem: {kind}{text}", error, 2)
+
+
+def _ended(text: str, cause: BaseException, code: int) -> int:
+    """Print why the command ends, unless another process prints it. Returns the exit code."""
+    distributed = sys.modules.get("gsem.distributed")  # (what is refused before anything is computed needs no torch)
+    processes = None if distributed is None else distributed.joined()
+    if distributed is None or processes is None or not processes.several:
+        errors.print(text, soft_wrap=True)
+        return code
+    # The end of the others must not tear this one.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # torch's error, or torchrun's SIGTERM, may come from the end of another process, which is printed already.
+    if type(cause) in (RuntimeError, Terminated, distributed.ProcessLost):
+        processes.lost_soon()
+    elsewhere = processes.lost is not None or isinstance(cause, distributed.OtherProcessFailed)
+    if not elsewhere and processes.speaks_for_all(distributed.END):
+        errors.quiet = False
+        errors.print(text, soft_wrap=True)
+    processes.leave(text, printed=True)
+    return code
 
 
 def script() -> None:

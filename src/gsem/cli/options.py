@@ -88,6 +88,13 @@ class DeviceOptions:
 
 
 @options
+class ProcessesOptions(DeviceOptions):
+    processes: int | Literal["auto"] | None = None
+    """Compute in this number of processes on this host; auto: one for each GPU. Several hosts: see
+    docs/distributed.md. Default: one process."""
+
+
+@options
 class NetworkOptions:
     """How to load a network that gsem did not train."""
 
@@ -152,7 +159,7 @@ class ThreatOptions:
 
 
 @options
-class TaskOptions(DeviceOptions, NetworkOptions, ThreatOptions, DataSourceOptions, ModelOptions):
+class TaskOptions(ProcessesOptions, NetworkOptions, ThreatOptions, DataSourceOptions, ModelOptions):
     """What gsem evaluate and gsem audit share. (Help lists the options from the last base to the first.)"""
 
     @property
@@ -264,7 +271,7 @@ class ReportOptions(DeviceOptions, NetworkOptions, DataSourceOptions):
 
 
 @options
-class TrainOptions(DeviceOptions):
+class TrainOptions(ProcessesOptions):
     """Train by a recipe: gsem train [RECIPE] [OPTIONS].
 
     Every field of the recipe can be set by its option.
@@ -296,7 +303,7 @@ STUDIES = ("ablation", "recipes")
 
 
 @options
-class StudyOptions(DeviceOptions):
+class StudyOptions(ProcessesOptions):
     """Train and evaluate variants over seeds: gsem study [ablation | recipes].
 
     The ablation removes parts of GSeM; recipes trains every named recipe.

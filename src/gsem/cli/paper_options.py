@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from gsem._interrupt import exit_code, sigterm_raises
+from gsem._world import world
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class EvaluateOptions:
 
 def _main(kind: Any, function: str, *more: str) -> int:
     try:
+        if world().size > 1:
+            raise ValueError("this script runs in one process: in several, use gsem train or gsem evaluate")
         options = tyro.cli(kind)
         with sigterm_raises():
             getattr(import_module("gsem.cli.paper"), function)(options, *more)
