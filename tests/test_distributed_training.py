@@ -65,7 +65,7 @@ def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
     words = [str(HELPERS / "distributed_runs.py"), str(folder)]
     ends = run(2, [*words, "killed"])
     assert all(end.code for end in ends)
-    said = [line for end in ends for line in end.err.splitlines() if line.startswith("error: ")]
+    said = [line for end in ends for line in end.err.splitlines() if line.startswith("gsem: ")]
     assert len(said) == 1 and "process 1 (" in said[0] and f"--resume {folder / 'killed'}" in said[0]
     ends = run(2, words)
     assert [end.code for end in ends] == [0, 0], [end.err for end in ends]
