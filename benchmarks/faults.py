@@ -95,10 +95,10 @@ def kill_once(
     ours = children(running.pid)
     choice = chance.randrange(o.processes + 1)  # one of the processes, or (seldom) what launched them
     victim, what = (ours[choice], f"child {choice}") if choice < len(ours) else ({"pid": running.pid}, "launcher")
-    try:
+    if running.poll() is None and not (choice < len(ours) and is_dead(victim)):
         os.kill(victim["pid"], signal.SIGKILL)
-    except ProcessLookupError:
-        what = "none: ended"
+    else:
+        what = "had ended"
     killed = time.monotonic()
     while (running.poll() is None or not all(map(is_dead, ours))) and time.monotonic() < killed + END_SECONDS:
         time.sleep(0.1)

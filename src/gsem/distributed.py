@@ -220,7 +220,9 @@ class Processes:
         Args:
             unused: whether the loss does not depend on all of its parameters.
         """
-        with self.explained():
+        with self.explained(), warnings.catch_warnings():
+            # From torch 2.13 on, another name is asked for, which older versions do not have.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
             return nn.parallel.DistributedDataParallel(
                 module, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True
             )
