@@ -44,12 +44,19 @@ def start(words: list[str], o: argparse.Namespace, log: Path) -> subprocess.Pope
 
 
 def run(words: list[str], o: argparse.Namespace, log: Path) -> float:
-    """To its end. Seconds."""
+    """To its end. Seconds since its processes were started."""
+    running = start(words, o, log)
+    wait_for_children(running)
     began = time.monotonic()
-    code = start(words, o, log).wait()
+    code = running.wait()
     if code:
         raise SystemExit(f"gsem {' '.join(words)} ended with {code}: {log.read_text()}")
     return time.monotonic() - began
+
+
+def wait_for_children(running: subprocess.Popen) -> None:
+    while running.poll() is None and not children(running.pid):
+        time.sleep(0.05)
 
 
 def children(of: int) -> list[dict]:
@@ -90,15 +97,17 @@ def kill_once(
     name, log = f"{kind}-{number}", folder / f"log-{number}"
     words = [*(TRAIN if kind == "training" else EVALUATE), "--out", name]
     running = start(words, o, log)
+    wait_for_children(running)
     moment = chance.uniform(0, seconds[kind])
     time.sleep(moment)
     ours = children(running.pid)
     choice = chance.randrange(o.processes + 1)  # one of the processes, or (seldom) what launched them
     victim, what = (ours[choice], f"child {choice}") if choice < len(ours) else ({"pid": running.pid}, "launcher")
-    try:
+    ended = [process for process in ours if is_dead(process)]
+    if running.poll() is None and victim not in ended and ended != ours:
         os.kill(victim["pid"], signal.SIGKILL)
-    except ProcessLookupError:
-        what = "none: ended"
+    else:
+        what = "had ended"
     killed = time.monotonic()
     while (running.poll() is None or not all(map(is_dead, ours))) and time.monotonic() < killed + END_SECONDS:
         time.sleep(0.1)
@@ -106,8 +115,7 @@ def kill_once(
     for process in [{"pid": running.pid}, *ours] if hung else []:
         os.kill(process["pid"], signal.SIGKILL)
     said = [line for line in log.read_text().splitlines() if line.startswith("gsem: ") and "warning" not in line]
-    # Where the launcher is killed before its processes have joined, none of them can know.
-    messages = len(said) == 1 or (what == "launcher" and not said and not ours) or running.poll() == 0
+    messages = len(said) == (0 if running.poll() == 0 else 1)
     if kind == "training" and (folder / name / "checkpoints/last.safetensors").exists():
         words = ["train", "--resume", name]
     run(words, o, folder / f"resumed-{number}")

@@ -47,6 +47,11 @@ def world(environment: Mapping[str, str] | None = None) -> World:
     return World(rank, size, _number(found, "LOCAL_RANK", rank))
 
 
+def has_launcher() -> bool:
+    """Whether torch's launcher watches the processes, and holds their store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _number(found: Mapping[str, str], name: str, default: int) -> int:
     try:
         return int(found.get(name, default))

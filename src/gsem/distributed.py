@@ -32,10 +32,13 @@ from gsem._env import device_named
 from gsem._io import write_atomically
 from gsem._lock import is_dead, this_process
 from gsem._world import World as World
+from gsem._world import has_launcher
 from gsem._world import world as world
 
 JOIN_SECONDS = 120.0
 """For all processes to arrive at the start."""
+STORE_SECONDS = 30.0
+"""To reach the store of a launcher, which was there before the processes were."""
 BEAT_SECONDS = 1.0
 """Between two signs of life of a process."""
 MISSED_BEATS = 30
@@ -220,7 +223,9 @@ class Processes:
         Args:
             unused: whether the loss does not depend on all of its parameters.
         """
-        with self.explained():
+        with self.explained(), warnings.catch_warnings():
+            # From torch 2.13 on, another name is asked for, which older versions do not have.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
             return nn.parallel.DistributedDataParallel(
                 module, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True
             )
@@ -388,7 +393,7 @@ class _Watch(threading.Thread):
 
     def _store_problem(self) -> tuple[str, bool]:
         """As `_problem`, of the process that held the store."""
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if has_launcher():
             return "the launcher of the processes has ended", False
         return f"{self._named(0)} {'was killed' if is_dead(self.who[0]) else 'has ended, and with it the store'}", False
 
@@ -520,18 +525,17 @@ def _leave_at_exit(processes: Processes) -> None:
 
 
 def _rendezvous(place: World) -> Any:
-    where = _where()
+    where, seconds = _where(), STORE_SECONDS if has_launcher() else JOIN_SECONDS
     try:
-        rendezvous = dist.rendezvous(
-            "env://", rank=place.rank, world_size=place.size, timeout=timedelta(seconds=JOIN_SECONDS)
-        )
+        timeout = timedelta(seconds=seconds)
+        rendezvous = dist.rendezvous("env://", rank=place.rank, world_size=place.size, timeout=timeout)
         return next(iter(rendezvous))[0]
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         if "EADDRINUSE" in text or "already in use" in text:
             port = os.environ["MASTER_PORT"]
             raise ValueError(f"port {port} is in use ({where}): choose another MASTER_PORT") from None
-        missed = f"process {place.rank} of {place.size} did not reach the others within {JOIN_SECONDS:.0f} s"
+        missed = f"process {place.rank} of {place.size} did not reach the others within {seconds:.0f} s"
         raise ValueError(f"{missed} ({where}): {text}") from None
 
 

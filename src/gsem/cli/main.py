@@ -18,7 +18,7 @@ from rich.console import Console
 
 import gsem
 from gsem._interrupt import Terminated, exit_code, sigterm_raises
-from gsem._world import VARIABLES, World, world
+from gsem._world import VARIABLES, World, has_launcher, world
 from gsem.cli.launch import launch, processes_to_start
 from gsem.cli.options import (
     STUDIES,
@@ -206,7 +206,7 @@ def _join(place: World) -> Any:
     try:
         return import_module("gsem.distributed").current()
     except ValueError:
-        if place.rank == 1:
+        if place.rank == 1 and not has_launcher():
             errors.quiet = False  # the first process may be the one that is missing
         raise
 

@@ -134,12 +134,14 @@ def train(
                 instead = "wait for its end, or stop it" if resume else "wait for its end, or choose another --out"
                 stack.enter_context(locked(path / ".lock", f"training in {path}", instead))
         loop.begin_or_restore(resume)
-        processes.hint = f"Resume, on any number of processes, with: gsem train --resume {shlex.quote(str(path))}"
+        former_hint = processes.hint  # (that of a study, which resumes its trainings itself)
+        again = f"gsem train --resume {shlex.quote(str(path))}"
+        processes.hint = former_hint or f"Resume, on any number of processes, with: {again}"
         interrupted = stack.enter_context(finish_step_on_interrupt(TWICE_SECONDS if processes.several else 0))
         with out_of_memory_names(recipe.batch_size):
             loop.run(interrupted, on_progress)
         metrics = processes.from_first(lambda: read_metrics(path))
-        processes.hint = ""
+        processes.hint = former_hint
     return Run(path, recipe, metrics, network)
 
 
