@@ -123,6 +123,19 @@ def test_a_masked_gradient_that_costs_nothing_is_answered():
     assert audit.found.mean == audit.claimed.mean == 0
 
 
+def test_a_loss_that_jumps_is_attacked_along_an_averaged_gradient():
+    """A quantiser and noise: the margin jumps, its average over a neighbourhood does not."""
+    audit = audited(Fronted(Quantise(), mlp()), "apgd:steps=20:eot=2", eps=0.2, only=["unstable"], draws=5)
+    check = audit["unstable"]
+    assert check.outcome == "flag" and check.answered and check.again < 0.1 < check.figure
+    assert any("smooth=0.1" in attack for attack in check.details["mitigation"]["attacks"])
+
+
+def test_the_audits_own_attacks_do_not_overstate_a_network_that_is_a_little_robust():
+    audit = audited(mlp(), eps=EPS, images=128, only=["sweeps", "blackbox"])
+    assert audit.verdict == "INCOMPLETE" and audit.claimed.mean - audit.found.mean < 0.01
+
+
 def test_the_command_that_reaches_the_figure_holds_what_found_it():
     audit = audited(Fronted(Quantise(5, 0.0), mlp()), "apgd:steps=20", eps=EPS, only=["gradient"])
     assert [word for word in audit.metadata["reached_by"].split(",") if "through=front" in word]

@@ -50,7 +50,8 @@ PLANTED, STUCK = made("flag", name="binarization", figure=0.2), made("flag", nam
         ([OPEN], measured(0.97, 0.0, low=0.0), "OVERSTATED"),
         # … not where the difference may be noise, or is below the tolerance.
         ([PASSED], measured(0.72, 0.69, gap_low=0.0), "TRUSTED"),
-        ([PASSED], measured(0.72, 0.718, gap_low=0.001), "TRUSTED"),
+        ([PASSED], measured(0.72, 0.711, gap_low=0.001), "TRUSTED"),
+        ([PASSED], measured(0.72, 0.709, gap_low=0.001), "OVERSTATED"),
         # A flag that no mitigation answers.
         ([PASSED, OPEN], AGREE, "SUSPECT"),
         ([ANSWERED, OPEN], AGREE, "SUSPECT"),

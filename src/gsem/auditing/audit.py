@@ -33,7 +33,7 @@ from gsem.nn.predict import BATCH, is_stochastic
 
 # The white-box attacks whose result is audited by default.
 ATTACKS = "apgd:steps=100,apgd:steps=100:loss=margin,apgd:steps=100:targets=9"
-QUICK = "apgd:steps=50:eot=5,apgd:steps=50:loss=margin:eot=5"
+QUICK = "apgd:steps=50:eot=5,apgd:steps=50:loss=margin:eot=5,apgd:steps=20:targets=9:eot=3"
 DRAWS, QUICK_DRAWS = 100, 20
 
 # All checks by name, as they are made and shown: module by module, in the order in which each module has them.

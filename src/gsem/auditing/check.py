@@ -26,6 +26,8 @@ NOT_THE_MODELS_FAULT: tuple[type[Exception], ...] = (*DEVICE_FAULTS, ProcessLost
 WIDTH = 80  # of the lines of `print(audit)`
 # By how much an accuracy must fall to count as lower at all, and to count as much lower.
 SLIGHTLY, GREATLY = 0.003, 0.05
+# By how much a claim may exceed what was found. Each further attack may find slightly more, and an audit tries many.
+TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)

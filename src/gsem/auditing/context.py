@@ -1,5 +1,6 @@
 """What the checks share: the model, its images, the audited attacks, and their points and accuracies."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ RESAMPLES = 2000
 WHITE_BOX = ("apgd", "pgd", "cw", "fgsm", "fab")
 PRIMARY = ("apgd", "pgd", "cw", "fgsm")
 BLACK_BOX = ("square", "rays", "transfer")
+EFFORT = ("steps", "queries", "eot", "restarts")  # options of attacks
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,12 @@ class AuditTask:
         return own.name == "apgd" and one["steps"] >= two["steps"] and all(one[key] == two[key] for key in same)
 
     @property
+    def repeated(self) -> list[AttackSpec]:
+        """The audited attacks that are repeated for other budgets and for known noise: in the quick form without those
+        towards several classes, which take longer than all others."""
+        return [a for a in self.white if not (self.quick and a.options.get("targets") and a is not self.primary_attack)]
+
+    @property
     def following(self) -> list[AttackSpec]:
         """Attacks that follow the gradient, to be repaired: the audited ones, or else APGD on the usual losses."""
         return self.white or self.other_losses
@@ -304,7 +312,7 @@ class AuditContext(AuditTask):
         return replace(
             self,
             model=model,
-            attacks=self.white,
+            attacks=self.repeated,
             draws=1,
             stochastic=False,
             source_models={},
@@ -630,15 +638,26 @@ class AuditContext(AuditTask):
 
 
 def _reaching(worst: Shares) -> list[str]:
-    """The attacks that found these points, without those whose share in it is below what counts as lower."""
-    of_each = {by: float(worst.wrong[worst.by == by].sum()) for by in np.unique(worst.by).tolist() if by != "clean"}
-    kept, missing = [], sum(of_each.values())
-    for by, share in sorted(of_each.items(), key=lambda item: (-item[1], item[0])):
+    """The attacks that found these points: of those that differ in effort only the one with the most, and without those
+    whose share in it is below what counts as lower."""
+    shares: dict[tuple, float] = {}
+    strongest: dict[tuple, AttackSpec] = {}
+    for by in sorted(set(worst.by.tolist()) - {"clean"}):
+        attack = AttackSpec.parse(by)
+        kind = (attack.name, *((key, v) for key, v in sorted(attack.options.items()) if key not in EFFORT))
+        shares[kind] = shares.get(kind, 0.0) + float(worst.wrong[worst.by == by].sum())
+        strongest[kind] = max(strongest.get(kind, attack), attack, key=_effort)
+    kept, missing = [], sum(shares.values())
+    for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
         if missing <= SLIGHTLY * len(worst.by):
             break
-        kept.append(by)
+        kept.append(str(strongest[kind]))
         missing -= share
     return kept or ["clean"]
+
+
+def _effort(attack: AttackSpec) -> float:
+    return math.prod(attack.options.get(key, attack.known.get(key, 1)) for key in EFFORT)
 
 
 def fold_quietly(model: nn.Module) -> nn.Module:

@@ -157,7 +157,7 @@ def _against_effort(ctx: AuditContext, details: dict[str, Any]) -> dict[str, tup
 
 def _with_less(ctx: AuditContext, key: str, part: int) -> list[AttackSpec]:
     """The audited attacks, those that can with one part in so many of the steps, draws or restarts."""
-    known = ((attack, ctx.options(attack)) for attack in ctx.white)
+    known = ((attack, ctx.options(attack)) for attack in ctx.repeated)
     return [
         replace(attack, options=attack.options | {key: max(1, options[key] // part)}) if key in options else attack
         for attack, options in known

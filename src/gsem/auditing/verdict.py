@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gsem.auditing.check import GREATLY, SLIGHTLY, Check, Figures, Verdict
+from gsem.auditing.check import GREATLY, TOLERANCE, Check, Figures, Verdict
 
 # These checks must have an answer for TRUSTED; others may be inconclusive because there are too few images.
 NEEDED = ("binarization",)
@@ -13,7 +13,7 @@ HOPELESS = 0.50
 def verdict(checks: Sequence[Check], *, complete: bool, figures: Figures | None) -> tuple[Verdict, str]:
     """The verdict, and why in a sentence. All rules are in this function, in their order; docs/audit.md explains them.
 
-    OVERSTATED: the accuracy that was found is lower than the claimed one, by over 0.3 points and beyond noise (the
+    OVERSTATED: the accuracy that was found is lower than the claimed one, by over a point and beyond noise (the
         interval of the difference lies above 0).
     INCOMPLETE: else, only some checks were made.
     TRUSTED: else, nothing is left to lose: the interval of the found accuracy reaches 0.
@@ -30,7 +30,7 @@ def verdict(checks: Sequence[Check], *, complete: bool, figures: Figures | None)
     """
     flagged = [c for c in checks if c.outcome == "flag"]
     unanswered = [c for c in flagged if not c.answered]
-    if figures is not None and figures.gap is not None and figures.gap.mean > SLIGHTLY and figures.gap.low > 0:
+    if figures is not None and figures.gap is not None and figures.gap.mean > TOLERANCE and figures.gap.low > 0:
         return "OVERSTATED", _overstated(figures, flagged)
     if not complete:
         seen = f" Flagged: {_because(flagged)}." if flagged else " None of them is flagged."
@@ -79,7 +79,8 @@ def _trusted(
 ) -> str:
     agree = ""
     if figures is not None and figures.claimed is not None:
-        agree = f"The claimed {figures.claimed.mean:.1%} and the {figures.found.mean:.1%} found agree within noise. "
+        claimed, found = f"{figures.claimed.mean:.1%}", f"{figures.found.mean:.1%}"
+        agree = f"The claimed {claimed} and the {found} found agree within noise or a point. "
     asked = [c for c in checks if c.outcome in ("pass", "flag")]
     rest = f" ({', '.join(c.name for c in unsure)}: inconclusive)" if unsure else ""
     if flagged:
