@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from gsem.nn.gsem import pass_through as pass_through
     from gsem.nn.insert import insert as insert
     from gsem.nn.insert import normalized as normalized
-    from gsem.nn.insert import straight_through as straight_through
     from gsem.nn.load import load_model as load_model
     from gsem.nn.models import MODELS as MODELS
     from gsem.nn.models import create_model as create_model
     from gsem.nn.models import load_published as load_published
+    from gsem.nn.surrogate import straight_through as straight_through
+    from gsem.nn.surrogate import surrogate as surrogate
     from gsem.reporting.report import report as report
     from gsem.training.recipe import Recipe as Recipe
     from gsem.training.recipes import RECIPES as RECIPES
@@ -44,7 +45,8 @@ _DEFINED_IN = {
     "evaluate": "gsem.evaluation.evaluate",
     "insert": "gsem.nn.insert",
     "normalized": "gsem.nn.insert",
-    "straight_through": "gsem.nn.insert",
+    "straight_through": "gsem.nn.surrogate",
+    "surrogate": "gsem.nn.surrogate",
     "MODELS": "gsem.nn.models",
     "create_model": "gsem.nn.models",
     "load_published": "gsem.nn.models",

@@ -2,6 +2,8 @@
 
 import pytest
 
+import gsem
+from audited_models import EPS, Fronted, Quantise, Sharp, digits, mlp
 from gsem.attacks.suite import SUITES, AttackSpec, parse_attacks, suite
 
 # --- attacks as text ---------------------------------------------------------------------------------------------
@@ -30,17 +32,45 @@ from gsem.attacks.suite import SUITES, AttackSpec, parse_attacks, suite
         ("pgd:loss=margin:restarts=4:keep=last", False, "pgd100-eot1-margin-x4-last"),
         ("pgd:step=2/255", False, "pgd100-eot1-step0.007843"),
         (" pgd:step=0.01 ", False, "pgd100-eot1-step0.01"),
+        ("apgd:through=front+net.2:smooth=4/255", False, "apgd100-eot1-through-front+net.2-smooth0.01569"),
     ],
 )
 def test_labels_are_made_of_the_arguments_that_run(text, stochastic, label):
     assert AttackSpec.parse(text).label(eps=0.1, stochastic=stochastic) == label
 
 
+@pytest.mark.parametrize("text", ["clean", "pgd:steps=5:step=2/255:through=front", "apgd:targets=9", "square"])
+def test_an_attack_is_its_text(text):
+    assert AttackSpec.parse(str(AttackSpec.parse(text))) == AttackSpec.parse(text)
+
+
+def test_an_attack_through_a_layer_has_its_gradient_and_the_models_predictions():
+    """In front of the network, a quantiser that leaves PGD without a gradient."""
+    x, y = digits(40)
+    model = Fronted(Quantise(5, 0.0), mlp()).eval()
+    found = gsem.evaluate(model, x, y, "clean,apgd:steps=20:through=front", eps=EPS)
+    assert found.expected("apgd20-eot1-through-front").mean < 0.3 < 0.9 < found.expected("clean").mean
+    assert found["apgd20-eot1-through-front"].gradients > 0
+    with pytest.raises(ValueError, match="no layer 'fron'"):
+        gsem.evaluate(model, x, y, "apgd:steps=20:through=fron", eps=EPS)
+
+
+@pytest.mark.filterwarnings("ignore:the model returns probabilities", "ignore:the gradient of the logits is zero")
+def test_the_softmax_of_a_models_own_forward_is_passed_by_its_logarithm():
+    x, y = digits(40)
+    names = ["apgd20-eot1", "apgd20-eot1-margin-through-softmax"]
+    found = gsem.evaluate(Sharp(mlp(), 30), x, y, "apgd:steps=20,apgd:steps=20:loss=margin:through=softmax", eps=EPS)
+    behind, before = (found.expected(name).mean for name in names)
+    assert before < behind - 0.1
+
+
 def test_parse_attacks():
     assert parse_attacks("clean, pgd:steps=5") == [AttackSpec("clean"), AttackSpec("pgd", {"steps": 5})]
 
 
-@pytest.mark.parametrize(("name", "options"), [("deepfool", {}), ("pgd", {"stepz": 3}), ("clean", {"steps": 3})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("deepfool", {}), ("pgd", {"stepz": 3}), ("clean", {"steps": 3}), ("square", {"smooth": 1})]
+)
 def test_an_attack_that_cannot_be_is_refused_when_it_is_made(name, options):
     with pytest.raises(ValueError, match=r"unknown: it is one of|has no option"):
         AttackSpec(name, options)

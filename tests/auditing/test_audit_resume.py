@@ -12,8 +12,9 @@ import gsem
 from audited_models import Fronted, Quantise, mlp
 from gsem.auditing import Audit
 from gsem.auditing.audit import CHECKS
-from gsem.auditing.context import Points, lowest
+from gsem.auditing.context import Points
 from gsem.auditing.progress import Progress, TimeLeft
+from gsem.auditing.shares import lowest
 
 ATTACKS = "apgd:steps=3:eot=2,apgd:steps=3:eot=2:loss=margin,square:queries=5:eot=2"
 HOW = {"eps": 0.1, "quick": True, "draws": 3}
@@ -137,13 +138,13 @@ def test_the_lowest_of_parts_is_the_lowest_of_all():
     """Ties go to the first, however the points are grouped."""
     random = np.random.default_rng(0)
     x = torch.zeros(50, 1, 1, 1)
-    points = [Points(x, random.integers(0, 3, 50) / 2, random.random(50)) for _ in range(6)]
+    points = [Points(x, random.integers(0, 3, 50) / 2, random.random(50), np.full(50, str(n))) for n in range(6)]
     one = points[0]
     for other in points[1:]:
         one = one.worse_of(other)
     shares = [p.shares for p in points]
     grouped = lowest([shares[0], lowest(shares[1:4]), lowest(shares[4:])])
-    assert np.array_equal(grouped, one.shares) and np.array_equal(lowest(shares), one.shares)
+    assert grouped.to_dict() == lowest(shares).to_dict() == one.shares.to_dict()
 
 
 def test_the_time_left_is_that_of_the_planned_work():

@@ -35,8 +35,7 @@ def test_a_black_box_flags_beyond_what_chance_explains(hidden: int, outcome: str
     assert (check.outcome, check.figure) == (outcome, hidden / 100)
     assert ("up to 2 may be chance" in check.reason) == (outcome == "pass")
     # Whether flagged or not, what was broken counts.
-    assert audit.metadata["attacked"]["accuracy"] == pytest.approx(hidden / 100)
-    assert audit.metadata["lowest"]["accuracy"] == 0
+    assert audit.claimed.mean == pytest.approx(hidden / 100) and audit.found.mean == 0
 
 
 @pytest.mark.parametrize("images", [1, 20, 100, 128, 500, 10_000])

@@ -28,7 +28,7 @@ def test_the_checks_are_registered_in_the_order_of_the_documents():
 def test_a_check_is_a_function_that_finds_and_what_the_decorator_adds():
     @check(name="size", question="Is it small?", threshold=lambda ctx: f"over {ctx.limit}", reference="A, 2018")
     def size(ctx) -> Finding:
-        return Finding(3.0, "flag", "it is 3", "Make it smaller.", invalidates=True, details={"all": [3]})
+        return Finding(3.0, "flag", "it is 3", "Make it smaller.", again=1.0, answered=True, details={"all": [3]})
 
     found = size(SimpleNamespace(limit=2))
     assert found == Check(
@@ -40,7 +40,8 @@ def test_a_check_is_a_function_that_finds_and_what_the_decorator_adds():
         reason="it is 3",
         advice="Make it smaller.",
         reference="A, 2018",
-        invalidates=True,
+        again=1.0,
+        answered=True,
         details={"all": [3]},
     )
 
@@ -53,3 +54,13 @@ def test_a_check_that_torch_cannot_make_has_no_answer():
     found = broken(SimpleNamespace())
     assert (found.outcome, found.figure, found.threshold) == ("inconclusive", None, "never")
     assert "out of memory" in found.reason and found.advice
+
+
+def test_a_check_without_what_it_needs_does_not_apply():
+    @check(name="slope", question="Is it?", threshold="never", reference="A, 2018", needs="gradient")
+    def slope(ctx) -> Finding:
+        return Finding(1.0, "pass", "it is")
+
+    assert slope(SimpleNamespace(lacks=lambda needs: None)).outcome == "pass"
+    found = slope(SimpleNamespace(lacks=lambda needs: f"there is no {needs}"))
+    assert (found.outcome, found.figure, found.reason) == ("not applicable", None, "there is no gradient")

@@ -73,11 +73,17 @@ def test_a_factory_is_audited_and_the_table_fits(capsys, here):
     )  # fmt: skip
     assert code == 0, err
     table = out.split("check ")[1]
-    assert max(len(line) for line in table.splitlines() if "gsem audit" not in line) <= 80
-    for word in ("flagged when", "INVALID", "the forward of Net itself", "What to do:", "4/4 unstable"):
+    assert max(len(line) for line in table.splitlines() if "gsem " not in line) <= 80
+    for word in ("flagged when", "OVERSTATED", "the forward of Net itself", "What to do:", "4/4 unstable"):
         assert word in " ".join(out.split())
     found = json.loads((here / "found" / "audit.json").read_text())
-    assert found["verdict"] == "INVALID" and found["metadata"]["data"] == "digits"
+    assert found["verdict"] == "OVERSTATED" and found["metadata"]["data"] == "digits"
+    # The command that reaches the accuracy found.
+    command = found_by = Audit.load(here / "found" / "audit.json").found_command
+    assert found_by in out
+    assert run(capsys, *shlex.split(command)[1:], "--out", "again")[0] == 0
+    again = gsem.EvaluationResult.load("again.npz")
+    assert again.expected("worst").mean == pytest.approx(found["metadata"]["found"]["accuracy"], abs=0.05)
 
 
 @pytest.mark.parametrize(

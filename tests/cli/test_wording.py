@@ -47,22 +47,34 @@ def audit() -> Audit:
     checks = (
         Check("randomness", "Is noise at work?", 0.0, "at least 0.01", "pass", "every draw agrees", "", ""),
         Check(
-            "gradient", "Is the gradient right?", 0.25, "below 0.9", "flag", "it is bent", "Mend it.", "Carlini 2019"
+            "gradient",
+            "Is the gradient right?",
+            0.25,
+            "below 0.9",
+            "flag",
+            "it is bent",
+            "Mend it.",
+            "Carlini 2019",
+            answered=True,
         ),
+        Check("noise", "Is it known?", None, "under 0.5", "not applicable", "there is none", "", ""),
+        Check("transfer", "Is it copied?", None, "any", "not applicable", "there is none", "", ""),
     )
     metadata = {
         "attacks": ["apgd100-eot20"],
         "clean": {"accuracy": 0.95},
-        "attacked": {"accuracy": 0.6},
-        "lowest": {"accuracy": 0.5},
+        "claimed": {"accuracy": 0.6, "low": 0.51, "high": 0.69},
+        "found": {"accuracy": 0.5, "low": 0.41, "high": 0.59},
+        "reached_by": "apgd:through=front,square",
         "command": "gsem audit runs/x",
+        "evaluate": "gsem evaluate runs/x --images 128",
         "images": 128,
         "draws": 20,
         "stochastic": True,
         "seed": 0,
         "seconds": 90.0,
     }
-    return Audit(checks, "INVALID", "A check found the gradient wrong.", metadata)
+    return Audit(checks, "OVERSTATED", "The claimed 60.0% is 10.0 points above the 50.0% found.", metadata)
 
 
 def test_an_evaluation():
@@ -126,19 +138,26 @@ def test_an_audit():
         """
         runs/x on digits: 128 test images, eps = 0.15 (Linf)
         audited attacks: apgd100-eot20
-        clean 95.0%, attacked 60.0%, lowest found 50.0%
+        clean 95.0%, claimed 60.0%, found 50.0% (41.0 – 59.0)
 
         check       figure  flagged when
-        randomness   0.000  at least 0.01                                           pass
-        gradient     0.250  below 0.9                                               flag
+        randomness   0.000  at least 0.01                                 pass
+        gradient     0.250  below 0.9                                     flag, answered
+        noise            –  under 0.5                                     not applicable
+        transfer         –  any                                           not applicable
 
-        gradient: flag
+        gradient: flag, answered
         Is the gradient right? It is bent.
         What to do: Mend it.
         Re-run: gsem audit runs/x --only gradient
 
-        INVALID
-        A check found the gradient wrong.
+        noise, transfer: not applicable
+        There is none.
+
+        OVERSTATED
+        The claimed 60.0% is 10.0 points above the 50.0% found.
+        the accuracy found, again:
+          gsem evaluate runs/x --images 128 --attacks clean,apgd:through=front,square
 
         128 images, 20 scoring draws, seed 0, 1:30 min
         to repeat one check, with the same figure:

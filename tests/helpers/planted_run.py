@@ -96,7 +96,7 @@ def _evaluation() -> tuple[tuple[str, bytes], ...]:
 
 
 def planted_audit(**change: Any) -> Audit:
-    """One check of each outcome, and sweeps."""
+    """One check of each outcome, and sweeps, of an accuracy that is overstated by 12 points."""
     curves = {
         "eps": [
             {"eps": eps, "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
@@ -109,8 +109,9 @@ def planted_audit(**change: Any) -> Audit:
     checks = (
         Check("randomness", "Does it answer alike?", 1.0, "outputs differ", "pass", "they differ", "", "A, 2018"),
         Check("gradient", "Is it so?", 1.358, "outside [0.93, 1.07]", "flag", "slope 1.36", "Correct it.", "B, 2019",
-              invalidates=True, details={"layer": "gsem"}),
+              again=1.01, answered=True, details={"layer": "gsem"}),
         Check("binarization", "Is a point found?", None, "under 0.95", "inconclusive", "too few", "More.", "C, 2022"),
+        Check("noise", "Is it known?", None, "under 0.5", "not applicable", "there is none", "", "E, 2020"),
         Check("sweeps", "Does it fall?", 0.002, "over 0.003", "pass", "it falls", "", "D, 2019", details=curves),
     )  # fmt: skip
     metadata = {
@@ -123,10 +124,14 @@ def planted_audit(**change: Any) -> Audit:
         "only": None,
         "seconds": 125.0,
         "command": "gsem audit runs/planted --quick",
-        "attacked": {"accuracy": 0.43, "low": 0.4, "high": 0.46},
+        "claimed": {"accuracy": 0.43, "low": 0.4, "high": 0.46},
+        "found": {"accuracy": 0.31, "low": 0.27, "high": 0.35},
+        "gap": {"mean": 0.12, "low": 0.09, "high": 0.15},
+        "reached_by": "apgd:through=gsem,square:queries=300",
+        "evaluate": "gsem evaluate runs/planted --images 128",
     }
-    reason = "The robust accuracy is no measurement: gradient: slope 1.36."
-    return replace(Audit(checks, "INVALID", reason, metadata), **change)
+    reason = "The claimed 43.0% is 12.0 points above the 31.0% found. Flagged: gradient: slope 1.36."
+    return replace(Audit(checks, "OVERSTATED", reason, metadata), **change)
 
 
 def planted_run(

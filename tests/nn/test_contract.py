@@ -15,7 +15,7 @@ from gsem.auditing.audit import audit
 from gsem.cli.main import main
 from gsem.evaluation.evaluate import evaluate
 from gsem.evaluation.verify import verify
-from gsem.nn.contract import NoGradient
+from gsem.nn.contract import NoGradient, Scores
 from planted import Halves, halves, small_net
 
 HOW = {"eps": 0.1, "step": 0.03, "steps": 3}
@@ -139,7 +139,7 @@ def test_a_step_in_grey_levels_is_refused():
     ("hold", "message"),
     [
         (lambda z: z[:, :, None, None], r"returns torch.float32 \[8, 3, 1, 1\], not floating-point logits \[8, k\]"),
-        (lambda z: z.argmax(1), r"returns torch.int64 \[8\]"),
+        (lambda z: z.argmax(1)[:, None, None], r"returns torch.int64 \[8, 1, 1\]"),
         (lambda z: z[:, 0], r"returns torch.float32 \[8\].*two by torch.stack\(\[-z, z\], 1\)"),
         (lambda z: {"out": z}, "returns a dict with the keys 'out', not logits"),
         (lambda z: None, "returns a NoneType, not logits"),
@@ -167,6 +167,25 @@ def test_without_a_gradient_black_box_attacks_alone_evaluate():
     for ask in (lambda: pgd(Detached(), x, y, **HOW), lambda: fab(Detached(), x, y, eps=0.1, steps=2)):
         with pytest.raises(NoGradient, match=r"no gradient with respect to its images"):
             ask()
+
+
+@pytest.mark.filterwarnings("ignore:fold runs", "ignore:the model returns")
+@pytest.mark.parametrize("hold", [lambda z: z.argmax(1), lambda z: (z * 1000).long()], ids=["classes", "scores"])
+def test_integers_are_attacked_without_a_gradient(hold):
+    x, y = halves(12)
+    with pytest.warns(UserWarning, match="which have no gradient: black-box attacks alone"):
+        result = evaluate(Holding(hold), x, y, "rays:queries=100", eps=0.4)
+    assert result.expected("clean").mean == 1 and result.expected("worst").mean < 0.5
+    with pytest.raises(NoGradient):
+        evaluate(Holding(hold), x, y, "pgd:steps=2", eps=0.1)
+
+
+def test_an_answer_that_is_no_class_of_the_labels_has_a_column_of_its_own():
+    class Classes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([0, 2, 7, -1])
+
+    assert Scores(Classes(), 3)(torch.zeros(4, 1, 1, 1)).argmax(1).tolist() == [0, 2, 3, 3]
 
 
 def test_inference_mode_is_named_where_it_takes_the_gradient():

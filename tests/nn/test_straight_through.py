@@ -6,6 +6,7 @@ from torch import nn
 
 import gsem
 from audited_models import Fronted, Quantise, digits, mlp
+from gsem.nn.surrogate import SmoothedGradient, repaired
 
 
 def grad(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -41,3 +42,54 @@ def test_what_does_not_fit_is_named():
     x, _ = digits(2)
     with pytest.raises(ValueError, match=r"layer '1' turns \[2, 64\] into \[2, 48\]"):
         gsem.straight_through(mlp(), "1")(x)
+
+
+class Half(nn.Module):
+    """Every second row and column, black and white: it changes the shape and has no gradient."""
+
+    def forward(self, x):
+        return (x[..., ::2, ::2] > 0.5).float()
+
+
+def test_several_layers_at_once():
+    x, _ = digits(10)
+    model = nn.Sequential(Quantise(5, 0.0), Quantise(9, 0.0), mlp()).eval()
+    through = gsem.straight_through(model, ["0", "1"])
+    assert torch.equal(through(x), model(x))
+    assert torch.equal(grad(through, x), grad(mlp(), Quantise(9, 0.0)(Quantise(5, 0.0)(x))))
+    with pytest.raises(ValueError, match=r"layer '2.1' lies inside layer '2'"):
+        gsem.straight_through(model, ["2", "2.1"])
+
+
+def test_a_surrogate_has_the_layers_output_and_the_modules_gradient():
+    x, _ = digits(10)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(16, 10))
+    model = Fronted(Half(), head).eval()
+    passed = gsem.surrogate(model, "front", nn.AvgPool2d(2))
+    assert torch.equal(passed(x), model(x)) and isinstance(model.front, Half)
+    assert torch.allclose(grad(passed, x), grad(Fronted(nn.AvgPool2d(2), head), x))
+    assert torch.equal(grad(gsem.fold(passed), x), grad(passed, x))
+    with pytest.raises(ValueError, match=r"surrogate of layer 'front' returns \[10, 1, 8, 8\], the layer itself"):
+        gsem.surrogate(model, "front", nn.Identity())(x)
+
+
+def test_a_smoothed_gradient_is_that_of_the_smoothed_function():
+    """E[(x + σε)³]' = 3 (x² + σ²); the output is the model's own."""
+
+    class Cubed(nn.Module):
+        def forward(self, x):
+            return (x**3).sum((2, 3))
+
+    x, std = torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64), 0.3
+    smoothed = SmoothedGradient(Cubed(), std, offsets=40_000)
+    assert torch.equal(smoothed(x), Cubed()(x))
+    assert torch.allclose(grad(smoothed, x), torch.full_like(x, 3 * (0.25 + std**2)), rtol=0.02)
+
+
+def test_repairs_of_a_folded_model():
+    x, _ = digits(10)
+    model = Fronted(Quantise(5, 0.0), mlp()).eval()
+    found = repaired(gsem.fold(model), through=["front"], smooth=0.0)
+    assert torch.equal(grad(found, x), grad(gsem.straight_through(model, "front"), x))
+    masked = nn.Sequential(gsem.GSeM(1, gradient="semi-masked"), mlp()).eval()
+    assert repaired(masked, through=["0"])[0].gradient == "corrected" and masked[0].gradient == "semi-masked"

@@ -70,7 +70,7 @@ def test_the_audit_of_another_network_is_not_the_verdict_on_this_one(here):
     assert "`gsem audit nets:one --data images.npz --eps 8/255`" in Path("page.md").read_text()
     audited("nets:one")
     page, card = reported("evaluation.npz")
-    assert card["gsem"]["verdict"] == "SUSPECT" and "NOT AUDITED" not in page and f"Not shown: {left_out}." in page
+    assert card["gsem"]["verdict"] == "INCOMPLETE" and "NOT AUDITED" not in page and f"Not shown: {left_out}." in page
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_an_evaluation_of_another_network_in_a_run_directory(tmp_path):
     entry = read_runs([path])[0]
     assert entry.file == "evaluation.npz" and entry.others == ()
     assert entry.unmatched == ("evaluation-2.npz: it is of another network (mine:net)",)
-    assert entry.audit.verdict == "INVALID"
+    assert entry.audit.verdict == "OVERSTATED"
     # Named by its file, it is shown alone.
     entry = read_runs([path / "evaluation-2.npz"])[0]
     assert (entry.name, entry.metadata, entry.metrics, entry.audit) == ("mine:net", {}, (), None)

@@ -102,6 +102,16 @@ def test_in_python(run, tmp_path):
     assert importlib.import_module("gsem.reporting").html is not None  # the package is there under the function's name
 
 
+def test_an_audit_of_an_earlier_version_is_named_and_not_shown(run):
+    """Its verdict had other rules."""
+    found = json.loads((run / "audit.json").read_text())
+    found["checks"][0]["invalidates"] = True
+    (run / "audit.json").write_text(json.dumps(found))
+    entry = read_runs([run])[0]
+    assert entry.audit is None
+    assert [line for line in entry.unmatched if "earlier version of gsem" in line and "audit again" in line]
+
+
 def test_an_audit_of_any_name_is_found(run, tmp_path):
     """As `gsem audit --out RUN/strict` saves it; the latest counts, whatever its name."""
     first = read_runs([run])[0].audit

@@ -69,6 +69,9 @@ class OwnAttack:
         """Not known, and taken for more than those of any other attack."""
         return math.inf
 
+    def network(self, model: nn.Module) -> nn.Module:
+        return model
+
     def run(
         self,
         model: nn.Module,

@@ -18,6 +18,7 @@ from gsem.attacks.square import square
 from gsem.attacks.transfer import transfer
 from gsem.losses import LOSSES
 from gsem.nn.contract import to_number
+from gsem.nn.surrogate import repaired
 
 GRADIENT = 3.0  # a pass with a gradient, in passes without
 EOT = 20  # draws per gradient, loss and decision of an attack on a stochastic model, as published
@@ -54,6 +55,9 @@ ATTACKS = {
     "transfer": Entry(transfer, {"steps": 100, "eot": EOT}, follows_gradient=False, source_models=True),
     "autoattack": Entry(autoattack, {"version": "standard", "eot": EOT, "steps": 100, "queries": 5000}),
 }
+# Options of every attack that follows a gradient. They change the model that it attacks. `through` names layers, with +
+# between them (see `repaired`). Labels and files have them only where they are set.
+REPAIRS: dict[str, Any] = {"through": "", "smooth": 0.0}
 # The values of options that are texts, so that a wrong one is found before an attack runs.
 _CHOICES = {
     "loss": tuple(LOSSES),
@@ -95,16 +99,22 @@ class AttackSpec:
         if self.name not in ATTACKS:
             raise ValueError(f"attack {self.name!r} is unknown: it is one of {', '.join(ATTACKS)}")
         for option in self.options:
-            if option not in self.entry.options:
-                names = ", ".join(self.entry.options) or "none"
+            if option not in self.known:
+                names = ", ".join(self.known) or "none"
                 raise ValueError(f"attack {self.name!r} has no option {option!r}: it has {names}")
         object.__setattr__(self, "options", {option: self._typed(option, v) for option, v in self.options.items()})
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """All options that may be set, with their defaults."""
+        repairs = REPAIRS if self.follows_gradient and self.name != "autoattack" else {}
+        return self.entry.options | repairs
 
     def _typed(self, option: str, value: Any) -> Any:
         """A value that is a text, as one of the default's type."""
         if not isinstance(value, str):
             return value
-        default, choices = self.entry.options[option], _CHOICES.get(option, (value,))
+        default, choices = self.known[option], _CHOICES.get(option, (value,))
         if value not in choices:
             raise ValueError(f"attack {self.name!r}: {option} {value!r} is unknown: it is one of {', '.join(choices)}")
         if isinstance(default, str):
@@ -115,6 +125,14 @@ class AttackSpec:
         if not number.is_integer():
             raise ValueError(f"attack {self.name!r}: {option} must be an integer, not {value!r}")
         return int(number)
+
+    def __str__(self) -> str:
+        """The text that `parse` reads: `apgd:steps=100:loss=margin`."""
+        shown = (
+            f"{key}={value:.12g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in self.options.items()
+        )
+        return ":".join([self.name, *shown])
 
     @classmethod
     def parse(cls, text: str) -> "AttackSpec":
@@ -166,7 +184,17 @@ class AttackSpec:
             elif option == "eot" or not (value == default or (option == "step" and math.isclose(value, default))):
                 shown = "-{}" if isinstance(value, str) else f"-{option}{{:g}}"
                 label += _SHOWN.get(option, shown).format(value)
-        return label
+        through, smooth = (self.options.get(option) for option in REPAIRS)
+        return label + (f"-through-{through}" if through else "") + (f"-smooth{smooth:.4g}" if smooth else "")
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """The model for `run`: `model` itself, or with the gradient that `through` and `smooth` ask for.
+
+        Raises:
+            ValueError: a layer that it does not have.
+        """
+        through, smooth = self.options.get("through", ""), self.options.get("smooth", 0.0)
+        return repaired(model, through=through.split("+") if through else [], smooth=smooth)
 
     def passes(self, *, eps: float, stochastic: bool) -> float:
         """Forward passes for each image that it attacks, at most: a pass with a gradient counts as three."""
@@ -190,8 +218,13 @@ class AttackSpec:
         on_step: OnStep | None = None,
         on_step_always: bool = False,
     ) -> Tensor:
-        """x_adv. `on_step` is not passed to attacks that it would cost passes, unless `on_step_always`."""
-        options = self.resolved(eps=eps, stochastic=stochastic)
+        """x_adv. `on_step` is not passed to attacks that it would cost passes, unless `on_step_always`.
+
+        Args:
+            model: what `network` gave.
+        """
+        resolved = self.resolved(eps=eps, stochastic=stochastic)
+        options = {key: value for key, value in resolved.items() if key not in REPAIRS}
         if (options.get("keep") == "last" or self.name == "fgsm") and not on_step_always:
             on_step = None
         if self.entry.source_models:

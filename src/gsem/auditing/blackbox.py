@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from gsem.attacks.suite import AttackSpec
-from gsem.auditing.check import Finding, check
-from gsem.auditing.context import GREATLY, SLIGHTLY, AuditContext, several
+from gsem.auditing.check import GREATLY, SLIGHTLY, Finding, check
+from gsem.auditing.context import AuditContext, several
 from gsem.evaluation.statistics import binomial_quantile
 
 
@@ -34,16 +33,19 @@ def blackbox(ctx: AuditContext) -> Finding:
     """
     after = ctx.white_box
     rows: list[dict[str, Any]] = []
-    for attack in black_box_attacks(ctx):
-        points = ctx.on_remaining(attack, ctx.white_box, "black box")
+    for attack in ctx.black_box:
+        points = ctx.without_gradient(attack)
         after = after.worse_of(points)
         broken = ctx.broken_beyond_noise(ctx.white_box.wrong, points.wrong)
         merged = ctx.accuracy(ctx.white_box.worse_of(points)).mean
         row = {"attack": ctx.label(attack), **ctx.accuracy(points).as_accuracy()}
         rows.append(row | {"merged": merged, "only_here": int(broken.sum())})
-    ctx.found.append(after)
     only = ctx.broken_beyond_noise(ctx.white_box.wrong, after.wrong)
     figure, count, by_chance = float(only.mean()), int(only.sum()), most_by_chance(len(only))
+    if not ctx.white:
+        left = ", ".join(f"{row['attack']} {row['accuracy']:.1%}" for row in rows)
+        reason = f"there are no attacks that follow a gradient to compare with; the accuracy under {left}"
+        return Finding(None, "not applicable", reason, details={"attacks": rows})
     before, now, gain = ctx.accuracy(ctx.white_box), ctx.accuracy(after), ctx.gain(ctx.white_box, after)
     greatly = gain.mean > GREATLY and gain.low > 0
     details = {
@@ -64,16 +66,8 @@ def blackbox(ctx: AuditContext) -> Finding:
         reason += f"; up to {by_chance} may be chance, as no two searches break the same images"
         return Finding(figure, "pass", reason, details=details)
     advice = f"Report the worst case with {worst}, and find out why following the gradient misses these points."
-    return Finding(figure, "flag", reason, advice, invalidates=greatly, details=details)
-
-
-def black_box_attacks(ctx: AuditContext) -> list[AttackSpec]:
-    """The black-box attacks: the audited ones, or else Square, RayS and, with source models, transfer."""
-    if ctx.black:
-        return ctx.black
-    eot = {"eot": min(3, ctx.options(ctx.primary_attack)["eot"])} if ctx.quick else {}
-    found = [AttackSpec("square", {"queries": 300 if ctx.quick else 5000} | eot)]
-    found.append(AttackSpec("rays", {"queries": 300 if ctx.quick else 10000} | eot))
-    if ctx.source_models:
-        found.append(AttackSpec("transfer", {"steps": 20 if ctx.quick else 100} | eot))
-    return found
+    finding = Finding(figure, "flag", reason, advice, details=details)
+    repaired = ctx.known_by_gradient
+    again = int(ctx.broken_beyond_noise(repaired.wrong, np.maximum(repaired.wrong, after.wrong)).sum())
+    how = "the repaired attacks of the other checks" if ctx.repairs else "no repaired attack"
+    return ctx.mitigated(finding, how, ctx.repairs, after, again=again / len(only), answered=again <= by_chance)

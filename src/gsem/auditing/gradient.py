@@ -15,7 +15,6 @@ x + h·d (Gauss–Legendre, 3 points). For a differentiable loss that average eq
 fundamental theorem of calculus); for a masked gradient it does not.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,12 +30,12 @@ from torch.utils.hooks import RemovableHandle
 from gsem.attacks._core import random_start
 from gsem.attacks.suite import AttackSpec
 from gsem.auditing.check import Finding, check
-from gsem.auditing.context import RESAMPLES, AuditContext, fold_quietly
+from gsem.auditing.context import RESAMPLES, AuditContext
 from gsem.evaluation.statistics import bootstrap
 from gsem.losses import margin
-from gsem.nn.contract import Logits, are_probabilities, without_logits
+from gsem.nn.contract import are_probabilities, without_logits
 from gsem.nn.gsem import GSeM
-from gsem.nn.insert import straight_through
+from gsem.nn.surrogate import SOFTMAX, Logarithm
 from gsem.rng import derive_seed, generator, seeded
 
 HS = (1 / 255, 2 / 255, 4 / 255)
@@ -57,6 +56,8 @@ OFFSET = 0.02
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Flatten, nn.Identity)
 # Behind a layer, a gradient counts as right only with an interval narrower than this: behind a mask it is narrow.
 UNSURE = 4 * NEARLY
+# Classes of layers that are looked for one after the other, each behind the layers that are passed already.
+MOST_KINDS = 4
 # A probability so near to 1 has, in float32, next to no gradient.
 SATURATED = 1e-6
 
@@ -306,6 +307,40 @@ def blocking(probe: _Probe, on_progress: Callable[[str], None]) -> Blocking:
     return Blocking(call.name, type(call.module).__name__, before, same, after)
 
 
+def vanishing(model: nn.Module, probe: _Probe) -> Blocking | None:
+    """The innermost module from whose output a gradient comes and to whose input none goes; None where there is none.
+
+    Autograd alone shows it, where the gradient is gone as a whole: no differences are needed.
+    """
+    calls: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+        given, returned = args[0] if args else None, output
+        if isinstance(returned, Tensor) and returned.is_floating_point() and not returned.requires_grad:
+            returned = returned.detach().requires_grad_().clone()  # behind a detach
+        for tensor in (given, returned):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.retain_grad()
+        calls.setdefault(module, (given, returned))
+        return returned
+
+    names = {module: name for name, module in without_logits(model).named_modules() if name}
+    with ExitStack() as hooks, torch.enable_grad(), seeded(probe.seed, probe.x.device):
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(leave))
+        margin(model(probe.x.clone().requires_grad_()), probe.y).sum().backward()
+    for module, (given, returned) in reversed(calls.items()):
+        if isinstance(module, AFFINE) or not isinstance(given, Tensor) or not isinstance(returned, Tensor):
+            continue
+        if _any(returned.grad) and not _any(given.grad) and not list(module.children()):
+            return Blocking(names[module], type(module).__name__, None, given.shape == returned.shape)
+    return None
+
+
+def _any(grad: Tensor | None) -> bool:
+    return grad is not None and bool(grad.any())
+
+
 def ending_softmax(probe: _Probe) -> Blocking | None:
     """The softmax at the model's end, if the gradient is lost in it and nowhere before.
 
@@ -327,19 +362,6 @@ def ending_softmax(probe: _Probe) -> Blocking | None:
     if same:
         return Blocking(same[-1].name, type(same[-1].module).__name__, None, True, softmax=True)
     return Blocking("", type(model).__name__, None, False, softmax=True)
-
-
-class Logarithm(nn.Module):
-    """The logarithm of a model's probabilities: its logits, but for a constant, where float32 holds them."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.training = model.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs = self.model(x)
-        return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
 
 
 def _calls(model: nn.Module, x: Tensor) -> list[_Call]:
@@ -416,19 +438,14 @@ _SILENT = (
     question="Do the attacks follow the gradient of the loss?",
     threshold=f"interval outside [{1 - WITHIN:.2f}, {1 + WITHIN:.2f}] at two consecutive h; no derivative",
     reference="section 3 of Athalye et al., ICML 2018 (gradient masking); the comparison is this project's",
+    needs="gradient",
 )
 def gradient(ctx: AuditContext) -> Finding:
     """Slope of central differences on autograd's derivative, at points from which attacks start."""
-    found = compare(ctx)
-    averaged: list[Slope] = []
-    suspicious = _consecutive(found)
-    if suspicious and not all(f.blocked for f in found):
-        ctx.on_progress("again, with the derivative averaged over the segment")
-        averaged = compare(ctx, along=True)
-        suspicious = _consecutive(averaged)
+    found, averaged, suspicious = _compared(ctx, ctx.folded)
     decisive = averaged or found
     outside = [f for f in decisive if f.outside(WITHIN)]
-    one = outside[0] if suspicious else decisive[0]
+    one = _decisive(decisive, suspicious)
     reason, details = f"{_in_words(one)} on {len(ctx.x)} images", _details(found, averaged)
     if all(f.silent for f in found):
         reason = "the loss does not change at all within 4/255 of the images, so there is nothing to compare"
@@ -448,8 +465,23 @@ def gradient(ctx: AuditContext) -> Finding:
     return Finding(one.slope, "pass", reason, details=details)
 
 
-def compare(ctx: AuditContext, *, along: bool = False) -> list[Slope]:
-    """The slopes at each of `HS` over all images."""
+def _compared(ctx: AuditContext, network: nn.Module) -> tuple[list[Slope], list[Slope], bool]:
+    """The slopes of a folded model; where they are suspicious, those with b averaged too; whether they still are."""
+    found = compare(ctx, network)
+    if not _consecutive(found) or all(f.blocked for f in found):
+        return found, [], _consecutive(found)
+    ctx.on_progress("again, with the derivative averaged over the segment")
+    averaged = compare(ctx, network, along=True)
+    return found, averaged, _consecutive(averaged)
+
+
+def _decisive(found: list[Slope], suspicious: bool) -> Slope:
+    """The slope at the first h outside the bounds if the check is flagged, else at the first h."""
+    return next((f for f in found if suspicious and f.outside(WITHIN)), found[0])
+
+
+def compare(ctx: AuditContext, network: nn.Module, *, along: bool = False) -> list[Slope]:
+    """The slopes of a folded model at each of `HS` over all images."""
     # Another point of an image is worth more than another draw of the noise; small images have few features whose
     # changes could be averaged, and need more points.
     points = (1 if ctx.quick else 2) * min(8, max(4, 2048 // ctx.x[0].numel())) // (2 if along else 1)
@@ -461,7 +493,7 @@ def compare(ctx: AuditContext, *, along: bool = False) -> list[Slope]:
             x, seed = _starts(ctx, first, point), derive_seed(ctx.seed, "gradient", first, point)
 
             def logits(offset: Tensor, x: Tensor = x) -> Tensor:
-                return ctx.folded(x + offset)
+                return network(x + offset)
 
             parts.append(slopes(logits, torch.zeros_like(x), y, HS, draws=ctx.few_draws, seed=seed, along=along))
         by_point.append([joined(same_h) for same_h in zip(*parts, strict=True)])
@@ -502,35 +534,85 @@ def _details(found: list[Slope], averaged: list[Slope]) -> dict[str, Any]:
 
 
 def _flagged(ctx: AuditContext, finding: Finding, probe: _Probe, ending: Blocking | None) -> Finding:
-    """Name the place (the ending softmax, or a layer that is looked for), go around it, and attack again."""
+    """Name the place (the ending softmax, or a layer that is looked for), go around it, and ask and attack again."""
     where = ending or blocking(probe, ctx.on_progress)
     details = (finding.details or {}) | {"layer": where.layer, "where": str(where)}
-    reason = f"{finding.reason}; what blocks it is {where}"
-    finding = replace(finding, reason=reason, invalidates=True, details=details)
-    around = surrogate(ctx, where)
-    if around is None:
-        return replace(finding, advice="Attack without this gradient: see the check blackbox.")
-    way, model, attacks = around
-    after = ctx.cascade(attacks, ctx.white_box, "surrogate", through=fold_quietly(model))
-    return ctx.mitigated(replace(finding, advice=f"Attack with {way}."), way, after)
-
-
-def surrogate(ctx: AuditContext, where: Blocking) -> tuple[str, nn.Module, Sequence[AttackSpec]] | None:
-    """A way past the place, in words; a model with the same predictions whose gradient passes; and attacks on it."""
-    model, own = ctx.model, without_logits(ctx.model)
-    layers = dict(own.named_modules())
-    if where.softmax and not where.layer:
+    finding = replace(finding, reason=f"{finding.reason}; what blocks it is {where}", details=details)
+    names = passable(ctx.model, where)
+    if not names:
+        # Nothing to pass: a gradient averaged over a neighbourhood, if there is any, and attacks without one.
+        smoothed = [] if finding.figure is None else [ctx.smoothed]
+        after = ctx.cascade([*smoothed, *ctx.black_box], ctx.white_box, "around", skip_known=True)
+        finding = replace(finding, advice="Attack without this gradient: see the check blackbox.")
+        way = "a gradient averaged over Gaussian offsets, and black-box attacks," if smoothed else "black-box attacks"
+        return ctx.mitigated(finding, way, [*smoothed, *ctx.black_box], after, again=None, answered=False)
+    if SOFTMAX in names:
         # The cross-entropy would put back the softmax that the logarithm takes away.
+        attacks = [AttackSpec("apgd", ctx.effort | {"loss": "margin", "through": SOFTMAX})]
         way = "loss=margin on the logits before the softmax, or on the logarithm of the output"
-        return way, Logarithm(model), [AttackSpec("apgd", ctx.effort | {"loss": "margin"})]
-    if isinstance(layers[where.layer], GSeM):
-        fixed = copy.deepcopy(model)
-        layer = without_logits(fixed).get_submodule(where.layer)
-        assert isinstance(layer, GSeM)
-        layer.gradient = "corrected"
-        return f'the layer {where.layer!r} set to gradient="corrected"', fixed, ctx.white
-    if not where.layer or not where.keeps_shape:
-        return None
-    passed = straight_through(own, where.layer)
-    passed = Logits(passed, model.place) if type(model) is Logits else passed
-    return f'gsem.straight_through(model, "{where.layer}")', passed, ctx.white
+        again, answered = _again(ctx, attacks[0])
+    else:
+        names, again, answered = _all_passed(ctx, probe, names)
+        attacks = [replace(a, options=a.options | {"through": "+".join(names)}) for a in ctx.following]
+        way = _in_python(ctx.model, names)
+    after = ctx.cascade(attacks, ctx.white_box, "surrogate", skip_known=True)
+    finding = replace(finding, advice=f"Attack with {way} (through={attacks[0].options['through']}).")
+    return ctx.mitigated(finding, way, attacks, after, again=again, answered=answered)
+
+
+def passable(model: nn.Module, where: Blocking) -> list[str]:
+    """The layers that the gradient is to pass: the one that blocks it, and all others of its class.
+
+    A network that repeats a layer of its own which blocks the gradient would otherwise be searched once for each.
+    """
+    layers = dict(without_logits(model).named_modules())
+    if where.softmax and not where.layer:
+        return [SOFTMAX]
+    if not where.layer or not (where.keeps_shape or isinstance(layers[where.layer], GSeM)):
+        return []
+    kind = type(layers[where.layer])
+    if kind.__module__.startswith("torch."):
+        return [where.layer]
+    return [name for name, layer in layers.items() if type(layer) is kind]
+
+
+def _all_passed(ctx: AuditContext, probe: _Probe, names: list[str]) -> tuple[list[str], float | None, bool]:
+    """Pass further layers until the gradient is that of the loss, or none that could be passed is found.
+
+    Returns:
+        the layers, the check's figure for the network that passes them, and whether it passes the check.
+    """
+    for _ in range(MOST_KINDS):
+        attack = AttackSpec("apgd", {"through": "+".join(names)})
+        again, answered = _again(ctx, attack)
+        if answered:
+            break
+        passed = attack.network(ctx.model)
+        where = vanishing(passed, probe) or blocking(replace(probe, model=passed), ctx.on_progress)
+        # (Of a layer that is passed already, the identity is no exact derivative.)
+        further = [] if _inside(where.layer, names) else passable(ctx.model, where)
+        further = [name for name in further if not _inside(name, names)]
+        if not further:
+            break
+        names = [name for name, _ in without_logits(ctx.model).named_modules() if name in {*names, *further}]
+    return names, again, answered
+
+
+def _inside(name: str, others: Sequence[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in others)
+
+
+def _again(ctx: AuditContext, attack: AttackSpec) -> tuple[float | None, bool]:
+    """The check's figure for the network that a repaired attack differentiates, and whether it passes."""
+    found, averaged, suspicious = _compared(ctx, ctx.network(attack))
+    one = _decisive(averaged or found, suspicious)
+    return one.slope, not (suspicious or one.unclear or all(f.silent for f in found))
+
+
+def _in_python(model: nn.Module, names: list[str]) -> str:
+    layers = dict(without_logits(model).named_modules())
+    if all(isinstance(layers[name], GSeM) for name in names):
+        which = f"layer {names[0]!r}" if len(names) == 1 else f"layers {', '.join(map(repr, names))}"
+        return f'the {which} set to gradient="corrected"'
+    shown = ", ".join(f'"{name}"' for name in names)
+    return f"gsem.straight_through(model, {shown if len(names) == 1 else f'[{shown}]'})"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gsem._io import write_atomically, written_whole
-from gsem.auditing.check import Audit, Check
+from gsem.auditing.check import Audit, Check, FormerAudit
+from gsem.auditing.shares import Shares
 from gsem.distributed import current
 from gsem.evaluation.partial import Unfinished, differences
 
@@ -26,8 +27,10 @@ class Finished:
 
     check: Check
     seconds: float
-    lowest: list[list[float]] | None
-    """[2][n] shares of wrong selection and scoring draws of the worst points it found; None if it looked for none."""
+    tried: Shares | None
+    """The worst points that it found within eps; None if it looked for none."""
+    by_gradient: Shares | None
+    """… by attacks that follow a gradient."""
 
 
 # Two audits that agree in all of the question but this have the same figures.
@@ -44,6 +47,8 @@ def refuse_to_overwrite(out: Path, question: Mapping[str, Any]) -> None:
         return
     try:
         metadata = Audit.load(out).metadata
+    except FormerAudit as error:
+        raise AnotherAudit(f"{out} is there already, and {error} into another --out, or move the file away") from None
     except (KeyError, TypeError, AttributeError, ValueError):
         raise AnotherAudit(f"{out} is there already, and is no audit: choose another --out") from None
     asked = {key: value for key, value in question.items() if key not in INCIDENTAL}
@@ -75,13 +80,16 @@ class Partial(Unfinished):
     def _read_check(self, name: str) -> Finished | None:
         try:
             found = json.loads((self.folder / f"check-{name}.json").read_text())
-            return Finished(Check(**found.pop("check")), **found)
+            tried, by_gradient = (found[key] and Shares.from_dict(found[key]) for key in ("tried", "by_gradient"))
+            return Finished(Check(**found["check"]), found["seconds"], tried, by_gradient)
         except (OSError, KeyError, TypeError, ValueError):  # not there, or damaged
             return None
 
     def write(self, one: Finished) -> None:
+        shares = {"tried": one.tried, "by_gradient": one.by_gradient}
+        record = {key: None if each is None else each.to_dict() for key, each in shares.items()}
         with current().together():
-            text = json.dumps(asdict(one), allow_nan=False)
+            text = json.dumps({"check": asdict(one.check), "seconds": one.seconds} | record, allow_nan=False)
             if current().first:
                 write_atomically(self.folder / f"check-{one.check.name}.json", text.encode())
 

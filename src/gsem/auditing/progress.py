@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from gsem.attacks import Step
 from gsem.attacks.suite import GRADIENT
-from gsem.auditing.blackbox import black_box_attacks
 from gsem.auditing.check import Check
 from gsem.auditing.context import AuditContext
 from gsem.auditing.partial import Finished
@@ -43,7 +42,7 @@ def planned(ctx: AuditContext, names: Sequence[str]) -> dict[str, float]:
     """
     options = ctx.options(ctx.primary_attack)
     primary, white = ctx.passes(ctx.primary_attack), sum(ctx.passes(a) for a in ctx.white)
-    scored = 2.0 * ctx.draws
+    scored, losses = 2.0 * ctx.draws, sum(ctx.passes(a) for a in ctx.other_losses)
     curves = sum(key in options for key in ("steps", "restarts")) + ctx.stochastic
     passes = {
         "randomness": 4.0,
@@ -54,8 +53,9 @@ def planned(ctx: AuditContext, names: Sequence[str]) -> dict[str, float]:
         "transfer": scored,
         "unconstrained": UNBOUNDED * white + scored,
         "binarization": (128 if ctx.quick else 256) + white + 200 * (3 if ctx.stochastic else 1),
-        "sweeps": REMAINING * (3 * primary + curves * (white + 2 * primary)) + (3 if ctx.quick else 10) * scored,
-        "blackbox": REMAINING * sum(ctx.passes(a) for a in black_box_attacks(ctx)),
+        "sweeps": REMAINING * (3 * primary + curves * (white + 2 * primary) + losses)
+        + (3 if ctx.quick else 10) * scored,
+        "blackbox": REMAINING * sum(ctx.passes(a) for a in ctx.black_box),
         "noise": 3 * white / max(1, options["eot"]) if ctx.stochastic or ctx.source_models else 1.0,
     }
     plan = {name: passes.get(name, 1.0) for name in names}

@@ -1,7 +1,7 @@
 """gsem audit: load model and images, run the checks, print the table and the verdict."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,8 +21,16 @@ from gsem.nn.gsem import GSeM
 
 WIDTH = 80
 # Colour only repeats the words.
-STYLES = {"pass": "green", "flag": "bold red", "inconclusive": "yellow"}
-VERDICTS = {"TRUSTED": "bold green", "SUSPECT": "bold yellow", "INVALID": "bold red"}
+STYLES = {"pass": "green", "flag": "bold red", "flag, answered": "yellow", "inconclusive": "yellow"}
+VERDICTS = {
+    "TRUSTED": "bold green",
+    "OVERSTATED": "bold red",
+    "SUSPECT": "bold yellow",
+    "INVALID": "bold red",
+    "INCOMPLETE": "bold yellow",
+}
+# Options of the audit that an evaluation of the same images does not take, or is given otherwise.
+AUDIT_ONLY = ("model", "only", "out", "quick", "suite", "attacks", "surrogate", "gradient", "images", "processes")
 
 
 def audit_command(console: Console, o: AuditOptions) -> Audit:
@@ -35,6 +43,10 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
         if o.gradient is not None and isinstance(module, GSeM):
             module.gradient = o.gradient
     command = command_line("audit", o.model, **changed(o, "model", "only", "out", "processes"))
+    known: dict[str, object] = {"command": command}
+    if o.surrogate is None:  # gsem evaluate takes none
+        images = {"images": len(task.x), "frozen": False}
+        known["evaluate"] = command_line("evaluate", o.model, **changed(o, *AUDIT_ONLY), **images)
     with AuditBar(console) as bar:
 
         def audited(place: Path) -> Audit:
@@ -53,7 +65,7 @@ def audit_command(console: Console, o: AuditOptions) -> Audit:
                 source_models=task.source_models,
                 surrogate=surrogate,
                 save=place,
-                about=task.about(place) | {"command": command},
+                about=task.about(place) | known,
                 on_progress=bar,
             )
 
@@ -106,23 +118,38 @@ def show_audit(console: Console, found: Audit, what: str) -> None:
     table.add_column("", no_wrap=True)
     for check in found.checks:
         figure = "–" if check.figure is None else f"{round(check.figure, 3) + 0.0:.3f}"  # (no −0)
-        table.add_row(check.name, figure, check.threshold, Text(check.outcome, style=STYLES[check.outcome]))
+        outcome = check.outcome_in_words
+        table.add_row(check.name, figure, check.threshold, Text(outcome, style=STYLES.get(outcome, "")))
     console.print(table)
     for check in found.checks:
-        if check.outcome != "pass":
+        if check.outcome not in ("pass", "not applicable"):
             _show_advice(console, check, metadata["command"])
+    _show_not_applicable(console, found.checks)
     console.print()
     console.print(Text(found.verdict, style=VERDICTS[found.verdict]))
     console.print(found.reason, width=WIDTH)
+    if found.found_command is not None:
+        console.print(f"the accuracy found, again:\n  {found.found_command}", soft_wrap=True)
     seconds = duration(metadata["seconds"])
     draws = f", {metadata['draws']} scoring draws" if metadata["stochastic"] else ", deterministic"
     console.print(f"\n{metadata['images']} images{draws}, seed {metadata['seed']}, {seconds}")
     console.print(f"to repeat one check, with the same figure:\n  {metadata['command']} --only CHECK", soft_wrap=True)
 
 
+def _show_not_applicable(console: Console, checks: Sequence[Check]) -> None:
+    """The checks that do not apply, those with the same reason together."""
+    reasons: dict[str, list[str]] = {}
+    for check in checks:
+        if check.outcome == "not applicable":
+            reasons.setdefault(check.reason, []).append(check.name)
+    for reason, names in reasons.items():
+        console.print(f"\n{', '.join(names)}: not applicable\n{_sentence(reason)}", width=WIDTH)
+
+
 def _show_advice(console: Console, check: Check, command: str) -> None:
     console.print()
-    console.print(Text(f"{check.name}: {check.outcome}", style=STYLES[check.outcome]))
+    outcome = check.outcome_in_words
+    console.print(Text(f"{check.name}: {outcome}", style=STYLES[outcome]))
     console.print(f"{check.title} {_sentence(check.reason)}", width=WIDTH)
     if check.advice:
         console.print(f"What to do: {check.advice}", width=WIDTH)

@@ -199,14 +199,14 @@ class EvaluateOptions(TaskOptions):
 
 @options
 class AuditOptions(TaskOptions):
-    """Is the robust accuracy real? Twelve checks, and a verdict.
+    """Which robust accuracy may be quoted? Twelve checks, the lowest accuracy found, and a verdict.
 
     An interrupted audit resumes when the same command is started again.
     """
 
     attacks: str | None = None
-    """The audited attacks instead of a suite, separated by commas, like pgd:steps=100,apgd:targets=9. Default: APGD on
-    cross-entropy, on the margin and towards nine targets."""
+    """The attacks whose accuracy is claimed, instead of a suite, separated by commas, like
+    pgd:steps=100,apgd:targets=9,square. Default: APGD on cross-entropy, on the margin and towards nine targets."""
     images: int | None = None
     """Number of test images. Default: 500, with --quick 128."""
     draws: int | None = None

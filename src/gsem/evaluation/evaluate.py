@@ -24,7 +24,7 @@ from gsem.attacks._checks import check_result
 from gsem.attacks._core import distances
 from gsem.attacks._types import Norm
 from gsem.attacks.own import AnyAttack, AttackLike, listed
-from gsem.attacks.suite import SUITES, AttackSpec, suite
+from gsem.attacks.suite import REPAIRS, SUITES, AttackSpec, suite
 from gsem.distributed import Processes, current
 from gsem.evaluation.partial import FinishedBatches, computed, question, refuse_differences, saved_result
 from gsem.evaluation.result import VOTERS, AttackScores, EvaluationResult, attack_name, joined, with_ending
@@ -331,6 +331,14 @@ def _noise(task: _Task, mode: str) -> Iterator[None]:
         yield
 
 
+def _check_gradients(model: nn.Module, attacks: Sequence[AnyAttack], x: Tensor) -> None:
+    """Check, before any attack runs, that those which follow a gradient have one (`check_gradient`)."""
+    following = [a for a in attacks if isinstance(a, AttackSpec) and a.follows_gradient]
+    networks = {tuple(a.options.get(option) for option in REPAIRS): a for a in following}
+    for attack in networks.values():
+        check_gradient(attack.network(model), x)
+
+
 class _Evaluation:
     """The attacks on one model in one mode of its noise, which is set already, batch by batch.
 
@@ -351,8 +359,8 @@ class _Evaluation:
         sources = undefended(task.model) | dict(source_models) if transferred else {}
         self.folded = fold(task.model)
         self.source_models: dict[str, nn.Module] = {name: fold(source) for name, source in sources.items()}
-        if mode == "fresh" and any(a.follows_gradient for a in attacks):
-            check_gradient(self.folded, task.x)
+        if mode == "fresh":
+            _check_gradients(self.folded, attacks, task.x)
 
     def part(self, attack: AnyAttack, name: str, first: int, watch: Watch) -> AttackScores:
         """The batch from image `first`, read if it was finished before an interruption."""
@@ -369,7 +377,7 @@ class _Evaluation:
         task = self.task
         x, y = (values[first : first + task.batch_size] for values in (task.x, task.y))
         started = time.monotonic()
-        watch.model = counted = counting(self.folded)
+        watch.model = counted = counting(attack.network(self.folded))
         with _reworded(partial(_numbered_among_all, name=name, first=first)):
             x_adv = attack.run(
                 counted,

@@ -3,12 +3,13 @@
 import copy
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -206,9 +207,36 @@ class Logits(nn.Module):
         return output["logits"] if self.place == "key" else output[0]
 
 
+class Scores(nn.Module):
+    """A model that returns integers, as one of logits: integer scores [b, k] as they are, classes [b] one-hot."""
+
+    def __init__(self, model: nn.Module, classes: int | None):
+        """classes: how many there are, where the model returns classes; one more column takes any other answer."""
+        super().__init__()
+        self.model, self.classes = model, classes
+        self.training = model.training
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        output = self.model(x)
+        if self.classes is not None:
+            output = F.one_hot(output.long().clamp(-1, self.classes) % (self.classes + 1), self.classes + 1)
+        return output.to(x.dtype)
+
+
 def without_logits(model: nn.Module) -> nn.Module:
-    """The network inside the `Logits` of `plain_logits`, with the names of its layers; any other model itself."""
-    return model.model if type(model) is Logits else model
+    """The network inside what `plain_logits` put around it, with the names of its layers; any other model itself."""
+    while type(model) in (Logits, Scores):
+        model = cast(nn.Module, model.model)
+    return model
+
+
+def changed_inside(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """`change` of the network inside what `plain_logits` put around it, with the same around it."""
+    if type(model) is Logits:
+        return Logits(changed_inside(model.model, change), model.place)
+    if type(model) is Scores:
+        return Scores(changed_inside(model.model, change), model.classes)
+    return change(model)
 
 
 def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, " b"], what: str = "label") -> nn.Module:
@@ -218,7 +246,8 @@ def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, "
 
     Args:
         model: images [b, c, h, w] in [0, 1] → logits [b, k]; or an object or dict with `logits`, or a tuple that
-            begins with them, of which the logits are taken. In eval mode.
+            begins with them, of which the logits are taken. Integers, scores [b, k] or classes [b], are taken too; they
+            have no gradient. In eval mode.
         x, y: images, and their labels in 0 … k − 1.
         what: what y holds, for messages.
 
@@ -228,8 +257,8 @@ def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, "
         NotFinite: logits that are NaN or infinite; the image is named.
 
     Warns:
-        UserWarning: where the logits were taken from; a model that returns probabilities, or logits in [0, 1] only; a
-            BatchNorm without running statistics.
+        UserWarning: where the logits were taken from; a model that returns integers or probabilities, or
+            logits in [0, 1] only; a BatchNorm without running statistics.
     """
     check_eval_mode(model)
     # A folded model was made from a model that was checked.
@@ -246,12 +275,19 @@ def plain_logits(model: nn.Module, x: Float[Tensor, "b c h w"], y: Int[Tensor, "
     if place is not None:
         shape = f", {list(logits.shape)} for {len(some)} images"
         _warn(f"the model returns a {type(output).__name__}: {_TAKEN[place]} taken for the logits{shape}")
+    if (
+        not logits.is_floating_point()
+        and not logits.is_complex()
+        and logits.ndim in (1, 2)
+        and len(logits) == len(some)
+    ):
+        model, logits = _with_scores(model, some, y, logits)
     _check_logits(logits, some)
     _check_classes(y, logits.shape[1], what)
     _check_modes(model, some, logits)
-    if are_probabilities(logits):
+    if type(model) is not Scores and are_probabilities(logits):
         _warn(_PROBABILITIES)
-    elif bool(((logits >= 0) & (logits <= 1)).all()):
+    elif type(model) is not Scores and bool(((logits >= 0) & (logits <= 1)).all()):
         _warn(_SQUASHED.format(count=len(some)))
     _warn_of_batch_statistics(model)
     return model
@@ -372,6 +408,15 @@ def _answer(model: nn.Module, some: Tensor) -> Tensor:
             reason += ". Are the images [b, h, w, c]? x.permute(0, 3, 1, 2) makes them [b, c, h, w]"
         images = f"images {shape} ({some.dtype}, {some.device})"
         raise ValueError(f"the model does not run on {images}: {reason}") from error
+
+
+def _with_scores(model: nn.Module, some: Tensor, y: Tensor, output: Tensor) -> tuple[nn.Module, Tensor]:
+    """A model that returns integers as one of logits, and its logits."""
+    classes = None if output.ndim == 2 else int(max(y.max(), output.max())) + 1
+    what = "classes" if output.ndim == 1 else "integer scores"
+    _warn(f"the model returns {what}, which have no gradient: black-box attacks alone (square, rays) can be made on it")
+    model = Scores(model, classes)
+    return model, _answer(model, some)
 
 
 def _check_logits(logits: Tensor, some: Tensor) -> None:

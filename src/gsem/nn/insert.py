@@ -1,6 +1,5 @@
-"""Insert a GSeM into any torch model, normalise its input, or give a layer a straight-through gradient."""
+"""Insert a GSeM into any torch model, or normalise its input."""
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gsem.nn.gsem import Gradient, GSeM, pass_through
+from gsem.nn.gsem import Gradient, GSeM
 from gsem.nn.probe import channel_axis, check_changeable, feature_map, find_layer, images, probe, run
 
 
@@ -63,7 +62,7 @@ def insert(
     together = (nn.Sequential if seen.inputs == 1 else _SequentialOfSeveral)(layer, behind)
     together.training = layer.training  # not train(): it would reach into the layer
     places = [(m, key) for m in model.modules() for key, child in m._modules.items() if child is layer]
-    _replace(places, together)
+    replace_at(places, together)
     # A parent may reach its layer otherwise than as its child, or do more with it than call it.
     try:
         reached = run(model, gsem, seen.image).calls[gsem] == 1
@@ -72,7 +71,7 @@ def insert(
         reached = False
         trouble = f"fails: {error}"
     if not reached:
-        _replace(places, layer)
+        replace_at(places, layer)
         raise ValueError(f"with a Sequential of layer {after!r} and a GSeM in its place, the model {trouble}")
     return model
 
@@ -95,7 +94,8 @@ class _SequentialOfSeveral(nn.Sequential):
         return self[1](self[0](*args, **kwargs))
 
 
-def _replace(places: list[tuple[nn.Module, str]], module: nn.Module) -> None:
+def replace_at(places: list[tuple[nn.Module, str]], module: nn.Module) -> None:
+    """Put `module` under each of these names of these parents."""
     for parent, key in places:
         setattr(parent, key, module)
 
@@ -168,53 +168,6 @@ def normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
             f"--normalize {text!r} is none of {known}, nor MEAN/STD like 0.5,0.5,0.5/0.2,0.2,0.2"
         ) from None
     return mean, std
-
-
-class StraightThrough(nn.Module):
-    """A layer whose backward is the identity; see `straight_through`."""
-
-    def __init__(self, layer: nn.Module, name: str):
-        super().__init__()
-        self.layer, self.name = layer, name
-        self.training = layer.training  # not train(): it would reach into the layer
-
-    def forward(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        return _straight(x, self.layer(x.detach()), self.name)
-
-
-def _straight(x: Tensor, value: Tensor, name: str) -> Tensor:
-    if value.shape != x.shape:
-        raise ValueError(
-            f"layer {name!r} turns {list(x.shape)} into {list(value.shape)}: a straight-through gradient needs a "
-            "layer that keeps the shape"
-        )
-    return pass_through(x, value)
-
-
-torch.fx.wrap("_straight")  # its condition cannot be traced
-
-
-def straight_through(model: nn.Module, layer: str) -> nn.Module:
-    """A copy of `model` in which the gradient passes the layer as if it were the identity; its output is the same.
-
-    The corrected gradient for a layer of one's own that has none, or a useless one: rounding, a threshold, a
-    decoder (the straight-through estimator; BPDA with the identity, Athalye et al., ICML 2018, section 4.1). Attack
-    the copy, and score the points by the model.
-
-    Args:
-        model: any network; it is copied, not changed.
-        layer: the name of the layer, as `model.named_modules()` gives it. It takes one tensor and keeps its shape;
-            its own parameters get no gradient.
-
-    Raises:
-        ValueError: no such layer; in the forward pass, a layer that changes the shape.
-    """
-    find_layer(model, layer, "layer")
-    model = copy.deepcopy(model)
-    found = dict(model.named_modules(remove_duplicate=False))[layer]
-    places = [(m, key) for m in model.modules() for key, child in m._modules.items() if child is found]
-    _replace(places, StraightThrough(found, layer))
-    return model
 
 
 def _numbers(name: str, value: float | Sequence[float]) -> list[float]:

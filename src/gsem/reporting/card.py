@@ -9,9 +9,9 @@ from gsem.reporting.read import RunReport, bare
 def card(entry: RunReport) -> dict[str, Any]:
     """RobustBench's fields in the form of its cards: accuracies in per cent as text, eps as a fraction.
 
-    `reported` is the worst case over all attacks; `autoattack_acc` is null where AutoAttack was not run. Both are
-    expected accuracies. `unreliable` is true unless the audit's verdict is TRUSTED, and null without an audit. `link`,
-    `authors` and `venue` are empty: the publisher of the card fills them in.
+    `reported` is the worst case over the evaluation's attacks; `autoattack_acc` is null where AutoAttack was not run.
+    Both are expected accuracies. `unreliable` is true unless the audit's verdict is TRUSTED, and null without an audit.
+    `link`, `authors` and `venue` are empty: the publisher of the card fills them in.
     """
     summary = entry.summary or {"attacks": [], "worst": {}}
     rows = {r["attack"]: r for r in summary["attacks"] if r["noise"] == "fresh"}
@@ -36,8 +36,9 @@ def card(entry: RunReport) -> dict[str, Any]:
         "gsem": {
             "verdict": None if audit is None else audit.verdict,
             "reason": None if audit is None else audit.reason,
+            **{key: None if audit is None else audit.metadata.get(key) for key in ("claimed", "found", "reached_by")},
             "checks": [
-                {"name": c.name, "figure": c.figure, "outcome": c.outcome}
+                {"name": c.name, "figure": c.figure, "outcome": c.outcome_in_words}
                 for c in ([] if audit is None else audit.checks)
             ],
             "evaluation": {key: value for key, value in metadata.items() if key != "about"},

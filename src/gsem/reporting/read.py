@@ -15,6 +15,7 @@ from typing import Any
 from gsem._fingerprint import same_model
 from gsem._text import pixels
 from gsem.auditing import Audit
+from gsem.auditing.check import FormerAudit
 from gsem.evaluation.result import EvaluationResult, with_ending
 from gsem.reporting.visuals import Pictures
 from gsem.training.run import read_metrics, run_fingerprint
@@ -220,6 +221,8 @@ def _damage_named(file: Path, advice: str = "") -> Iterator[None]:
     """Whatever a damaged file raises becomes a ValueError that names it."""
     try:
         yield
+    except FormerAudit:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         what = "damaged, or of another version of gsem" if advice else "damaged"
         text = " ".join(str(error).split())
@@ -237,8 +240,12 @@ def _with_audit(entry: RunReport, network: dict[str, str] | None, unmatched: lis
     if entry.result is not None:
         network = entry.result.metadata.get("fingerprint", {})
     for file in _audits(entry.path):
-        with _damage_named(file, "audit again"):
-            audit = Audit.load(file)
+        try:
+            with _damage_named(file, "audit again"):
+                audit = Audit.load(file)
+        except FormerAudit as error:
+            unmatched = [*unmatched, f"{file.name}: {error}"]
+            continue
         other = other_network(audit.metadata, network)
         if other is None and entry.result is not None:
             other = other_question(audit.metadata, entry.result.metadata)

@@ -162,7 +162,15 @@ def code(text: str) -> Markup:
 
 def _check_row(view: views.CheckView) -> tuple[str, ...]:
     check = view.check
-    return (check.name, view.figure, check.threshold, check.outcome, view.reason, check.advice, code(view.command))
+    return (
+        check.name,
+        view.figure,
+        check.threshold,
+        check.outcome_in_words,
+        view.reason,
+        check.advice,
+        code(view.command),
+    )
 
 
 def _context(entries: Sequence[RunReport]) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 from gsem._text import between, duration, pixels
 from gsem._text import percent as padded_percent
-from gsem.auditing import Check
+from gsem.auditing import Audit, Check
 from gsem.reporting.read import RunReport, bare
 from gsem.training.recipe import Recipe
 
 # The fields of a recipe that a reader looks for first; all others are listed below them.
 FIRST = ("name", "data", "model", "levels", "noise", "gradient", "objective", "steps", "eot", "draws", "epochs", "seed")
-SIGNS = {"TRUSTED": "✓", "SUSPECT": "!", "INVALID": "✗", "": "?", "pass": "✓", "flag": "✗", "inconclusive": "?"}
-ORDER = {"flag": 0, "inconclusive": 1, "pass": 2}
+SIGNS = {"TRUSTED": "✓", "OVERSTATED": "✗", "SUSPECT": "!", "INVALID": "✗", "INCOMPLETE": "?", "": "?"}
+SIGNS |= {"pass": "✓", "flag": "✗", "flag, answered": "!", "inconclusive": "?", "not applicable": "–"}
+ORDER = {outcome: n for n, outcome in enumerate(("flag", "flag, answered", "inconclusive", "pass", "not applicable"))}
 QUERIES = "persistent10"  # the accuracy against ten queries, as files name it
 KNOWN_NOISE = {"frozen": "noise known", "off": "noise off"}
 
@@ -71,12 +72,16 @@ class VerdictView:
     """The verdict on a run, ready to be printed."""
 
     word: str
-    """TRUSTED, SUSPECT, INVALID; empty without an audit."""
+    """The verdict of the audit; empty without an audit."""
     reason: str
     audited: str
     """Attacks, images and eps of the audit."""
     command: str
     """The command that repeats the audit, or makes one."""
+    found: str = ""
+    """The lowest accuracy that the audit found, and the attacks that reach it; empty where it ran no attack."""
+    found_command: str = ""
+    """The command that reaches it."""
     checks: tuple[CheckView, ...] = ()
 
 
@@ -90,9 +95,25 @@ def verdict(entry: RunReport) -> VerdictView:
     command = _command(audit.metadata.get("command"), entry)
     checks = tuple(
         CheckView(c, _figure(c), sentence(c.reason), f"{command} --only {shlex.quote(c.name)}")
-        for c in sorted(audit.checks, key=lambda c: ORDER.get(c.outcome, 0))
+        for c in sorted(audit.checks, key=lambda c: ORDER.get(c.outcome_in_words, 0))
     )
-    return VerdictView(audit.verdict, audit.reason, _audited(audit.metadata), command, checks)
+    return VerdictView(
+        audit.verdict,
+        audit.reason,
+        _audited(audit.metadata),
+        command,
+        _found(audit),
+        "" if audit.found_command is None else _bared(audit.found_command),
+        checks,
+    )
+
+
+def _found(audit: Audit) -> str:
+    found, attacks = audit.found, audit.metadata.get("reached_by")
+    if found is None:
+        return ""
+    by = f" by {', '.join(str(attacks).split(','))}" if attacks else ""
+    return f"{percent(found.mean)} ({between(found.low, found.high)}){by}"
 
 
 def _figure(check: Check) -> str:
@@ -112,10 +133,14 @@ def _command(recorded: Any, entry: RunReport) -> str:
     """The recorded command, its absolute paths without their folders."""
     if not isinstance(recorded, str) or not recorded:
         return _audit_command(entry)
+    return _bared(recorded)
+
+
+def _bared(command: str) -> str:
     try:
-        words = shlex.split(recorded)
+        words = shlex.split(command)
     except ValueError:
-        return recorded
+        return command
     return shlex.join(bare(word) for word in words)
 
 
@@ -143,7 +168,7 @@ def _audited(metadata: dict[str, Any]) -> str:
         parts.append("quick form, with fewer steps, draws and queries")
     if metadata.get("only"):
         parts.append("some of the checks only")
-    for key, name in (("clean", "clean"), ("attacked", "under these attacks"), ("lowest", "lowest found")):
+    for key, name in (("clean", "clean"), ("claimed", "claimed"), ("found", "found")):
         found = metadata.get(key)
         if isinstance(found, dict) and "accuracy" in found:
             parts.append(f"{name} {percent(found['accuracy'])}")
@@ -162,7 +187,8 @@ def outcomes(entries: Sequence[RunReport]) -> Table:
 def _outcome(check: Check | None) -> str:
     if check is None:
         return "–"
-    return check.outcome if check.figure is None else f"{check.outcome} ({_figure(check)})"
+    outcome = check.outcome_in_words
+    return outcome if check.figure is None else f"{outcome} ({_figure(check)})"
 
 
 # --- accuracies --------------------------------------------------------------------------------------------------
