@@ -103,7 +103,7 @@ def audit(
         Locked: another process audits into `save`. OSError: it cannot be written.
     """
     processes = current()
-    with processes.first_warns(), processes.together():
+    with processes.first_warns(), processes.together(), out_of_memory_names(batch_size):
         names = list(CHECKS) if only is None else list(only)
         for name in names:
             if name not in CHECKS:
