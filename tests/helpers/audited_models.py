@@ -1,8 +1,11 @@
 """Networks of digits whose robustness, and whose faults, are known."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +21,19 @@ def digits(images: int = 100) -> tuple[Tensor, Tensor]:
     test = gsem.data.load("digits").test()
     rows = gsem.data.balanced(test.y, images)
     return gsem.data.to_float(test.x[rows]), test.y[rows]
+
+
+@contextmanager
+def streams(seed: int) -> Iterator[None]:
+    """The random streams of torch, numpy and Python start at `seed`, inside the block."""
+    former = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+            yield
+    finally:
+        random.setstate(former[0])
+        np.random.set_state(former[1])
 
 
 def fitted(
@@ -38,8 +54,7 @@ def fitted(
         attack: (model, x, y, seed=) → the points to train on, in place of the images.
         decay: whether the learning rate falls to 0, as half of a cosine.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with streams(seed):
         model = make()
         optimiser = torch.optim.Adam(model.parameters(), rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps) if decay else None

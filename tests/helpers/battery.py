@@ -81,12 +81,14 @@ class Setting:
         *,
         robust: bool = False,
         labels: Callable[[Tensor, Tensor], Tensor] | None = None,
+        longer: int = 1,
     ) -> nn.Module:
         """`make()` trained, once for each kind and seed.
 
         Args:
             robust: on the points of a short PGD instead of clean images.
             labels: of images in [0, 1] and their classes; default: the classes.
+            longer: times the setting's steps.
         """
         key = f"{kind}-{seed}"
         if key not in self.networks:
@@ -98,17 +100,18 @@ class Setting:
                 model.load_state_dict(torch.load(kept, weights_only=True))
                 model.eval().requires_grad_(False)
             else:
-                how = {"rate": 3e-3, "decay": True, "attack": self._attack if robust else None}
-                model = fitted(make, (x, y), derive_seed(seed, kind) % 2**31, steps=self.steps, **how)
+                steps = longer * self.steps
+                how = {"rate": 3e-3, "decay": True, "attack": partial(self._attack, steps) if robust else None}
+                model = fitted(make, (x, y), derive_seed(seed, kind) % 2**32, steps=steps, **how)
                 if kept is not None:
                     torch.save(model.state_dict(), kept)
             self.networks[key] = model
         return self.networks[key]
 
-    def _attack(self, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+    def _attack(self, steps: int, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
         """A short PGD. The radius grows over the first half of the training: from the start with all of it, some
         networks never learn anything."""
-        eps = self.robust_eps * min(1.0, (seed + 1) / (self.steps / 2))
+        eps = self.robust_eps * min(1.0, (seed + 1) / (steps / 2))
         return gsem.attacks.pgd(model, x, y, eps=eps, step=eps / 2, steps=3, keep="last", eot=1, seed=seed)
 
     def small(self, **how: Any) -> Callable[[], nn.Sequential]:
@@ -125,7 +128,7 @@ class Setting:
 
 def digits_setting(images: int = 128, folder: Path | None = None) -> Setting:
     """The battery that a test can afford: each network trains in seconds."""
-    return Setting(gsem.data.load("digits"), images, eps=0.3, robust_eps=0.15, width=8, steps=250, folder=folder)
+    return Setting(gsem.data.load("digits"), images, eps=0.25, robust_eps=0.15, width=8, steps=250, folder=folder)
 
 
 def small(
@@ -194,8 +197,13 @@ class Case:
             return None
         return undefended + NEAR if self.robust else BROKEN
 
-    def faults(self, verdict: str, claimed: float, found: float, undefended: float) -> list[str]:
-        """In what an audit fails this case; nothing if it does not."""
+    def faults(self, verdict: str, claimed: float | None, found: float, undefended: float) -> list[str]:
+        """In what an audit fails this case; nothing if it does not.
+
+        Args:
+            claimed: None where none of the attacks can be run.
+            undefended: accuracy of the undefended network under the standard suite.
+        """
         if self.control:
             return [] if verdict == "TRUSTED" else [f"a healthy network is {verdict}"]
         faults = []
@@ -204,10 +212,8 @@ class Case:
             faults.append(f"found {found:.1%}, over {bound:.1%}")
         if verdict not in ("OVERSTATED", "TRUSTED"):
             faults.append(f"the verdict is {verdict}")
-        elif verdict == "TRUSTED" and claimed - found > CLAIM:
+        elif verdict == "TRUSTED" and claimed is not None and (self.overstated or claimed - found > CLAIM):
             faults.append(f"TRUSTED, though claimed {claimed:.1%} and found {found:.1%}")
-        elif verdict == "TRUSTED" and self.overstated:
-            faults.append("TRUSTED, though the claimed attacks had no gradient")
         return faults
 
 
@@ -299,7 +305,7 @@ def _ensemble(setting: Setting, seed: int, drawn: Drawn) -> dict[str, Any]:
 def _meansparse(setting: Setting, seed: int, drawn: Drawn) -> dict[str, Any]:
     robust = setting.robust(seed)
     images = gsem.data.to_float(setting.train[0][:1000])
-    model = sparsified(robust, images, drawn.between("threshold", 0.15, 0.35))
+    model = sparsified(robust, images, drawn.between("threshold", 0.2, 0.5))
     return {"model": model, "undefended": robust, "robust": True, "layers": ("1.1", "5.1", "8.1")}
 
 
@@ -309,11 +315,11 @@ DEFENCES: dict[str, Make] = {
     "kwta": _kwta,
     "resize": _in_front(
         "resize",
-        lambda d, setting: ResizedAndPadded(
-            setting.source.shape[1] * 5 // 4, d.one_of("source", "torch", "numpy", "python")
+        lambda d, s: ResizedAndPadded(
+            max(s.source.shape[1] + 2, s.source.shape[1] * 9 // 8), d.one_of("source", "torch", "numpy", "python")
         ),
     ),
-    "noise": _in_front("noise", lambda d, s: GaussianNoise(d.between("std", 0.3 * s.eps, 0.6 * s.eps))),
+    "noise": _in_front("noise", lambda d, s: GaussianNoise(d.between("std", 0.3 * s.eps, 0.5 * s.eps))),
     "tv": _in_front("tv", lambda d, _: TotalVariation(d.between("weight", 0.03, 0.1)), overstated=True),
     "median": _in_front("median", lambda d, _: Median(d.one_of("size", 2, 3)), overstated=True),
     "temperature": _temperature,
@@ -341,9 +347,11 @@ def parts_of(x: Tensor, y: Tensor, train: tuple[Tensor, Tensor], parts: int) -> 
     return labels
 
 
-def _control(kind: str, make: Callable[[Setting], Callable[[], nn.Module]], robust: bool = True) -> Make:
+def _control(
+    kind: str, make: Callable[[Setting], Callable[[], nn.Module]], *, robust: bool = True, longer: int = 1
+) -> Make:
     def case(setting: Setting, seed: int, drawn: Drawn) -> dict[str, Any]:
-        model = setting.network(kind, seed, make(setting), robust=robust)
+        model = setting.network(kind, seed, make(setting), robust=robust, longer=longer)
         return {"model": model, "undefended": model, "robust": robust}
 
     return case
@@ -367,7 +375,7 @@ CONTROLS: dict[str, Make] = {
     "plain": _control("plain", lambda setting: setting.small(), robust=False),
     "relu": _control("robust", lambda setting: setting.small()),
     "gelu": _control("gelu", lambda setting: setting.small(activation=nn.GELU, normalised=False)),
-    "attention": _control("attention", _attention),
+    "attention": _control("attention", _attention, longer=3),
     "binary": _relabelled("binary", lambda setting: 2, lambda setting: halves_of),
     "hundred": _relabelled(
         "hundred",

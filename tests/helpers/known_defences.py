@@ -3,8 +3,6 @@
 import copy
 import math
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -336,16 +334,3 @@ class RandomMember(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits = torch.stack([network(x) for network in self.networks])
         return logits[integers(self.source, 0, len(self.networks), len(x), x.device), torch.arange(len(x))]
-
-
-@contextmanager
-def drawn_by_torch(model: nn.Module) -> Iterator[None]:
-    """Random defences draw from torch's stream inside the block, so that a training's seed decides them."""
-    random_ones = {m: m.source for m in model.modules() if hasattr(m, "source")}
-    try:
-        for m in random_ones:
-            m.source = "torch"
-        yield
-    finally:
-        for m, source in random_ones.items():
-            m.source = source
