@@ -123,17 +123,6 @@ class Fronted(nn.Module):
         return self.network(self.front(x))
 
 
-class Scaled(nn.Module):
-    """Logits so large that the cross-entropy's gradient underflows."""
-
-    def __init__(self, network: nn.Module, scale: float):
-        super().__init__()
-        self.network, self.scale = network, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x) * self.scale
-
-
 class Sharp(nn.Module):
     """Probabilities of a softmax at a low temperature, in the forward itself."""
 

@@ -15,7 +15,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 import gsem
-from audited_models import fitted
+from audited_models import Fronted, fitted
 from gsem.rng import derive_seed
 from known_defences import (
     CosineRounding,
@@ -153,17 +153,6 @@ def small(
         parts += [activation(), *([behind_first(outputs)] if number == 0 else [])]
         inputs = outputs
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * inputs, classes))
-
-
-class Fronted(nn.Module):
-    """Something in front of a network."""
-
-    def __init__(self, front: nn.Module, network: nn.Module):
-        super().__init__()
-        self.front, self.network = front, network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(self.front(x))
 
 
 # --- the cases -----------------------------------------------------------------------------------------------------
