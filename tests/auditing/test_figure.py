@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gsem
-from audited_models import EPS, Fronted, Quantise, Scaled, digits, mlp
+from audited_models import EPS, Fronted, Quantise, digits, mlp
 from gsem.auditing import Audit
 from gsem.auditing.check import Figures
 from gsem.auditing.verdict import verdict
+from known_defences import Temperature
 
 WIDE = 0.3
 
@@ -43,7 +44,7 @@ def test_a_network_without_robustness_is_trusted_at_zero():
 
 def test_behind_a_temperature_of_1000_the_cross_entropy_claims_too_much():
     """Its gradient vanishes in the softmax of the loss; that of the margin does not."""
-    audit = audited(Scaled(mlp(), 1000), "apgd:steps=50")
+    audit = audited(nn.Sequential(mlp(), Temperature(1000)), "apgd:steps=50")
     assert audit.verdict == "OVERSTATED" and audit.claimed.mean > 0.8 and audit.found.mean == 0
     assert audit["unavailable"].answered and audit["unavailable"].again == 0
     assert "loss=margin" in audit.metadata["reached_by"] and "softmax of the loss" in str(audit["unavailable"].details)
@@ -51,7 +52,7 @@ def test_behind_a_temperature_of_1000_the_cross_entropy_claims_too_much():
 
 def test_behind_a_temperature_the_audits_own_attacks_are_not_deceived():
     """The flag is a remark."""
-    audit = audited(Scaled(mlp(), 1000))
+    audit = audited(nn.Sequential(mlp(), Temperature(1000)))
     assert audit.verdict == "TRUSTED" and audit.claimed.mean == audit.found.mean == 0
     assert audit["unavailable"].outcome == "flag" and "unavailable" in audit.reason
 

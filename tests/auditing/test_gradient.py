@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import gsem
-from audited_models import EPS, Fronted, Quantise, Scaled, Sharp, Threshold, convolutional, digits, mlp
+from audited_models import EPS, Fronted, Quantise, Sharp, Threshold, convolutional, digits, mlp
 from gsem.auditing.check import Check
 from gsem.auditing.gradient import joined, slopes
+from known_defences import Temperature
 from planted import Killed
 
 
@@ -126,7 +127,7 @@ def test_large_logits_are_the_losss_affair_and_no_layers():
     """×1000: the cross-entropy's softmax has no gradient left, the margin of the logits has all of it."""
     x, y = digits()
     names = ["unavailable", "gradient"]
-    audit = gsem.audit(Scaled(mlp(), 1000), x, y, "apgd:steps=5", eps=EPS, only=names, quick=True)
+    audit = gsem.audit(nn.Sequential(mlp(), Temperature(1000)), x, y, "apgd:steps=5", eps=EPS, only=names, quick=True)
     assert audit["gradient"].outcome == "pass"
     check = audit["unavailable"]
     assert check.outcome == "flag" and check.details["where"] == "the softmax of the loss"
@@ -146,8 +147,8 @@ def test_of_a_saturated_softmax_no_layer_of_the_network_is_named(scale: float):
     assert check.details["where"] == where and where in check.reason
     assert "loss=margin" in check.advice
     # As a layer it is that layer.
-    check = gradient(nn.Sequential(Scaled(mlp(), scale), nn.Softmax(1)), "apgd:steps=5")
-    assert check.outcome == "flag" and check.details["layer"] == "1"
+    check = gradient(nn.Sequential(mlp(), Temperature(scale), nn.Softmax(1)), "apgd:steps=5")
+    assert check.outcome == "flag" and check.details["layer"] == "2"
 
 
 @pytest.mark.filterwarnings("ignore:the model returns probabilities")

@@ -43,6 +43,8 @@ PLANTED, STUCK = made("flag", name="binarization", figure=0.2), made("flag", nam
         ([PASSED, OPEN], ZERO, "TRUSTED"),
         ([PLANTED, STUCK], ZERO, "TRUSTED"),
         ([OPEN], measured(None, 0.01, low=0.0), "TRUSTED"),
+        ([OPEN], measured(None, 0.02, low=0.01), "TRUSTED"),
+        ([OPEN], measured(None, 0.02, low=0.011), "SUSPECT"),
         # A lower figure is known.
         ([PASSED], BELOW, "OVERSTATED"),
         ([PASSED, ANSWERED], BELOW, "OVERSTATED"),

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from audited_models import EPS, Fronted, Rippled, Scaled, Threshold, mlp
+from audited_models import EPS, Fronted, Rippled, Threshold, mlp
+from known_defences import Temperature
 from planted import Killed
 
 VARIANTS = 10
@@ -22,7 +23,8 @@ def forward_draws(seed: int, low: float, high: float) -> float:
 def _unavailable(seed: int) -> dict[str, Any]:
     # Half of them: cross-entropy whose gradient underflows; the others: no gradient at all.
     network = mlp(seed % 3)
-    return {"model": Scaled(network, forward_draws(seed, 300, 3000)) if seed % 2 else Killed(network), "attacks": SHORT}
+    saturated = nn.Sequential(network, Temperature(forward_draws(seed, 300, 3000)))
+    return {"model": saturated if seed % 2 else Killed(network), "attacks": SHORT}
 
 
 def _unstable(seed: int) -> dict[str, Any]:

@@ -488,6 +488,51 @@ def test_noise_of_python_and_numpy_is_noticed_too(draw):
     assert draw() == expected  # tracing took nothing from the caller's stream
 
 
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+class OwnBackward(nn.Module):
+    """A straight-through rounding by an autograd.Function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Rounded.apply(8 * x)
+
+
+class HalfWithout(nn.Module):
+    """Half of the image has no gradient, by a context manager."""
+
+    def __init__(self, without: Callable):
+        super().__init__()
+        self.without = without
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.without():
+            half = x * 2
+        return x + half
+
+
+@pytest.mark.parametrize(
+    "own", [OwnBackward(), HalfWithout(torch.no_grad), HalfWithout(lambda: torch.set_grad_enabled(False))]
+)
+@pytest.mark.parametrize("caller", [torch.no_grad, torch.enable_grad])
+def test_a_gradient_of_the_models_own_is_kept(own, caller):
+    torch.manual_seed(0)
+    model = nn.Sequential(own, nn.Flatten(), nn.Linear(192, 5)).double().eval()
+    with pytest.warns(UserWarning, match="another gradient"), caller():
+        folded = fold(model, torch.float64)
+    (logits, grad), (exact, right) = predict_draws(folded, images()), predict_draws(model, images())
+    torch.testing.assert_close(logits, exact)
+    torch.testing.assert_close(grad, right)
+    assert grad.abs().max() > 0
+
+
 class Constants(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,11 +1,13 @@
 """A straight-through copy answers as the model does, and its gradient is that without the layer."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import gsem
 from audited_models import Fronted, Quantise, digits, mlp
+from gsem.attacks.suite import AttackSpec
 from gsem.nn.surrogate import SmoothedGradient, repaired
 
 
@@ -93,3 +95,38 @@ def test_repairs_of_a_folded_model():
     assert torch.equal(grad(found, x), grad(gsem.straight_through(model, "front"), x))
     masked = nn.Sequential(gsem.GSeM(1, gradient="semi-masked"), mlp()).eval()
     assert repaired(masked, through=["0"])[0].gradient == "corrected" and masked[0].gradient == "semi-masked"
+
+
+class Dead(nn.Module):
+    """Features below 0.3 become 0."""
+
+    def forward(self, x):
+        return torch.where(x > 0.3, x, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (4, 5), (4, 6, 3)])
+def test_a_secant_is_the_slope_of_each_feature_on_its_own(shape):
+    x, step = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.2
+    model = nn.Sequential(Dead(), nn.Flatten(), nn.Linear(x[0].numel(), 3).double()).eval()
+    found = repaired(model, through=["0"], secant=step)
+    assert torch.equal(found(x), model(x))
+    behind = x.clone().requires_grad_()
+    (weights,) = torch.autograd.grad(model[1:](behind)[:, 0].sum(), behind)
+    for image, out, weight in zip(x, grad(found, x), weights, strict=True):
+        h = step * float(image.std())
+        for at in np.ndindex(*image.shape):
+            low, high = (value if value > 0.3 else 0.0 for value in (float(image[at]) - h, float(image[at]) + h))
+            assert float(out[at]) == pytest.approx(float(weight[at]) * (high - low) / (2 * h))
+    if x.ndim == 4:
+        folded = repaired(gsem.fold(model, torch.float64), through=["0"], secant=step)
+        assert torch.allclose(grad(folded, x).double(), grad(found, x), rtol=1e-4)
+
+
+def test_a_secant_of_equal_features_is_finite_and_needs_layers():
+    x = torch.full((2, 1, 4, 4), 0.5)
+    model = nn.Sequential(Dead(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    assert grad(repaired(model, through=["0"], secant=0.1), x).isfinite().all()
+    with pytest.raises(ValueError, match="secant is for the layers of through"):
+        repaired(model, secant=0.1)
+    attack = AttackSpec.parse("apgd:through=0:secant=0.1")
+    assert str(attack) == "apgd:through=0:secant=0.1" and "secant0.1" in attack.label(eps=0.1, stochastic=False)

@@ -57,7 +57,7 @@ ATTACKS = {
 }
 # Options of every attack that follows a gradient. They change the model that it attacks. `through` names layers, with +
 # between them (see `repaired`). Labels and files have them only where they are set.
-REPAIRS: dict[str, Any] = {"through": "", "smooth": 0.0}
+REPAIRS: dict[str, Any] = {"through": "", "smooth": 0.0, "secant": 0.0}
 # The values of options that are texts, so that a wrong one is found before an attack runs.
 _CHOICES = {
     "loss": tuple(LOSSES),
@@ -184,17 +184,18 @@ class AttackSpec:
             elif option == "eot" or not (value == default or (option == "step" and math.isclose(value, default))):
                 shown = "-{}" if isinstance(value, str) else f"-{option}{{:g}}"
                 label += _SHOWN.get(option, shown).format(value)
-        through, smooth = (self.options.get(option) for option in REPAIRS)
-        return label + (f"-through-{through}" if through else "") + (f"-smooth{smooth:.4g}" if smooth else "")
+        through, smooth, secant = (self.options.get(option) for option in REPAIRS)
+        label += f"-through-{through}" if through else ""
+        return label + (f"-smooth{smooth:.4g}" if smooth else "") + (f"-secant{secant:.4g}" if secant else "")
 
     def network(self, model: nn.Module) -> nn.Module:
-        """The model for `run`: `model` itself, or with the gradient that `through` and `smooth` ask for.
+        """The model for `run`: `model` itself, or with the gradient that `through`, `smooth` and `secant` ask for.
 
         Raises:
             ValueError: a layer that it does not have.
         """
-        through, smooth = self.options.get("through", ""), self.options.get("smooth", 0.0)
-        return repaired(model, through=through.split("+") if through else [], smooth=smooth)
+        through, smooth, secant = (self.options.get(option, default) for option, default in REPAIRS.items())
+        return repaired(model, through=through.split("+") if through else [], smooth=smooth, secant=secant)
 
     def passes(self, *, eps: float, stochastic: bool) -> float:
         """Forward passes for each image that it attacks, at most: a pass with a gradient counts as three."""

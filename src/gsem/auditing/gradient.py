@@ -58,6 +58,9 @@ AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Flatten, nn.Identity)
 UNSURE = 4 * NEARLY
 # Classes of layers that are looked for one after the other, each behind the layers that are passed already.
 MOST_KINDS = 4
+# Steps of the secants that are tried where the identity is not the gradient of a layer (see `Secant`): about what an
+# attack changes in features. With smaller steps an attack finds less.
+SECANTS = (0.1, 0.2)
 # A probability so near to 1 has, in float32, next to no gradient.
 SATURATED = 1e-6
 
@@ -553,8 +556,14 @@ def _flagged(ctx: AuditContext, finding: Finding, probe: _Probe, ending: Blockin
         again, answered = _again(ctx, attacks[0])
     else:
         names, again, answered = _all_passed(ctx, probe, names)
-        attacks = [replace(a, options=a.options | {"through": "+".join(names)}) for a in ctx.following]
+        attacks = _with(ctx.following, through="+".join(names))
         way = _in_python(ctx.model, names)
+        if not answered and not _all_corrected(ctx.model, names):
+            way += ", or the slope of its secant in place of the identity,"
+            secants = [_with(attacks, secant=step) for step in SECANTS]
+            asked = [(again, answered), *(_again(ctx, each[0]) for each in secants)]
+            again, answered = min(asked, key=lambda one: (not one[1], abs((one[0] or 0.0) - 1)))
+            attacks = [*attacks, *(a for each in secants for a in each)]
     after = ctx.cascade(attacks, ctx.white_box, "surrogate", skip_known=True)
     finding = replace(finding, advice=f"Attack with {way} (through={attacks[0].options['through']}).")
     return ctx.mitigated(finding, way, attacks, after, again=again, answered=answered)
@@ -609,9 +618,17 @@ def _again(ctx: AuditContext, attack: AttackSpec) -> tuple[float | None, bool]:
     return one.slope, not (suspicious or one.unclear or all(f.silent for f in found))
 
 
+def _with(attacks: Sequence[AttackSpec], **options: Any) -> list[AttackSpec]:
+    return [replace(a, options=a.options | options) for a in attacks]
+
+
+def _all_corrected(model: nn.Module, names: list[str]) -> bool:
+    """Whether all of these layers are GSeMs, which have a corrected gradient of their own."""
+    return all(isinstance(without_logits(model).get_submodule(name), GSeM) for name in names)
+
+
 def _in_python(model: nn.Module, names: list[str]) -> str:
-    layers = dict(without_logits(model).named_modules())
-    if all(isinstance(layers[name], GSeM) for name in names):
+    if _all_corrected(model, names):
         which = f"layer {names[0]!r}" if len(names) == 1 else f"layers {', '.join(map(repr, names))}"
         return f'the {which} set to gradient="corrected"'
     shown = ", ".join(f'"{name}"' for name in names)

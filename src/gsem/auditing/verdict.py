@@ -16,7 +16,8 @@ def verdict(checks: Sequence[Check], *, complete: bool, figures: Figures | None)
     OVERSTATED: the accuracy that was found is lower than the claimed one, by over a point and beyond noise (the
         interval of the difference lies above 0).
     INCOMPLETE: else, only some checks were made.
-    TRUSTED: else, nothing is left to lose: the interval of the found accuracy reaches 0.
+    TRUSTED: else, nothing is left to lose: the interval of the found accuracy reaches down to a point or less. (Of a
+        network with noise, some images are right in a few draws whatever the attack does.)
     INVALID: else, no attack could be made to work: after all repairs, over 5% of the images are not broken without a
         bound, and less than half of the planted points were found, or none could be planted.
     SUSPECT: else, a flag is not answered: repaired as the check advises, the attack fails the check again, or there is
@@ -35,7 +36,7 @@ def verdict(checks: Sequence[Check], *, complete: bool, figures: Figures | None)
     if not complete:
         seen = f" Flagged: {_because(flagged)}." if flagged else " None of them is flagged."
         return "INCOMPLETE", f"Only some of the checks were made.{seen}"
-    if figures is not None and figures.found.low <= 0:
+    if figures is not None and figures.found.low <= TOLERANCE:
         seen = f" Flagged, but of no effect: {_because(flagged)}." if flagged else ""
         return "TRUSTED", f"Nothing is left to lose: the accuracy found is {figures.found.mean:.1%}.{seen}"
     named = {c.name: c for c in checks}

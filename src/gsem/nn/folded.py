@@ -281,6 +281,16 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, GSeM | SharedBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        # A graph holds operations alone, and all of them are differentiated. (The forward of a Function, too, runs with
+        # gradients off; `_graph` switches them on before.)
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "its forward calls an autograd.Function or switches gradients off, and a graph would have another "
+                "gradient"
+            )
+        return super().create_node(*args, **kwargs)
+
 
 def _is_foldable(module: nn.Module | None) -> bool:
     return isinstance(module, nn.BatchNorm2d | SharedBatchNorm2d) and module.running_mean is not None
@@ -341,7 +351,7 @@ def _graph(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
     with eval_flags(model), torch.random.fork_rng(devices=devices):
         before = _random_states(devices)
         try:
-            with _traceable_len(model):
+            with _traceable_len(model), torch.enable_grad():
                 graph = _Tracer().trace(model)
         finally:
             # fx hangs them on the model.

@@ -8,6 +8,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,9 +68,50 @@ def _replaced(given: Tensor, value: Tensor, name: str) -> Tensor:
     return pass_through(given, value)
 
 
-# Their conditions cannot be traced.
-torch.fx.wrap("_straight")
-torch.fx.wrap("_replaced")
+class Secant(nn.Module):
+    """A layer whose backward, feature by feature, is the slope of its secant: (f(z + h) − f(z − h)) / 2h.
+
+    For layers that act on each feature alone and jump, like a threshold or a quantiser: autograd misses the jumps, and
+    the identity counts changes that the layer swallows. A step of an attack moves features by about h.
+    """
+
+    def __init__(self, layer: nn.Module, step: float, name: str):
+        """step: h, in standard deviations of an image's features at the layer."""
+        super().__init__()
+        self.layer, self.step, self.name = layer, step, name
+        self.training = layer.training
+
+    def forward(self, x: Float[Tensor, "b *s"]) -> Float[Tensor, "b *s"]:
+        given = x.detach()
+        h = _reach(given, self.step)
+        slope = (self.layer(given + h) - self.layer(given - h)) / (2 * h)
+        return _sloped(x, self.layer(given), slope, self.name)
+
+
+class _Sloped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
+
+
+def _reach(x: Tensor, step: float) -> Tensor:
+    """[b, 1, …]: so many standard deviations of each image's features."""
+    std = x.flatten(1).std(1).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+    return step * std.view(-1, *[1] * (x.ndim - 1))
+
+
+def _sloped(x: Tensor, value: Tensor, slope: Tensor, name: str) -> Tensor:
+    return _Sloped.apply(x, _straight(x, value, name), slope)
+
+
+# Their conditions, and a Function, cannot be traced.
+for _name in ("_straight", "_replaced", "_reach", "_sloped"):
+    torch.fx.wrap(_name)
 
 
 def straight_through(model: nn.Module, layer: str | Sequence[str]) -> nn.Module:
@@ -164,7 +206,7 @@ class Logarithm(nn.Module):
         return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
 
 
-def repaired(model: nn.Module, *, through: Sequence[str] = (), smooth: float = 0.0) -> nn.Module:
+def repaired(model: nn.Module, *, through: Sequence[str] = (), smooth: float = 0.0, secant: float = 0.0) -> nn.Module:
     """`model` with the same predictions and another gradient, for attacks to differentiate.
 
     Args:
@@ -172,15 +214,18 @@ def repaired(model: nn.Module, *, through: Sequence[str] = (), smooth: float = 0
         through: names of layers that the gradient passes: a GSeM takes its corrected gradient, any other layer a
             straight-through one. `SOFTMAX`, where no layer has that name: the logarithm of the output is attacked.
         smooth: standard deviation of Gaussian offsets over which the gradient is averaged, in the unit of the images.
+        secant: step of the `Secant` that those layers have in place of the identity; 0: the identity.
 
     Raises:
-        ValueError: no such layer; in the forward pass, a layer that changes the shape.
+        ValueError: no such layer; a secant without layers; in the forward pass, a layer that changes the shape.
     """
+    if secant and not through:
+        raise ValueError("secant is for the layers of through: name them, like through=LAYER:secant=0.1")
     network = model.source if isinstance(model, FoldedModel) else model
     ends = SOFTMAX in through and SOFTMAX not in dict(without_logits(network).named_modules(remove_duplicate=False))
     through = [name for name in through if not (ends and name == SOFTMAX)]
     if through:
-        passed = changed_inside(network, partial(_passed, layers=through))
+        passed = changed_inside(network, partial(_passed, layers=through, secant=secant))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a network that cannot be folded: the caller has folded it before
             model = fold(passed) if isinstance(model, FoldedModel) else passed
@@ -188,10 +233,13 @@ def repaired(model: nn.Module, *, through: Sequence[str] = (), smooth: float = 0
     return SmoothedGradient(model, smooth) if smooth else model
 
 
-def _passed(network: nn.Module, layers: Sequence[str]) -> nn.Module:
+def _passed(network: nn.Module, layers: Sequence[str], secant: float) -> nn.Module:
     others = [name for name in layers if not isinstance(find_layer(network, name, "layer"), GSeM)]
     network = straight_through(network, others)
-    for module in (network.get_submodule(name) for name in layers if name not in others):
-        assert isinstance(module, GSeM)
-        module.gradient = "corrected"
+    for name in layers:
+        module = network.get_submodule(name)
+        if isinstance(module, GSeM):
+            module.gradient = "corrected"
+        elif secant and isinstance(module, StraightThrough):
+            _put(network, module, Secant(module.layer, secant, name))
     return network
