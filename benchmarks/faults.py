@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -113,7 +114,8 @@ def kill_once(
         time.sleep(0.1)
     took, hung = time.monotonic() - killed, running.poll() is None or not all(map(is_dead, ours))
     for process in [{"pid": running.pid}, *ours] if hung else []:
-        os.kill(process["pid"], signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(process["pid"], signal.SIGKILL)
     said = [line for line in log.read_text().splitlines() if line.startswith("gsem: ") and "warning" not in line]
     messages = len(said) == (0 if running.poll() == 0 else 1)
     if kind == "training" and (folder / name / "checkpoints/last.safetensors").exists():

@@ -37,7 +37,7 @@ from gsem._world import world as world
 
 JOIN_SECONDS = 120.0
 """For all processes to arrive at the start."""
-STORE_SECONDS = 30.0
+STORE_SECONDS = 20.0
 """To reach the store of a launcher, which was there before the processes were."""
 BEAT_SECONDS = 1.0
 """Between two signs of life of a process."""
@@ -526,6 +526,11 @@ def _leave_at_exit(processes: Processes) -> None:
 
 def _rendezvous(place: World) -> Any:
     where, seconds = _where(), STORE_SECONDS if has_launcher() else JOIN_SECONDS
+    if has_launcher():
+        try:  # torch would try for twice that time also where nobody listens
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), seconds).close()
+        except OSError as error:
+            raise ValueError(f"the launcher of the processes has ended, or is not reached ({where}): {error}") from None
     try:
         timeout = timedelta(seconds=seconds)
         rendezvous = dist.rendezvous("env://", rank=place.rank, world_size=place.size, timeout=timeout)
