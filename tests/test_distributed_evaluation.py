@@ -104,7 +104,7 @@ def test_a_killed_process_ends_all_and_any_number_resumes(tmp_path, monkeypatch,
     os.kill(running[victim].pid, signal.SIGKILL)
     ends = ended(running)
     assert all(end.code for end in ends)
-    messages = [line for end in ends for line in end.err.splitlines() if line.startswith("error: ")]
+    messages = [line for end in ends for line in end.err.splitlines() if line.startswith("gsem: ")]
     assert len(messages) == 1 and f"process {victim} (" in messages[0]
     kept = list(tmp_path.glob("out/deterministic.unfinished/[0-9a-f]*.npz"))
     assert 1 <= len(kept) < 4 + 5 * 4
