@@ -218,7 +218,7 @@ def sgd_after_overflow(report: Report, case: Case) -> None:
             scale = stepper.scaler.get_scale()
             for parameter, grad in zip(fast.parameters(), wanted, strict=True):
                 parameter.grad = grad * scale
-            stepper._update(loss)
+            stepper._update()
     finally:
         torch.use_deterministic_algorithms(former[0], warn_only=former[1])
     for _ in range(2):

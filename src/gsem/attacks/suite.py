@@ -128,11 +128,7 @@ class AttackSpec:
 
     def __str__(self) -> str:
         """The text that `parse` reads: `apgd:steps=100:loss=margin`."""
-        shown = (
-            f"{key}={value:.12g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in self.options.items()
-        )
-        return ":".join([self.name, *shown])
+        return ":".join([self.name, *(f"{key}={_written(value)}" for key, value in self.options.items())])
 
     @classmethod
     def parse(cls, text: str) -> "AttackSpec":
@@ -247,3 +243,9 @@ def suite(name: str) -> list[AttackSpec]:
     if name not in SUITES:
         raise ValueError(f"suite {name!r} is unknown: it is one of {', '.join(SUITES)}")
     return parse_attacks(SUITES[name][0])
+
+
+def _written(value: Any) -> str:
+    """Short where that is the same number."""
+    short = f"{value:.12g}" if isinstance(value, float) else str(value)
+    return repr(value) if isinstance(value, float) and float(short) != value else short

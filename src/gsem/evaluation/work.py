@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from gsem.attacks import Counting, Step
 from gsem.distributed import Processes, current, portable
@@ -54,7 +54,7 @@ class WorkItems:
         self._taken, self._finished, self._failed = (processes.counter() for _ in range(3))
         self._start, self._number = 0, -1  # of the next item, and of the last one that was handed to this process
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "WorkItems":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Work(TorchDispatchMode):
         return self.launch_seconds > self.device_seconds
 
 
+@runtime_checkable
 class Graph(Protocol):
     """Work that is recorded once and repeated at the same addresses."""
 

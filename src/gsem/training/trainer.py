@@ -137,7 +137,7 @@ def train(
         former_hint = processes.hint  # (that of a study, which resumes its trainings itself)
         again = f"gsem train --resume {shlex.quote(str(path))}"
         processes.hint = former_hint or f"Resume, on any number of processes, with: {again}"
-        interrupted = stack.enter_context(finish_step_on_interrupt(TWICE_SECONDS if processes.several else 0))
+        interrupted = stack.enter_context(finish_step_on_interrupt(TWICE_SECONDS if processes.several else 0.0))
         with out_of_memory_names(recipe.batch_size):
             loop.run(interrupted, on_progress)
         metrics = processes.from_first(lambda: read_metrics(path))
