@@ -61,8 +61,8 @@ MOST_KINDS = 4
 # Steps of the secants that are tried where the identity is not the gradient of a layer (see `Secant`): about what an
 # attack changes in features. With smaller steps an attack finds less.
 SECANTS = (0.1, 0.2)
-# How far below 1 the slope of a secant may lie. It is no derivative, and where it differs from one at random, Σ b² grows
-# and Σ ab does not. A gradient that promises too much hides nothing; the identity may promise far too much.
+# How far below 1 the slope of a secant may lie. It is no derivative, and where it differs from one at random, Σ b²
+# grows and Σ ab does not. A gradient that promises too much hides nothing; the identity may promise far too much.
 SECANTS_WITHIN = 0.20
 # A probability so near to 1 has, in float32, next to no gradient.
 SATURATED = 1e-6
