@@ -5,6 +5,7 @@ audit has to find that.
 """
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -105,6 +106,25 @@ def test_layers_of_one_class_are_passed_at_once_and_then_another():
     through = audit["gradient"].details["mitigation"]["attacks"][0].rpartition("=")[2].split("+")
     assert through == ["0", "2", "5"] and audit.found.mean < 0.3 < audit.claimed.mean
     assert audit.verdict == "OVERSTATED"
+
+
+def test_features_that_jump_are_attacked_along_secants():
+    """Small features become 0: autograd misses the jumps, and the identity counts changes that are swallowed."""
+
+    class Dead(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.abs() > 1, x, 0.0)
+
+    flat, first, relu, last = mlp(robust=True)
+    audit = audited(nn.Sequential(flat, first, Dead(), relu, last), "apgd:steps=30", eps=EPS, only=["gradient"])
+    check = audit["gradient"]
+    assert check.outcome == "flag" and check.details["layer"] == "2"
+    assert check.answered and check.again == pytest.approx(1, abs=0.1) and check.figure > 1.2
+    assert [attack.rpartition(":")[2] for attack in check.details["mitigation"]["attacks"]][1:] == [
+        "secant=0.1",
+        "secant=0.2",
+    ]
+    assert audit.found.mean < audit.claimed.mean - 0.03 and audit.verdict == "OVERSTATED"
 
 
 def test_a_masked_gradient_that_costs_nothing_is_answered():

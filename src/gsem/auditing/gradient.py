@@ -61,6 +61,9 @@ MOST_KINDS = 4
 # Steps of the secants that are tried where the identity is not the gradient of a layer (see `Secant`): about what an
 # attack changes in features. With smaller steps an attack finds less.
 SECANTS = (0.1, 0.2)
+# How far below 1 the slope of a secant may lie. It is no derivative, and where it differs from one at random, Σ b²
+# grows and Σ ab does not. A gradient that promises too much hides nothing; the identity may promise far too much.
+SECANTS_WITHIN = 0.20
 # A probability so near to 1 has, in float32, next to no gradient.
 SATURATED = 1e-6
 
@@ -101,9 +104,14 @@ class Slope:
         """Whether the interval is too wide for an answer: a few images of many carry all of the gradient."""
         return self.slope is not None and self.high - self.low > WIDE
 
-    def outside(self, by: float) -> bool:
-        """Whether the interval lies outside [1 − by, 1 + by], or there is no derivative at all."""
-        return self.blocked or (self.slope is not None and (self.high < 1 - by or self.low > 1 + by))
+    def outside(self, by: float, below: float | None = None) -> bool:
+        """Whether the interval lies outside [1 − by, 1 + by], or there is no derivative at all.
+
+        Args:
+            below: in place of `by`, below 1.
+        """
+        low = 1 - (by if below is None else below)
+        return self.blocked or (self.slope is not None and (self.high < low or self.low > 1 + by))
 
     def to_dict(self) -> dict[str, Any]:
         interval = {"low": self.low, "high": self.high} if self.slope is not None else {"low": None, "high": None}
@@ -468,19 +476,19 @@ def gradient(ctx: AuditContext) -> Finding:
     return Finding(one.slope, "pass", reason, details=details)
 
 
-def _compared(ctx: AuditContext, network: nn.Module) -> tuple[list[Slope], list[Slope], bool]:
+def _compared(ctx: AuditContext, network: nn.Module, below: float = WITHIN) -> tuple[list[Slope], list[Slope], bool]:
     """The slopes of a folded model; where they are suspicious, those with b averaged too; whether they still are."""
     found = compare(ctx, network)
-    if not _consecutive(found) or all(f.blocked for f in found):
-        return found, [], _consecutive(found)
+    if not _consecutive(found, below) or all(f.blocked for f in found):
+        return found, [], _consecutive(found, below)
     ctx.on_progress("again, with the derivative averaged over the segment")
     averaged = compare(ctx, network, along=True)
-    return found, averaged, _consecutive(averaged)
+    return found, averaged, _consecutive(averaged, below)
 
 
-def _decisive(found: list[Slope], suspicious: bool) -> Slope:
+def _decisive(found: list[Slope], suspicious: bool, below: float = WITHIN) -> Slope:
     """The slope at the first h outside the bounds if the check is flagged, else at the first h."""
-    return next((f for f in found if suspicious and f.outside(WITHIN)), found[0])
+    return next((f for f in found if suspicious and f.outside(WITHIN, below)), found[0])
 
 
 def compare(ctx: AuditContext, network: nn.Module, *, along: bool = False) -> list[Slope]:
@@ -511,8 +519,8 @@ def _starts(ctx: AuditContext, first: int, point: int = 0) -> Tensor:
     return random_start(x, ctx.eps, ctx.norm, rng).clamp(max(HS), 1 - max(HS))
 
 
-def _consecutive(found: list[Slope]) -> bool:
-    return any(one.outside(WITHIN) and next_.outside(WITHIN) for one, next_ in pairwise(found))
+def _consecutive(found: list[Slope], below: float = WITHIN) -> bool:
+    return any(one.outside(WITHIN, below) and other.outside(WITHIN, below) for one, other in pairwise(found))
 
 
 def _in_words(one: Slope) -> str:
@@ -613,8 +621,9 @@ def _inside(name: str, others: Sequence[str]) -> bool:
 
 def _again(ctx: AuditContext, attack: AttackSpec) -> tuple[float | None, bool]:
     """The check's figure for the network that a repaired attack differentiates, and whether it passes."""
-    found, averaged, suspicious = _compared(ctx, ctx.network(attack))
-    one = _decisive(averaged or found, suspicious)
+    below = SECANTS_WITHIN if attack.options.get("secant") else WITHIN
+    found, averaged, suspicious = _compared(ctx, ctx.network(attack), below)
+    one = _decisive(averaged or found, suspicious, below)
     return one.slope, not (suspicious or one.unclear or all(f.silent for f in found))
 
 
