@@ -117,7 +117,9 @@ def kill_once(
         with suppress(ProcessLookupError):
             os.kill(process["pid"], signal.SIGKILL)
     said = [line for line in log.read_text().splitlines() if line.startswith("gsem: ") and "warning" not in line]
-    messages = len(said) == (0 if running.poll() == 0 else 1)
+    # (Processes that have finished their work do not need the launcher any more.)
+    finished = running.poll() == 0 or "\nsaved" in log.read_text()
+    messages = len(said) == 1 or (finished and not said)
     if kind == "training" and (folder / name / "checkpoints/last.safetensors").exists():
         words = ["train", "--resume", name]
     run(words, o, folder / f"resumed-{number}")

@@ -3,10 +3,12 @@
     python benchmarks/scaling.py --processes 2                 # on a CPU, one thread for each process
     python benchmarks/scaling.py --gpus 8 --model gsem-resnet18 --data cifar10 --batch-size 1024
 
-The sides take turns, pair by pair. Start-up and warm-up are not counted: a training is timed from its first step to
-its last look at the guards before the epoch ends, an evaluation after a first one. Bytes are what one process brings
-into the sums of one step: DistributedDataParallel sums each parameter's gradient in float32, all other sums are counted
-as they are made. A ring sends 2(N − 1)/N times as much from each process.
+"apart" is the speed-up of N processes that each do all the work of one, without any communication: the processors may
+share their arithmetic units, memory or a hypervisor, and then give less than N. The sides take turns, pair by pair.
+Start-up and warm-up are not counted: a training is timed from its first step to its last look at the guards before the
+epoch ends, an evaluation after a first one. Bytes are what one process brings into the sums of one step:
+DistributedDataParallel sums each parameter's gradient in float32, all other sums are counted as they are made. A ring
+sends 2(N − 1)/N times as much from each process.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,14 +103,22 @@ def measured(kind: str, processes: int, o: argparse.Namespace) -> dict[str, floa
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+def apart(kind: str, o: argparse.Namespace) -> float:
+    """Images per second of N processes at once that know nothing of each other: what this machine can give."""
+    with ThreadPoolExecutor(o.most) as pool:
+        return sum(side["rate"] for side in pool.map(lambda _: measured(kind, 1, o), range(o.most)))
+
+
 def compare(kind: str, o: argparse.Namespace) -> None:
-    pairs = [(measured(kind, 1, o), measured(kind, o.most, o)) for _ in range(o.pairs)]
-    gains = sorted(several["rate"] / one["rate"] for one, several in pairs)
-    one, several = (statistics.median(pair[side]["rate"] for pair in pairs) for side in (0, 1))
-    gain = statistics.median(gains)
+    turns = [
+        (measured(kind, 1, o), measured(kind, o.most, o), 0.0 if o.gpus else apart(kind, o)) for _ in range(o.pairs)
+    ]
+    gains = sorted(several["rate"] / one["rate"] for one, several, _ in turns)
+    one, several = (statistics.median(turn[side]["rate"] for turn in turns) for side in (0, 1))
+    gain, most = statistics.median(gains), statistics.median(most / one["rate"] for one, _, most in turns)
     print(
         f"{kind:<11} {one:9.1f} {several:9.1f} {gain:8.2f} ({gains[0]:.2f} – {gains[-1]:.2f}) {gain / o.most:10.0%} "
-        f"{pairs[-1][1]['bytes']:12,.0f}",
+        f"{'' if o.gpus else f'{most:.2f}':>8} {turns[-1][1]['bytes']:12,.0f}",
         flush=True,
     )
 
@@ -138,7 +149,8 @@ def main() -> None:
         return
     o.most, o.device = o.gpus or o.processes, "cuda" if o.gpus else "cpu"
     print(f"{o.model} on {o.data}, {o.recipe}, batches of {o.batch_size}; {o.pairs} pairs, medians (least – most)")
-    print(f"{'':<11} {'1: img/s':>9} {f'{o.most}: img/s':>9} {'speed-up':>22} {'efficiency':>10} {'bytes/step':>12}")
+    several = f"{o.most}: img/s"
+    print(f"{'':<11} {'1: img/s':>9} {several:>9} {'speed-up':>22} {'efficiency':>10} {'apart':>8} {'bytes/step':>12}")
     for kind in ("training", "evaluation"):
         compare(kind, o)
 
