@@ -20,6 +20,7 @@ from gsem.nn.predict import BATCH
 from gsem.training.recipes import Recipe
 from gsem.training.run import resume_recipe
 from gsem.training.step import Stepper
+from gsem.training.validation import Validator
 
 MINUTES_MARK = 10.0  # for a training and its evaluation
 SUITE_MARK = 3.0  # times as fast as pyautoattack
@@ -80,17 +81,17 @@ def fitting_epochs(report: Report, recipe: Recipe, device: torch.device, budget:
     def step() -> None:
         stepper(training.x[:batch], training.y[:batch], step=next(number), epoch=0.0, averaged=None)
 
+    validator = Validator(stepper, gsem.data.Split(validation.x[:held], validation.y[:held]))
+
     def validate() -> None:
-        x = gsem.data.to_float(validation.x[:held])
-        model.eval()
-        stepper.attack(stepper.folded, x, validation.y[:held], steps=10, eot=1, number=-1, plain=True)
+        validator(model)
 
     (first,) = in_turns(device, {"step": step}, 1, warm_ups=2)["step"]
     repeats = max(2, min(20, int(MEASURE_FOR / first)))
     each = in_turns(device, {"step": step, "validation": validate}, repeats)
     a_step, a_validation = (statistics.median(times) for times in each.values())
-    # Each epoch validates the average and the raw weights. Scoring and files are taken as half as much again.
-    validations = 2 * 1.5 * a_validation * len(validation) / held
+    # Each epoch validates the average and the raw weights.
+    validations = 2 * a_validation * len(validation) / held
     epoch = a_step * len(training) / batch + validations
     found = max(1, min(recipe.epochs, int(budget / epoch)))
     shown = f"a step {a_step * 1000:.1f} ms, an epoch {epoch:.2f} s"

@@ -155,7 +155,7 @@ class Sides:
     def update(self) -> None:
         for parameter, grad in zip(self.stepper.model.parameters(), self.grads, strict=True):
             parameter.grad = grad
-        self.stepper._update(torch.zeros((), device=self.device))
+        self.stepper._update()
 
     def flops(self) -> dict[str, float]:
         """Operations of a step that the method needs, by torch's count on the unfolded model."""
