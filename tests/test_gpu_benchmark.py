@@ -217,3 +217,13 @@ def test_tf32_is_put_back(allowed):
     with tf32(allowed):
         assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
     assert tf32_settings() == former
+
+
+@pytest.mark.parametrize("part", ["train", "step"])
+def test_a_part_runs_on_a_cpu_with_tiny_sizes(tmp_path, part):
+    import gpu
+
+    words = ["--device", "cpu", "--model", "gsem-resnet10x16", "--batch", "4", "--side", "8", "--repeats", "2"]
+    words += ["--compile-seconds", "0", "--budget", "0.1", "--out", str(tmp_path)]
+    assert gpu.main([part, *words]) == 0
+    assert "FAIL" not in verdicts(tmp_path, part).values()
