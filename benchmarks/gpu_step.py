@@ -128,6 +128,9 @@ def compiled(report: Report, o: argparse.Namespace, seconds: float) -> None:
     try:
         with time_limit(seconds, COMPILING):
             sides = Sides(o)
+            if not sides.stepper.compiled:  # its warning has the reason
+                report.row(COMPILING, "not possible here", "", "")
+                return
             first = taken(sides.device, sides.ours)
             report.row("the step: compiled, first call", f"{first:.1f} s", seconds=first)
             times = in_turns(sides.device, {"ours": sides.ours}, o.repeats, warm_ups=2)["ours"]

@@ -4,11 +4,13 @@ import ast
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import gsem
 from gsem.training.cuda_graph import GraphedAttack
 from gsem.training.step import Stepper
 from recorded_graph import RecordedGraph
@@ -219,11 +221,16 @@ def test_tf32_is_put_back(allowed):
     assert tf32_settings() == former
 
 
-@pytest.mark.parametrize("part", ["train", "step"])
-def test_a_part_runs_on_a_cpu_with_tiny_sizes(tmp_path, part):
+def test_the_training_is_measured_and_each_part_of_a_step_runs():
     import gpu
+    import gpu_run
+    import gpu_step
+    from gpu_report import Report
+    from training_step import Sides
 
-    words = ["--device", "cpu", "--model", "gsem-resnet10x16", "--batch", "4", "--side", "8", "--repeats", "2"]
-    words += ["--compile-seconds", "0", "--budget", "0.1", "--out", str(tmp_path)]
-    assert gpu.main([part, *words]) == 0
-    assert "FAIL" not in verdicts(tmp_path, part).values()
+    words = ["--device", "cpu", "--model", "gsem-resnet10x16", "--batch", "4", "--side", "8"]
+    o = gpu.arguments(["step", *words])
+    recipe = replace(gsem.RECIPES["gcat"], model="gsem-resnet10x16", batch_size=8, epochs=3)
+    assert 1 <= gpu_run.fitting_epochs(Report("train", CPU, {}), recipe, CPU, 0.1) <= 3
+    for work, _ in Sides(gpu_step.options(o, "--compile", "off")).parts().values():
+        work()
