@@ -35,8 +35,8 @@ from gsem._world import World as World
 from gsem._world import has_launcher
 from gsem._world import world as world
 
-JOIN_SECONDS = 120.0
-"""For all processes to arrive at the start."""
+JOIN_SECONDS = float(os.environ.get("GSEM_JOIN_SECONDS", "50"))
+"""For all processes to arrive at the start. (The end of one is noticed within a minute, also before it has joined.)"""
 STORE_SECONDS = 20.0
 """To reach the store of a launcher, which was there before the processes were."""
 BEAT_SECONDS = 1.0
@@ -569,7 +569,10 @@ def _wait_for_all(store: Any, place: World) -> None:
         if missing and dead:
             problem = f"process {dead[0]} (process id {known[dead[0]]['pid']}) ended before all had come"
         elif missing and time.monotonic() > until:
-            problem = f"only {len(known)} of {place.size} processes came within {JOIN_SECONDS:.0f} s"
+            problem = (
+                f"only {len(known)} of {place.size} processes came within {JOIN_SECONDS:.0f} s; "
+                "GSEM_JOIN_SECONDS=300 waits longer"
+            )
         elif missing:
             time.sleep(0.05)
     if problem:
