@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gsem.losses import LOSSES, cross_entropy, divergence, divergence_from, dlr, margin, mart, trades
+from gsem.losses import (
+    LOSSES,
+    cross_entropy,
+    divergence,
+    divergence_from,
+    dlr,
+    margin,
+    mart,
+    probability_margin,
+    trades,
+)
 
 
 def random_logits(b: int = 6, k: int = 5, *, seed: int = 1, scale: float = 2.0) -> Tensor:
@@ -39,6 +49,11 @@ def kl_of(z: list[float], z_adv: list[float]) -> float:
     return sum(p * math.log(p / q) for p, q in zip(softmax(z), softmax(z_adv), strict=True))
 
 
+def pm_of(z: list[float], y: int) -> float:
+    p = softmax(z)
+    return 1 + max(others(p, y)) - p[y]
+
+
 def dlr_of(z: list[float], y: int) -> float:
     first, _, third, *_ = sorted(z, reverse=True)
     return -(z[y] - max(others(z, y))) / (first - third)
@@ -60,12 +75,13 @@ Z, Z_ADV = random_logits(seed=1), random_logits(seed=2)
         (cross_entropy(Z, LABELS), by_hand(ce_of, Z)),
         (margin(Z, LABELS), by_hand(lambda z, y: max(others(z, y)) - z[y], Z)),
         (dlr(Z, LABELS), by_hand(dlr_of, Z)),
+        (probability_margin(Z, LABELS), by_hand(pm_of, Z)),
         (divergence(Z, Z_ADV), by_hand(lambda z, z_adv, y: kl_of(z, z_adv), Z, Z_ADV)),
         (mart(Z_ADV, Z, LABELS), by_hand(mart_of, Z_ADV, Z)),
         (mart(Z_ADV, Z, LABELS, 2.5), by_hand(lambda a, z, y: mart_of(a, z, y, 2.5), Z_ADV, Z)),
         (trades(Z_ADV, Z, LABELS, 3.0), by_hand(lambda a, z, y: ce_of(z, y) + 3.0 * kl_of(z, a), Z_ADV, Z)),
     ],
-    ids=["ce", "margin", "dlr", "divergence", "mart", "mart 2.5", "trades"],
+    ids=["ce", "margin", "dlr", "pm", "divergence", "mart", "mart 2.5", "trades"],
 )
 def test_a_loss_is_its_formula(value, expected):
     assert value.shape == (6,)
@@ -85,6 +101,38 @@ def test_positive_exactly_where_misclassified(name):
     z = random_logits(500, 4)
     y = torch.arange(500) % 4
     assert torch.equal(LOSSES[name](z, y) > 0, z.argmax(1) != y)
+
+
+def test_the_probability_margin_is_above_one_exactly_where_misclassified():
+    z = random_logits(500, 4)
+    y = torch.arange(500) % 4
+    assert torch.equal(probability_margin(z, y) > 1, z.argmax(1) != y)
+
+
+@pytest.mark.parametrize("certain_of", ["label", "other"])
+@pytest.mark.parametrize("gap", [0.1, 5.0, 17.0, 30.0, 60.0, 80.0])
+def test_the_probability_margin_of_certain_networks_is_exact_in_float32(gap, certain_of):
+    """The gradient to a relative error in every logit, on either side; the value where it may grow."""
+    single = (random_logits(200, 5, scale=0.5) + 3.0).float()
+    y = torch.arange(200) % 5
+    raised = y if certain_of == "label" else (y + 1) % 5
+    single[torch.arange(200), raised] += gap
+    logits = [z.requires_grad_() for z in (single, single.double())]
+    values = [probability_margin(z, y) for z in logits]
+    ours, exact = (torch.autograd.grad(v.sum(), z)[0] for v, z in zip(values, logits, strict=True))
+    # Of two probabilities that are nearly equal, the difference is not exact, nor any loss of it.
+    clear = (values[1] - 1).abs() > 1e-2
+    assert clear.double().mean() > 0.9
+    torch.testing.assert_close(ours[clear].double(), exact[clear], rtol=2e-4, atol=0)
+    torch.testing.assert_close(values[0].double(), values[1], rtol=2e-5, atol=0)
+    assert (ours != 0).all()
+
+
+def test_steps_against_a_certain_network_are_seen_by_the_probability_margin():
+    """A rise of the loss must be seen by APGD, which compares values: p_max − p_y itself would be −1 in both."""
+    y = torch.zeros(1, dtype=torch.int64)
+    lower, higher = (torch.tensor([[gap, 0.0, 0.0]]) for gap in (40.0, 39.9))
+    assert probability_margin(higher, y) > probability_margin(lower, y) > 0
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1e-3, 0.0), (1e4, 0.0), (1.0, 100.0), (50.0, -7.0)])
@@ -118,11 +166,12 @@ def test_divergence_from_repeats_the_fixed_prediction_for_every_draw():
         lambda a, z: cross_entropy(a, LABELS, 0.1),
         lambda a, z: margin(a, LABELS),
         lambda a, z: dlr(a, LABELS),
+        lambda a, z: probability_margin(a, LABELS),
         lambda a, z: divergence(z, a),
         lambda a, z: mart(a, z, LABELS),
         lambda a, z: trades(a, z, LABELS),
     ],
-    ids=["ce", "margin", "dlr", "divergence", "mart", "trades"],
+    ids=["ce", "margin", "dlr", "pm", "divergence", "mart", "trades"],
 )
 def test_gradients_are_those_of_the_values_in_every_branch(loss):
     a, z = Z_ADV.clone().requires_grad_(), Z.clone().requires_grad_()

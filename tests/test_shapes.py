@@ -24,7 +24,7 @@ for name in ("gsem-resnet10x16", "wideresnet10x2"):
     with gsem.training.awp.awp(model, x, y, gamma=0.01):
         pass
     model.eval()
-    for loss in ("ce", "margin", "dlr"):
+    for loss in ("ce", "margin", "dlr", "pm"):
         pgd(model, x, y, eps=0.1, step=0.05, steps=2, eot=2, restarts=2, loss=loss, keep="best")
     pgd(model, x, y, eps=1.0, step=0.5, steps=2, norm="L2", init=x)
     gsem.evaluate(model, x, y, ["clean", "pgd:steps=2:eot=2"], eps=0.1, draws=3, save_adv=True)

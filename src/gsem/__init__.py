@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gsem.attacks.suite import SUITES as SUITES
     from gsem.attacks.suite import AttackSpec as AttackSpec
     from gsem.auditing.audit import audit as audit
+    from gsem.evaluation.compare import compare as compare
     from gsem.evaluation.evaluate import evaluate as evaluate
     from gsem.evaluation.result import EvaluationResult as EvaluationResult
     from gsem.evaluation.verify import verify as verify
@@ -43,6 +44,7 @@ _DEFINED_IN = {
     "load_model": "gsem.nn.load",
     "report": "gsem.reporting.report",
     "evaluate": "gsem.evaluation.evaluate",
+    "compare": "gsem.evaluation.compare",
     "insert": "gsem.nn.insert",
     "normalized": "gsem.nn.insert",
     "straight_through": "gsem.nn.surrogate",

@@ -24,6 +24,24 @@ def margin(logits: Logits, y: Labels) -> Values:
     return logits.scatter(1, y[:, None], float("-inf")).amax(1) - right[:, 0]
 
 
+def probability_margin(logits: Logits, y: Labels) -> Values:
+    """1 + max_{k ≠ y} p_k − p_y, p the softmax, in [0, 2]: above 1 where misclassified (PMA, Xie et al. 2024).
+
+    The paper's loss is max_{k ≠ y} p_k − p_y. The constant changes no gradient. Without it, the value of every image
+    whose z_y is more than about 17 above the other logits would be rounded to −1 in float32. Value and gradient are
+    exact but for rounding up to a difference of about 87 logits; the smaller probability is 0 beyond it (in float64,
+    beyond about 700).
+    """
+    p = F.softmax(logits, 1)
+    right = p.gather(1, y[:, None])[:, 0]
+    other, at = p.scatter(1, y[:, None], -1.0).max(1)
+    # 1 − p_k as the sum of the other probabilities: the difference itself would be rounded to 0.
+    not_right = p.scatter(1, y[:, None], 0.0).sum(1)
+    not_other = p.scatter(1, at[:, None], 0.0).sum(1)
+    # Equal in value. Each has an exact gradient where its terms are small.
+    return torch.where(right > other, other + not_right, 2 - (not_other + right))
+
+
 def dlr(logits: Logits, y: Labels) -> Values:
     """The difference of logits ratio, margin / (z_(1) − z_(3)) (Croce & Hein 2020, equation 6).
 
@@ -114,4 +132,4 @@ def trades(logits_adv: Logits, logits: Logits, y: Labels, weight: float = 6.0, s
     return cross_entropy(logits, y, smoothing) + weight * divergence(logits, logits_adv)
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr, "pm": probability_margin}

@@ -9,9 +9,10 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
 from gsem.attacks import NotFinite, Step, apgd, counting
+from gsem.attacks._core import nearest_wrong_classes, strongest_wrong_classes
 from gsem.attacks.apgd import checkpoints
 from gsem.losses import LOSSES, dlr_towards
-from landscapes import Linear
+from landscapes import Linear, images, rng
 
 
 def wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def slow_apgd(f, x: Tensor, start: Tensor, eps: float, steps: int, norm: str) ->
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-@pytest.mark.parametrize("loss", ["ce", "dlr", "margin"])
+@pytest.mark.parametrize("loss", ["ce", "dlr", "margin", "pm"])
 def test_every_iterate_is_that_of_the_paper(attacked, norm, loss):
     model, x, y = copy.deepcopy(attacked[0]).double(), attacked[1][:8].double(), attacked[2][:8]
     eps = 0.1 if norm == "Linf" else 0.6
@@ -117,6 +118,47 @@ def test_targets_are_the_wrong_classes_with_the_highest_logits(attacked):
     for number, s in enumerate(starts):
         with torch.no_grad():
             torch.testing.assert_close(s.loss, dlr_towards(ranked[:, number])(model(s.x), y))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_malt_orders_the_classes_of_a_linear_classifier_by_their_distance(norm):
+    """Rows of very different length: the class with the next highest logit is seldom the nearest."""
+    w = torch.randn((12, 64), generator=rng()) * torch.logspace(-1, 1, 12)[:, None]
+    model, x = Linear(w, torch.randn(12, generator=rng(1))), images(40)
+    with torch.no_grad():
+        logits = model(x)
+    y = logits.argmax(1)
+    p = 1 if norm == "Linf" else 2
+    steep = (w[None] - w[y][:, None]).double().norm(p=p, dim=2)
+    gap = logits.gather(1, y[:, None]) - logits
+    distance = (gap / steep).scatter(1, y[:, None], torch.inf)
+    wanted = distance.argsort(dim=1)[:, :5]
+    by_logits = torch.stack(strongest_wrong_classes(logits, y, 5), dim=1)
+    for eot in (1, 3):
+        found = nearest_wrong_classes(model, x, y, 5, norm=norm, eot=eot)
+        assert torch.equal(torch.stack(found, dim=1), wanted)
+    assert (by_logits[:, 0] != wanted[:, 0]).double().mean() > 0.3
+    seen: list[Step] = []
+    apgd(model, x, y, eps=1e-3, norm=norm, steps=1, targets=5, order="malt", stop_broken=False, on_step=seen.append)
+    starts = [s for s in seen if s.step == 0]
+    assert len(starts) == 5
+    for number, s in enumerate(starts):
+        with torch.no_grad():
+            torch.testing.assert_close(s.loss, dlr_towards(wanted[:, number])(model(s.x), y))
+
+
+def test_malt_looks_at_the_classes_with_the_highest_logits_and_a_flat_one_comes_last(monkeypatch):
+    w = torch.randn((6, 64), generator=rng())
+    w[3] = w[0]  # between 0 and 3 nothing changes
+    model, x = Linear(w, torch.tensor([50.0, 0.0, 0.0, 49.9, 0.0, 0.0])), images(10)
+    y = torch.zeros(10, dtype=torch.int64)
+    assert all(torch.equal(found, y + 3) for found in nearest_wrong_classes(model, x, y, 9, norm="Linf", eot=1)[4:])
+    monkeypatch.setattr("gsem.attacks._core.CANDIDATES", 2)
+    counted = counting(model)
+    found = torch.stack(nearest_wrong_classes(counted, x, y, 9, norm="Linf", eot=1), dim=1)
+    strongest = torch.stack(strongest_wrong_classes(model(x), y, 2), dim=1)
+    assert torch.equal(found.sort(1).values, strongest.sort(1).values) and found.shape == (10, 2)
+    assert (counted.forwards, counted.gradients) == (10, 20)
 
 
 def test_too_few_classes_for_the_loss_are_handled_and_said():
@@ -219,6 +261,7 @@ def test_a_nan_on_the_way_names_the_image(attacked):
     ("change", "message"),
     [
         ({"loss": "hinge"}, "loss 'hinge' is unknown"),
+        ({"order": "distance"}, "order 'distance' is unknown: it is 'logits' or 'malt'"),
         ({"init": torch.zeros(2)}, "init must have x's shape"),
     ],
 )

@@ -20,6 +20,8 @@ VARIANTS = [
     "pgd:loss=margin",
     "cw:form=unbounded:searches=2:lr=0.1",
     "apgd:targets=2:restarts=2",
+    "apgd:targets=3:order=malt",
+    "apgd:loss=pm",
     "fab:targets=2:restarts=2",
     "autoattack:version=plus",
 ]
@@ -241,7 +243,7 @@ def test_a_wrong_text_is_found_before_an_attack_runs():
         ("pgd:steps=1/2", "steps must be an integer, not '1/2'"),
         ("pgd:step=2/0", "step = '2/0' is neither a number"),
         ("pgd:keep=first", "keep 'first' is unknown: it is one of best, last"),
-        ("pgd:loss=kl", "loss 'kl' is unknown: it is one of ce, margin, dlr"),
+        ("pgd:loss=kl", "loss 'kl' is unknown: it is one of ce, margin, dlr, pm"),
         ("cw:form=linf", "form 'linf' is unknown: it is one of margin, l2, unbounded"),
         ("autoattack:version=custom", "version 'custom' is unknown"),
     ):

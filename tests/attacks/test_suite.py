@@ -26,6 +26,8 @@ from gsem.nn.surrogate import repaired
         ("apgd", False, "apgd100-eot1"),
         ("apgd:steps=500:restarts=5:loss=dlr", True, "apgd500-eot20-dlr-x5"),
         ("apgd:targets=9", False, "apgd100-t9-eot1"),
+        ("apgd:targets=9:order=malt:eot=5", True, "apgd100-t9-eot5-malt"),
+        ("apgd:loss=pm:order=logits", False, "apgd100-eot1-pm"),
         ("fab:targets=9", False, "fab100-t9-eot1"),
         ("square", True, "square5000-eot20"),
         ("rays:queries=300", False, "rays300-eot1"),
@@ -40,6 +42,12 @@ from gsem.nn.surrogate import repaired
 )
 def test_labels_are_made_of_the_arguments_that_run(text, stochastic, label):
     assert AttackSpec.parse(text).label(eps=0.1, stochastic=stochastic) == label
+
+
+def test_files_have_the_order_of_targets_only_where_it_is_set():
+    """So that an evaluation saved before the option existed is known again."""
+    assert "order" not in AttackSpec.parse("apgd:targets=9:order=logits").resolved(eps=0.1, stochastic=False)
+    assert AttackSpec.parse("apgd:targets=9:order=malt").resolved(eps=0.1, stochastic=False)["order"] == "malt"
 
 
 @pytest.mark.parametrize("text", ["clean", "pgd:steps=5:step=2/255:through=front", "apgd:targets=9", "square"])

@@ -240,7 +240,7 @@ def test_a_printed_command_is_read_as_the_options_it_was_made_of():
     assert command_line("evaluate", "r", frozen=False, seed=0, out=None) == "gsem evaluate r --no-frozen --seed 0"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "audit", "verify", "report", "demo", "data"])
+@pytest.mark.parametrize("command", ["evaluate", "compare", "audit", "verify", "report", "demo", "data"])
 def test_every_option_has_a_sentence_and_a_default(capsys, monkeypatch, command):
     """And no default is None."""
     monkeypatch.setenv("COLUMNS", "80")

@@ -1,5 +1,7 @@
 """Intervals against scipy's and against the truth that they must cover."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -9,6 +11,8 @@ from gsem.evaluation.statistics import (
     binomial_quantile,
     bootstrap,
     bootstrap_mean,
+    mcnemar,
+    paired_interval,
     t_interval,
     wilson_interval,
 )
@@ -53,6 +57,52 @@ def test_resamples_that_are_not_kept_give_the_same_interval(monkeypatch):
 def test_the_wilson_interval_is_scipys(right, n):
     theirs = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
     assert wilson_interval(right / n, n) == pytest.approx((right / n, theirs.low, theirs.high), abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [30, 100, 500])
+@pytest.mark.parametrize(("lost", "gained"), [(0.0, 0.0), (0.005, 0.02), (0.05, 0.05), (0.2, 0.35)])
+def test_the_paired_interval_of_verdicts_covers_the_truth(n, lost, gained):
+    """Of two deterministic networks: also where only a few images differ, for which the bootstrap is too short."""
+    u = np.random.default_rng(n).random((2000, n))
+    d = np.where(u < lost, -1.0, np.where(u < lost + gained, 1.0, 0.0))
+    found = np.array([paired_interval(one) for one in d])
+    covered = (found[:, 1] <= gained - lost) & (gained - lost <= found[:, 2])
+    assert covered.mean() >= 0.94
+    if n * (lost + gained) >= 15:
+        assert covered.mean() <= 0.97  # nor is it longer than it must be
+    assert (found[:, 1] < found[:, 2]).all()
+    np.testing.assert_allclose(found[:, 0], d.mean(1))
+
+
+def test_the_paired_interval_of_probabilities_covers_the_truth():
+    """Of stochastic networks: planted probabilities of each image, measured by 20 draws and by 100."""
+    rng = np.random.default_rng(0)
+    p = rng.beta(0.6, 0.4, (2000, 300))
+    q = np.clip(p + 0.3 * rng.standard_normal(p.shape), 0, 1)
+    everything = rng.beta(0.6, 0.4, 2_000_000)
+    truth = (everything - np.clip(everything + 0.3 * rng.standard_normal(len(everything)), 0, 1)).mean()
+    d = rng.binomial(20, p) / 20 - rng.binomial(100, q) / 100
+    low, high = np.array([paired_interval(one)[1:] for one in d]).T
+    assert 0.94 <= np.mean((low <= truth) & (truth <= high)) <= 0.98
+
+
+def test_the_paired_interval_of_verdicts_is_bonetts_and_prices():
+    """Their formula, by the counts: p12 = (n12 + 1)/(n + 2) and p21 likewise."""
+    p12, p21 = (12 + 1) / 82, (5 + 1) / 82
+    half = 1.959964 * np.sqrt((p12 + p21 - (p12 - p21) ** 2) / 82)
+    values = np.repeat([1.0, -1.0, 0.0], [12, 5, 63])
+    assert paired_interval(values) == pytest.approx((7 / 80, p12 - p21 - half, p12 - p21 + half))
+    assert paired_interval(np.ones(3))[2] <= 1
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 0), (1, 0), (0, 5), (3, 12), (12, 3), (7, 7), (40, 61)])
+def test_mcnemars_test_is_the_binomial(one, other):
+    if not one + other:
+        assert mcnemar(one, other) == 1
+        return
+    assert mcnemar(one, other) == pytest.approx(scipy.stats.binomtest(one, one + other).pvalue)
+    tail = sum(math.comb(one + other, k) for k in range(min(one, other) + 1)) / 2 ** (one + other)
+    assert mcnemar(one, other) == pytest.approx(min(1.0, 2 * tail))
 
 
 @pytest.mark.parametrize("level", [0.9, 0.95])

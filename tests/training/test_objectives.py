@@ -100,4 +100,4 @@ def test_smoothing_is_the_mixed_target(logits):
     p = z.log_softmax(1)
     wanted = -(0.8 * p.gather(1, y[:, None])[:, 0] + 0.2 * p.mean(1))
     torch.testing.assert_close(cross_entropy(z, y, 0.2), wanted)
-    assert set(LOSSES) == {"ce", "margin", "dlr"}
+    assert set(LOSSES) == {"ce", "margin", "dlr", "pm"}

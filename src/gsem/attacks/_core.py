@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gsem.attacks._types import Images, Labels, Norm
-from gsem.losses import Loss, margin
+from gsem.losses import Loss, margin, margin_towards
 from gsem.nn.contract import gradient
 from gsem.nn.folded import FoldedModel
 from gsem.rng import Shard
@@ -15,6 +15,8 @@ from gsem.rng import Shard
 FOLDED_PIXELS = 128 * 32 * 32
 # A GPU has more to fill, and no such cache.
 FOLDED_PIXELS_GPU = 2048 * 32 * 32
+# Wrong classes that MALT looks at, those with the highest logits: the paper's number for ImageNet.
+CANDIDATES = 100
 
 
 class _Wrapper(nn.Module):
@@ -160,6 +162,35 @@ def strongest_wrong_classes(logits: Float[Tensor, "b k"], y: Labels, count: int)
     """For each image the wrong class with the highest logit, then that with the second highest, …: `count` of them."""
     wrong = logits.scatter(1, y[:, None], float("-inf"))
     return list(wrong.topk(min(count, logits.shape[1] - 1), dim=1).indices.T)
+
+
+def nearest_wrong_classes(
+    model: nn.Module, x: Images, y: Labels, count: int, *, norm: Norm, eot: int
+) -> list[Int[Tensor, " b"]]:
+    """For each image the wrong class whose linearised boundary is nearest, then the second nearest, …: `count` of them
+    (MALT, Melamed et al. 2024).
+
+    The boundary with class t lies at (z_y − z_t) / ‖∇(z_t − z_y)‖, with logits and gradients at the image itself,
+    averaged over `eot` draws. The norm is the dual one of the threat model: L1 for L∞, L2 for L2. For a linear
+    classifier these are the distances to the hyperplanes. Both the norm and the choice of classes (the 100 wrong ones
+    with the highest logits) are those of the authors' code. There, a class whose gradient is zero comes first; here,
+    last.
+
+    Each class costs a gradient pass for each draw.
+    """
+    classes = strongest_wrong_classes(expected_logits(model, x, eot), y, CANDIDATES)
+    distances = []
+    for target in classes:
+        gain, _, grad = expected_gradient(model, x, y, margin_towards(target), eot)
+        steepness = dual_length(grad, norm)
+        distances.append(torch.where(steepness > 0, -gain / steepness, float("inf")))
+    order = torch.stack(distances).argsort(dim=0, stable=True)[:count]
+    return list(torch.stack(classes).gather(0, order))
+
+
+def dual_length(grad: Images, norm: Norm) -> Float[Tensor, " b"]:
+    """The dual norm of each gradient: by how much a linear function rises, at most, in the unit ball of `norm`."""
+    return grad.flatten(1).norm(p=1 if norm == "Linf" else 2, dim=1)
 
 
 def _length(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,20 @@ from gsem._env import exact_float32
 from gsem.attacks._active import Remaining, cascade, select
 from gsem.attacks._checks import aimed, check_result, checked_init, resolve_loss
 from gsem.attacks._confirm import Confirmer, confirmation
-from gsem.attacks._core import ascend, averaged, expected_logits, project, starting_points, strongest_wrong_classes
+from gsem.attacks._core import (
+    ascend,
+    averaged,
+    expected_logits,
+    nearest_wrong_classes,
+    project,
+    starting_points,
+    strongest_wrong_classes,
+)
 from gsem.attacks._types import Images, ImagesLike, Labels, LabelsLike, Norm, OnStep
 from gsem.losses import Loss, dlr_towards, margin_towards
 from gsem.rng import derive_seed, generator, seeded
+
+Order = Literal["logits", "malt"]
 
 # The paper's constants: share of rising steps below which the step is halved, momentum, first and last checkpoint.
 RHO = 0.75
@@ -36,6 +47,7 @@ def apgd(
     restarts: int = 1,
     loss: str | Loss = "ce",
     targets: int = 0,
+    order: Order = "logits",
     eot: int = 1,
     stop_broken: bool = True,
     seed: int = 0,
@@ -52,9 +64,12 @@ def apgd(
             then. `loss` towards them is lowered, and an image is broken where it is taken for its target.
         steps: gradients per restart (and target).
         restarts: independent random starts; later ones work on the images that are not broken yet.
-        loss: "ce", "margin", "dlr", or a function (logits [b, k], y [b]) → [b], to be raised.
+        loss: "ce", "margin", "dlr", "pm" (the probability margin), or a function (logits [b, k], y [b]) → [b], to be
+            raised.
         targets: 0 runs the untargeted attack. More (AutoAttack: 9) run APGD-T: in place of `loss`, the targeted DLR
-            loss towards each of so many wrong classes with the highest clean logits, one after the other.
+            loss towards each of so many wrong classes, one after the other.
+        order: of these classes. "logits": those with the highest clean logits first. "malt": those whose linearised
+            boundary is nearest first (`nearest_wrong_classes`), for one gradient more of each image and wrong class.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
         stop_broken: whether the search stops for an image once it is broken; False follows every path to its end.
         seed: of the random starts and of the model's noise. The caller's random state is not changed.
@@ -76,6 +91,8 @@ def apgd(
     )
     init = checked_init(init, x, restarts)
     objective = resolve_loss(loss)
+    if order not in ("logits", "malt"):
+        raise ValueError(f"order {order!r} is unknown: it is 'logits' or 'malt'")
     if not len(x):
         return x.clone()
 
@@ -96,7 +113,10 @@ def apgd(
             if (k := logits.shape[1]) < 4:
                 problem = f"the targeted DLR loss needs 4 classes, the model has {k}: the targeted margin is used"
                 warnings.warn(problem, stacklevel=2)
-            classes = [*strongest_wrong_classes(logits, y, targets)]
+            if order == "malt":
+                classes = [*nearest_wrong_classes(model, x, y, targets, norm=norm, eot=eot)]
+            else:
+                classes = [*strongest_wrong_classes(logits, y, targets)]
         runs = [partial(run, target) for _ in range(restarts) for target in classes]
         x_adv = cascade(model, x, y, runs, eot=eot, confirm=confirm, seed=seed, on_step=on_step)
     return check_result(x_adv, x, eps=eps, norm=norm)

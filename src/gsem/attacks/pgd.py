@@ -52,7 +52,8 @@ def pgd(
             then. Their loss is lowered, and an image is broken where it is classified as its target.
         restarts: independent random starts, of which the worst point is returned.
         eot: draws of the model's noise that every gradient, loss and decision is averaged over.
-        loss: "ce", "margin", "dlr", or a function (logits [b, k], y [b]) → [b], to be raised.
+        loss: "ce", "margin", "dlr", "pm" (the probability margin), or a function (logits [b, k], y [b]) → [b], to be
+            raised.
         keep: "best" returns the worst iterate of the path for the model: a broken one before any other, then the
             one with the highest loss. Broken is a point that every draw misclassifies, and a hundred more if the
             model is stochastic. "last" returns the last iterate: Madry et al.'s attack, foolbox's to the bit, and

@@ -48,7 +48,7 @@ ATTACKS = {
     "fgsm": Entry(fgsm, {"eot": EOT, "loss": "ce"}),
     "pgd": Entry(pgd, {"steps": 100, "eot": EOT, "loss": "ce", "restarts": 1, "keep": "best", "step": None}),
     "cw": Entry(cw_form, {"steps": 100, "form": "margin", "eot": EOT, "c": 1.0, "lr": 0.01, "searches": 1}),
-    "apgd": Entry(apgd, {"steps": 100, "targets": 0, "eot": EOT, "loss": "ce", "restarts": 1}),
+    "apgd": Entry(apgd, {"steps": 100, "targets": 0, "eot": EOT, "loss": "ce", "restarts": 1, "order": "logits"}),
     "fab": Entry(fab, {"steps": 100, "targets": 0, "eot": EOT, "restarts": 1}),
     "square": Entry(square, {"queries": 5000, "eot": EOT, "restarts": 1}, follows_gradient=False),
     "rays": Entry(rays, {"queries": 10000, "eot": EOT}, follows_gradient=False),
@@ -58,12 +58,15 @@ ATTACKS = {
 # Options of every attack that follows a gradient. They change the model that it attacks. `through` names layers, with +
 # between them (see `repaired`). Labels and files have them only where they are set.
 REPAIRS: dict[str, Any] = {"through": "", "smooth": 0.0, "secant": 0.0}
+# Options, with their defaults, that files have only where they are set: what was saved before they existed is the same.
+_LATER = {"order": "logits"}
 # The values of options that are texts, so that a wrong one is found before an attack runs.
 _CHOICES = {
     "loss": tuple(LOSSES),
     "keep": ("best", "last"),
     "form": ("margin", "l2", "unbounded"),
     "version": ("standard", "plus", "rand"),
+    "order": ("logits", "malt"),
 }
 # How a label shows an option; default: -NAME and the value, or the value alone if it is a text.
 _SHOWN = {"targets": "-t{}", "restarts": "-x{}", "step": "-step{:.4g}"}
@@ -158,7 +161,11 @@ class AttackSpec:
         return self.entry.follows_gradient
 
     def resolved(self, *, eps: float, stochastic: bool) -> dict[str, Any]:
-        """All options, with those that were not set."""
+        """All options, with those that were not set, as results save them."""
+        every = self._every(eps=eps, stochastic=stochastic)
+        return {option: value for option, value in every.items() if option not in _LATER or _LATER[option] != value}
+
+    def _every(self, *, eps: float, stochastic: bool) -> dict[str, Any]:
         options = self.entry.options | self.options
         if "eot" in options and not stochastic:
             options["eot"] = 1  # every draw would be the same
@@ -171,10 +178,10 @@ class AttackSpec:
 
         It shows the budget where that comes first, the draws, and every option that is not at its default.
         """
-        defaults = AttackSpec(self.name).resolved(eps=eps, stochastic=stochastic)
-        label = self.name
+        defaults = AttackSpec(self.name)._every(eps=eps, stochastic=stochastic)
+        label, own = self.name, self._every(eps=eps, stochastic=stochastic)
         for number, (option, default) in enumerate(defaults.items()):
-            value = self.resolved(eps=eps, stochastic=stochastic)[option]
+            value = own[option]
             if number == 0 and option in ("steps", "queries"):
                 label += f"{value}"
             elif option == "eot" or not (value == default or (option == "step" and math.isclose(value, default))):

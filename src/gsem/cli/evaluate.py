@@ -11,7 +11,7 @@ from gsem.cli.corruptions import evaluate_corruptions_command
 from gsem.cli.display import show_as_published, show_result
 from gsem.cli.options import EvaluateOptions, VerifyOptions
 from gsem.cli.progress import AttackBar
-from gsem.cli.task import load_task, numbered
+from gsem.cli.task import Task, load_task, numbered
 from gsem.evaluation.corruptions import CorruptionResult
 from gsem.evaluation.evaluate import evaluate
 from gsem.evaluation.partial import AnotherQuestion
@@ -25,11 +25,27 @@ def evaluate_command(console: Console, o: EvaluateOptions) -> EvaluationResult |
     """Attack, show and save, by the options; or measure the accuracy on corrupted images."""
     if o.corruptions is not None:
         return evaluate_corruptions_command(console, o)
-    attacks = _attacks(o)
+    attacks = attacks_of(o)  # (a wrong one is an error before anything is loaded)
     task = load_task(o)
+    result, place, finished = evaluated(console, o, task, attacks)
+    show_result(console, result, task.title)
+    if o.suite in ("paper", "paper-code") and result.metadata["stochastic"]:
+        show_as_published(console, result)
+    files = f"{with_ending(place, '.json')} and {with_ending(place, '.npz')}"
+    if finished and not o.again:
+        console.print(f"already finished: {files}; --again computes it anew", soft_wrap=True)
+    else:
+        console.print(f"saved in {files}", soft_wrap=True)
+    return result
+
+
+def evaluated(
+    console: Console, o: EvaluateOptions, task: Task, attacks: list[AttackSpec] | str
+) -> tuple[EvaluationResult, Path, bool]:
+    """The evaluation of a task by its options, its place, and whether it was there already."""
     with AttackBar(console) as bar:
 
-        def evaluated(place: Path) -> EvaluationResult:
+        def at(place: Path) -> EvaluationResult:
             return evaluate(
                 task.model,
                 task.x,
@@ -52,16 +68,7 @@ def evaluate_command(console: Console, o: EvaluateOptions) -> EvaluationResult |
 
         run = Path(o.model)
         default = run / "evaluation" if run.is_dir() else Path("evaluation")
-        result, place, finished = _at_its_place(evaluated, o.out, default)
-    show_result(console, result, task.title)
-    if o.suite in ("paper", "paper-code") and result.metadata["stochastic"]:
-        show_as_published(console, result)
-    files = f"{with_ending(place, '.json')} and {with_ending(place, '.npz')}"
-    if finished and not o.again:
-        console.print(f"already finished: {files}; --again computes it anew", soft_wrap=True)
-    else:
-        console.print(f"saved in {files}", soft_wrap=True)
-    return result
+        return _at_its_place(at, o.out, default)
 
 
 def _at_its_place(
@@ -99,7 +106,7 @@ def verify_command(console: Console, o: VerifyOptions) -> None:
     console.print(f"{len(task.y)} images: bounds, labels, distances and accuracies hold")
 
 
-def _attacks(o: EvaluateOptions) -> list[AttackSpec] | str:
+def attacks_of(o: EvaluateOptions) -> list[AttackSpec] | str:
     """A list, or the name of a suite, which `evaluate` completes for the model."""
     if o.suite is not None and o.attacks is not None:
         raise ValueError("give --suite or --attacks, not both")

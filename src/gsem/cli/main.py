@@ -1,4 +1,4 @@
-"""The command line: gsem demo | train | evaluate | audit | report | verify | recipes | models | study | data.
+"""The command line: gsem demo | train | evaluate | compare | audit | report | verify | recipes | models | study | data.
 
 The arguments are parsed first, which needs neither torch nor scipy; the module of a command is imported when it runs.
 """
@@ -23,6 +23,7 @@ from gsem.cli.launch import launch, processes_to_start
 from gsem.cli.options import (
     STUDIES,
     AuditOptions,
+    CompareOptions,
     DataOptions,
     DemoOptions,
     EvaluateOptions,
@@ -48,6 +49,7 @@ usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help lists its options)
   demo       train a small GSeM network on digits, attack it, write a report
   train      train by a recipe:      gsem train gcat --data digits
   evaluate   attack a trained model: gsem evaluate runs/NAME --suite standard
+  compare    compare two models:     gsem compare runs/ONE runs/OTHER
   audit      check that accuracy:    gsem audit runs/NAME --quick
   report     write a page on a run:  gsem report runs/NAME -o report.html
   verify     check saved adversarial examples again
@@ -68,6 +70,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoOptions, "gsem.cli.train:demo_command"),
     "train": (TrainOptions, "gsem.cli.train:train_command"),
     "evaluate": (EvaluateOptions, "gsem.cli.evaluate:evaluate_command"),
+    "compare": (CompareOptions, "gsem.cli.compare:compare_command"),
     "audit": (AuditOptions, "gsem.cli.audit:audit_command"),
     "report": (ReportOptions, "gsem.cli.report:report_command"),
     "verify": (VerifyOptions, "gsem.cli.evaluate:verify_command"),
@@ -76,7 +79,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "study": (StudyOptions, "gsem.cli.study:study_command"),
     "data": (DataOptions, "gsem.cli.list:data_command"),
 }
-RESUMED = ("evaluate", "audit", "study")
+RESUMED = ("evaluate", "compare", "audit", "study")
 SEVERAL = ("train", *RESUMED)
 """The commands that compute in several processes. Of the others, the first process runs, and the rest return."""
 

@@ -198,6 +198,31 @@ class EvaluateOptions(TaskOptions):
 
 
 @options
+class CompareOptions(ProcessesOptions, NetworkOptions, ThreatOptions, DataSourceOptions):
+    """Compare two networks on the same images and attacks: the difference of their accuracies.
+
+    Networks that have not been evaluated with these options are evaluated first.
+    """
+
+    one: Positional[str]
+    """The first network: a MODEL as of gsem evaluate, or the .npz of a saved evaluation."""
+    two: Positional[str]
+    """The second network, likewise."""
+    suite: str | None = None
+    """A named list of attacks: quick, standard (AutoAttack), paper or paper-code. Default: none."""
+    attacks: str | None = None
+    """Attacks instead of a suite, as of gsem evaluate. Default: clean,pgd:steps=100."""
+    images: int | None = None
+    """Number of test images. Default: all."""
+    draws: int = 100
+    """Scoring draws of the noise for each image and attack; as many others choose the worst attack."""
+    frozen: bool = True
+    """Attack a stochastic GSeM also with its noise frozen by a known seed, and with its noise off."""
+    out: Path = Path("comparison.json")
+    """JSON file for the comparison."""
+
+
+@options
 class AuditOptions(TaskOptions):
     """Which robust accuracy may be quoted? Twelve checks, the lowest accuracy found, and a verdict.
 

@@ -41,8 +41,10 @@ def question(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {key: metadata[key] for key in QUESTION if key in metadata}
 
 
-def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The differences of two questions, in words."""
+def differences(
+    former: Mapping[str, Any], now: Mapping[str, Any], which: tuple[str, str] = ("then", "now")
+) -> list[str]:
+    """The differences of two questions, in words. `which` names the two behind their values."""
     former, now = _plain(former), _plain(now)
     found = []
     for key in dict.fromkeys([*now, *former]):
@@ -53,9 +55,9 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             if former.get("eps") == now.get("eps"):  # (with another eps, the steps that follow from it are others too)
                 found.append(f"the options of {', '.join(lb for lb in one if one[lb] != other[lb])}")
         elif key == "options" and one and other:
-            found.append(f"{_WORDS[key]} ({', '.join(one)} then, {', '.join(other)} now)")
+            found.append(f"{_WORDS[key]} ({', '.join(one)} {which[0]}, {', '.join(other)} {which[1]})")
         elif isinstance(one, (int, float, str)) and isinstance(other, (int, float, str)) and key not in _WORDS:
-            found.append(f"{key} ({_short(one)} then, {_short(other)} now)")
+            found.append(f"{key} ({_short(one)} {which[0]}, {_short(other)} {which[1]})")
         else:
             found.append(_WORDS.get(key, key))
     return found

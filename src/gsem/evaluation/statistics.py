@@ -1,4 +1,5 @@
-"""Confidence intervals: bootstrap over images, Wilson, Student's t; and how many events chance explains.
+"""Confidence intervals: bootstrap over images, Wilson, Student's t, paired differences; McNemar's test; and how many
+events chance explains.
 
 All intervals are two-sided 95% ones unless a level is given. scipy.stats takes most of a second to import, so it is
 imported where a quantile of it is computed.
@@ -93,6 +94,31 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     n, mean = len(values), float(np.mean(values))
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
+
+
+def paired_interval(differences: Float[np.ndarray, " n"]) -> Interval:
+    """The mean of one difference in [−1, 1] per image, with its 95% interval over images (Bonett & Price 2012).
+
+    The interval is that of a normal mean of n + 2 values, the differences with −1 and 1 beside them. Where few images
+    differ, the bootstrap and the plain normal interval are too short: in samples of 100 images, of which 1% and 2%
+    differ in either direction, they hold the true difference in 85% of cases. This one is never empty, and too long
+    where all differences are small.
+    """
+    n, z = len(differences), 1.959964
+    middle = float(differences.sum()) / (n + 2)
+    variance = (float(np.square(differences).sum()) + 2) / (n + 2) - middle**2
+    half = z * math.sqrt(variance / (n + 2))
+    return Interval(float(differences.mean()), max(-1.0, middle - half), min(1.0, middle + half))
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """The two-sided p-value of McNemar's exact test, from how many images one classifier alone gets wrong, and how many
+    the other alone: how probable a split at least as uneven is if each such image falls to either with probability 1/2.
+    """
+    from scipy import stats
+
+    n = only_one + only_other
+    return min(1.0, 2 * float(stats.binom.cdf(min(only_one, only_other), n, 0.5)))
 
 
 def binomial_quantile(n: int, p: float, level: float = 0.975) -> int:
