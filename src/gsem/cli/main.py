@@ -1,4 +1,4 @@
-"""The command line: gsem demo | train | evaluate | audit | report | verify | recipes | models | study | data.
+"""The command line: gsem demo | train | evaluate | audit | certify | report | verify | recipes | models | study | data.
 
 The arguments are parsed first, which needs neither torch nor scipy; the module of a command is imported when it runs.
 """
@@ -23,13 +23,14 @@ from gsem.cli.launch import launch, processes_to_start
 from gsem.cli.options import (
     STUDIES,
     AuditOptions,
+    CertifyOptions,
     DataOptions,
     DemoOptions,
     EvaluateOptions,
+    ModelOptions,
     NoOptions,
     ReportOptions,
     StudyOptions,
-    TaskOptions,
     TrainOptions,
     VerifyOptions,
     command_line,
@@ -49,6 +50,7 @@ usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help lists its options)
   train      train by a recipe:      gsem train gcat --data digits
   evaluate   attack a trained model: gsem evaluate runs/NAME --suite standard
   audit      check that accuracy:    gsem audit runs/NAME --quick
+  certify    certify radii in L2:    gsem certify runs/NAME --sigma 0.25
   report     write a page on a run:  gsem report runs/NAME -o report.html
   verify     check saved adversarial examples again
   recipes    list the named recipes, and what they cost
@@ -69,6 +71,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "train": (TrainOptions, "gsem.cli.train:train_command"),
     "evaluate": (EvaluateOptions, "gsem.cli.evaluate:evaluate_command"),
     "audit": (AuditOptions, "gsem.cli.audit:audit_command"),
+    "certify": (CertifyOptions, "gsem.cli.certify:certify_command"),
     "report": (ReportOptions, "gsem.cli.report:report_command"),
     "verify": (VerifyOptions, "gsem.cli.evaluate:verify_command"),
     "recipes": (NoOptions, "gsem.cli.list:recipes_command"),
@@ -76,7 +79,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "study": (StudyOptions, "gsem.cli.study:study_command"),
     "data": (DataOptions, "gsem.cli.list:data_command"),
 }
-RESUMED = ("evaluate", "audit", "study")
+RESUMED = ("evaluate", "audit", "certify", "study")
 SEVERAL = ("train", *RESUMED)
 """The commands that compute in several processes. Of the others, the first process runs, and the rest return."""
 
@@ -98,7 +101,7 @@ def read(command: str, words: list[str]) -> Any:
             raise ValueError(unknown("study", name, STUDIES))
         return parse_recipe(StudyOptions, f"study {name}", words, RECIPES["gcat"], study=name)
     options = parse(COMMANDS[command][0], command, words)
-    if isinstance(options, TaskOptions):
+    if isinstance(options, ModelOptions):
         if bool(options.model) == bool(options.named_model):
             raise ValueError(f"give one MODEL: gsem {command} MODEL, or --model MODEL")
         return replace(options, model=options.model or options.named_model, named_model="")
