@@ -127,8 +127,8 @@ class DataSourceOptions:
 @options
 class ModelOptions:
     model: Positional[str] = ""
-    """A run directory, a .safetensors checkpoint, a published .pt, package.module:function, or timm:NAME with timm's
-    pretrained weights. Default: none; it may be given as --model."""
+    """A run directory, a .safetensors checkpoint, a published .pt, package.module:function, timm:NAME with timm's
+    pretrained weights, or robustbench:NAME:DATA:THREAT. Default: none; it may be given as --model."""
     named_model: Annotated[str, tyro.conf.arg(name="model")] = ""
     """The same as MODEL, as an option. Default: none."""
 
