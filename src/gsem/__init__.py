@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from gsem.attacks.suite import SUITES as SUITES
     from gsem.attacks.suite import AttackSpec as AttackSpec
     from gsem.auditing.audit import audit as audit
+    from gsem.evaluation.certify import CertificationResult as CertificationResult
+    from gsem.evaluation.certify import certify as certify
     from gsem.evaluation.compare import compare as compare
     from gsem.evaluation.evaluate import evaluate as evaluate
     from gsem.evaluation.result import EvaluationResult as EvaluationResult
@@ -43,6 +45,8 @@ _DEFINED_IN = {
     "audit": "gsem.auditing.audit",
     "load_model": "gsem.nn.load",
     "report": "gsem.reporting.report",
+    "CertificationResult": "gsem.evaluation.certify",
+    "certify": "gsem.evaluation.certify",
     "evaluate": "gsem.evaluation.evaluate",
     "compare": "gsem.evaluation.compare",
     "insert": "gsem.nn.insert",

@@ -1,4 +1,4 @@
-"""The command line: gsem demo | train | evaluate | compare | audit | report | verify | recipes | models | study | data.
+"""The command line: gsem demo, train, evaluate, compare, audit, certify, report, verify, recipes, models, study, data.
 
 The arguments are parsed first, which needs neither torch nor scipy; the module of a command is imported when it runs.
 """
@@ -23,14 +23,15 @@ from gsem.cli.launch import launch, processes_to_start
 from gsem.cli.options import (
     STUDIES,
     AuditOptions,
+    CertifyOptions,
     CompareOptions,
     DataOptions,
     DemoOptions,
     EvaluateOptions,
+    ModelOptions,
     NoOptions,
     ReportOptions,
     StudyOptions,
-    TaskOptions,
     TrainOptions,
     VerifyOptions,
     command_line,
@@ -51,6 +52,7 @@ usage: gsem COMMAND [OPTIONS]      (gsem COMMAND --help lists its options)
   evaluate   attack a trained model: gsem evaluate runs/NAME --suite standard
   compare    compare two models:     gsem compare runs/ONE runs/OTHER
   audit      check that accuracy:    gsem audit runs/NAME --quick
+  certify    certify radii in L2:    gsem certify runs/NAME --sigma 0.25
   report     write a page on a run:  gsem report runs/NAME -o report.html
   verify     check saved adversarial examples again
   recipes    list the named recipes, and what they cost
@@ -72,6 +74,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (EvaluateOptions, "gsem.cli.evaluate:evaluate_command"),
     "compare": (CompareOptions, "gsem.cli.compare:compare_command"),
     "audit": (AuditOptions, "gsem.cli.audit:audit_command"),
+    "certify": (CertifyOptions, "gsem.cli.certify:certify_command"),
     "report": (ReportOptions, "gsem.cli.report:report_command"),
     "verify": (VerifyOptions, "gsem.cli.evaluate:verify_command"),
     "recipes": (NoOptions, "gsem.cli.list:recipes_command"),
@@ -79,7 +82,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "study": (StudyOptions, "gsem.cli.study:study_command"),
     "data": (DataOptions, "gsem.cli.list:data_command"),
 }
-RESUMED = ("evaluate", "compare", "audit", "study")
+RESUMED = ("evaluate", "compare", "audit", "certify", "study")
 SEVERAL = ("train", *RESUMED)
 """The commands that compute in several processes. Of the others, the first process runs, and the rest return."""
 
@@ -101,7 +104,7 @@ def read(command: str, words: list[str]) -> Any:
             raise ValueError(unknown("study", name, STUDIES))
         return parse_recipe(StudyOptions, f"study {name}", words, RECIPES["gcat"], study=name)
     options = parse(COMMANDS[command][0], command, words)
-    if isinstance(options, TaskOptions):
+    if isinstance(options, ModelOptions):
         if bool(options.model) == bool(options.named_model):
             raise ValueError(f"give one MODEL: gsem {command} MODEL, or --model MODEL")
         return replace(options, model=options.model or options.named_model, named_model="")

@@ -126,13 +126,15 @@ class DataSourceOptions:
 
 @options
 class ModelOptions:
-    """The model that is attacked, by which attacks."""
-
     model: Positional[str] = ""
-    """A run directory, a .safetensors checkpoint, a published .pt, package.module:function, or timm:NAME with timm's
-    pretrained weights. Default: none; it may be given as --model."""
+    """A run directory, a .safetensors checkpoint, a published .pt, package.module:function, timm:NAME with timm's
+    pretrained weights, or robustbench:NAME:DATA:THREAT. Default: none; it may be given as --model."""
     named_model: Annotated[str, tyro.conf.arg(name="model")] = ""
     """The same as MODEL, as an option. Default: none."""
+
+
+@options
+class AttackOptions:
     suite: str | None = None
     """A named list of attacks: quick, standard (AutoAttack), paper (its five attacks), or paper-code (the budgets that
     its code ran). Default: none."""
@@ -142,12 +144,14 @@ class ModelOptions:
 
 
 @options
-class ThreatOptions:
-    """The images that are attacked, and the threat model."""
-
+class ImagesOptions:
     images: int | None = None
     subset: Literal["balanced", "first"] = "balanced"
     """Which images --images takes: a fixed choice with equally many of each class (balanced), or the first ones."""
+
+
+@options
+class ThreatOptions:
     eps: float | None = None
     """Radius of the threat model in pixels of [0, 1], like 8/255. Default: the run's own for Linf, 0.5 for L2."""
     norm: Literal["Linf", "L2"] = "Linf"
@@ -159,7 +163,9 @@ class ThreatOptions:
 
 
 @options
-class TaskOptions(ProcessesOptions, NetworkOptions, ThreatOptions, DataSourceOptions, ModelOptions):
+class TaskOptions(
+    ProcessesOptions, NetworkOptions, ThreatOptions, ImagesOptions, DataSourceOptions, AttackOptions, ModelOptions
+):
     """What gsem evaluate and gsem audit share. (Help lists the options from the last base to the first.)"""
 
     @property
@@ -253,6 +259,41 @@ class AuditOptions(TaskOptions):
     @property
     def default_images(self) -> int:
         return 128 if self.quick else 500
+
+
+@options
+class CertifyOptions(ProcessesOptions, NetworkOptions, ImagesOptions, DataSourceOptions, ModelOptions):
+    """Certify radii in L2 by randomised smoothing (Cohen, Rosenfeld, Kolter 2019).
+
+    No perturbation below its radius changes the answer of the smoothed classifier: the class that the model answers
+    most often under Gaussian noise.
+
+    An interrupted certification resumes when the same command is started again.
+    """
+
+    sigma: float
+    """Standard deviation of the Gaussian noise in pixels of [0, 1], like 0.25."""
+    images: int | None = None
+    """Number of test images. Default: 200."""
+    n0: int = 100
+    """Draws for each image that select its class."""
+    n: int = 10_000
+    """Draws for each image that estimate the probability of this class. More draws certify larger radii."""
+    alpha: float = 0.001
+    """Probability that the certificate of an image is wrong."""
+    batch_size: int = 256
+    """Noisy copies of an image at once."""
+    seed: int = 0
+    """Seed of all random draws."""
+    out: Path | None = None
+    """The result is written to OUT.json. Default: RUN/certification.json, or certification.json here; with a number
+    behind it where another certification is."""
+    again: bool = False
+    """Compute a finished certification again, instead of showing its saved table."""
+
+    @property
+    def default_images(self) -> int:
+        return 200
 
 
 @options

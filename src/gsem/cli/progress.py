@@ -115,6 +115,24 @@ class CountingBar(ProgressBar):
         self.console.print(line, highlight=False, soft_wrap=True)
 
 
+class CertifyBar(CountingBar):
+    """A bar of the images on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, console: Console, images: int, clock: Callable[[], float] = time.monotonic):
+        super().__init__(console, 20, clock)
+        self.task = self.bar.add_task("certify", total=images, status="")
+        self.started, self.before = clock(), 0
+
+    def __call__(self, done: int, images: int) -> None:
+        if not self.before:  # (images of an earlier call took none of this one's time)
+            self.before, self.started = done, self.clock()
+        rate = (done - self.before) / max(self.clock() - self.started, 1e-9)
+        left = f"{duration((images - done) / rate)} left" if rate > 0 else ""
+        self.bar.update(self.task, completed=done, status=left)
+        if self.due:
+            self.print(f"certify {done}/{images} images{', ' + left if left else ''}")
+
+
 class AttackBar(CountingBar):
     """A bar for each attack on a terminal. Elsewhere a line now and then, and one when an attack is finished."""
 

@@ -1,4 +1,4 @@
-"""What gsem evaluate, audit and verify work on: the model, the test images and the radius, loaded by `load_task`."""
+"""What gsem evaluate, audit, certify and verify work on: model, test images and radius, by `load_task`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gsem._env import FEWER, device_named, require_room
 from gsem._fingerprint import data_fingerprint
-from gsem.cli.options import NetworkOptions, TaskOptions, VerifyOptions
+from gsem.cli.options import CertifyOptions, NetworkOptions, TaskOptions, VerifyOptions
 from gsem.data import Dataset, Split, balanced, load, to_float
 from gsem.evaluation.result import EvaluationResult
 from gsem.nn.insert import Normalized, normalization, normalized
@@ -21,9 +21,9 @@ from gsem.training.recorded import find, find_named, places_of
 
 @dataclass(frozen=True)
 class Task:
-    """A model and the test images that it is attacked on, all on one device."""
+    """A model and the test images that it is attacked or certified on, all on one device."""
 
-    options: TaskOptions | VerifyOptions
+    options: TaskOptions | CertifyOptions | VerifyOptions
     model: nn.Module
     metadata: dict[str, Any]
     """What the model's checkpoint records; empty for a network that gsem did not train."""
@@ -35,6 +35,7 @@ class Task:
     subset: dict[str, Any]
     test: Split
     eps: float
+    """Radius of the threat model; 0 where there is none, for gsem certify."""
     title: str
     saved: EvaluationResult | None
     """The evaluation that is verified."""
@@ -55,7 +56,7 @@ class Task:
         }
 
 
-def load_task(o: TaskOptions | VerifyOptions) -> Task:
+def load_task(o: TaskOptions | CertifyOptions | VerifyOptions) -> Task:
     """Load model, further models, test images and radius; to verify, also the saved evaluation, whose images they are.
 
     Raises:
@@ -63,7 +64,7 @@ def load_task(o: TaskOptions | VerifyOptions) -> Task:
     """
     saved = EvaluationResult.load(o.result) if isinstance(o, VerifyOptions) else None
     model, metadata = load_network(o.model, o)
-    sources = {} if isinstance(o, VerifyOptions) else {spec: load_network(spec, o)[0] for spec in o.source}
+    sources = {spec: load_network(spec, o)[0] for spec in o.source} if isinstance(o, TaskOptions) else {}
     dataset = _dataset(o, metadata, saved)
     test = dataset.test()
     if isinstance(o, VerifyOptions):
@@ -73,11 +74,7 @@ def load_task(o: TaskOptions | VerifyOptions) -> Task:
         known = saved.rows is not None and saved.rows.max() < len(test)
         rows = torch.from_numpy(saved.rows) if known else _rows(test, subset)
     else:
-        trained = metadata.get("recipe", {})
-        default = metadata.get("data", {}).get("eps", dataset.eps)
-        if o.norm == "L2":
-            default = (trained.get("eps") if trained.get("norm") == "L2" else None) or 0.5
-        eps = default if o.eps is None else o.eps
+        eps = _radius(o, metadata, dataset) if isinstance(o, TaskOptions) else 0.0
         subset = _subset(o, len(test))
         rows = _rows(test, subset)
     x, y = to_float(test.x[rows]), test.y[rows]
@@ -100,6 +97,16 @@ def load_task(o: TaskOptions | VerifyOptions) -> Task:
     )
 
 
+def _radius(o: TaskOptions, metadata: dict[str, Any], dataset: Dataset) -> float:
+    if o.eps is not None:
+        return o.eps
+    trained = metadata.get("recipe", {})
+    if o.norm == "L2":
+        return (trained.get("eps") if trained.get("norm") == "L2" else None) or 0.5
+    eps: float = metadata.get("data", {}).get("eps", dataset.eps)
+    return eps
+
+
 def load_network(spec: str, o: NetworkOptions) -> tuple[nn.Module, dict[str, Any]]:
     """A model, and what its checkpoint records (see `gsem.nn.load.load_model`)."""
     model, metadata = load_model(spec, name=o.arch, num_classes=o.num_classes, levels=o.levels, noise=o.noise)
@@ -113,7 +120,9 @@ def numbered(place: Path) -> Iterator[Path]:
     yield from (place if number == 1 else place.with_name(f"{place.name}-{number}") for number in count(1))
 
 
-def _dataset(o: TaskOptions | VerifyOptions, metadata: dict[str, Any], saved: EvaluationResult | None) -> Dataset:
+def _dataset(
+    o: TaskOptions | CertifyOptions | VerifyOptions, metadata: dict[str, Any], saved: EvaluationResult | None
+) -> Dataset:
     """The options' data; without them those of the saved evaluation, or of the run."""
     about = {} if saved is None else saved.metadata.get("about", {})
     name = o.data or about.get("data") or metadata.get("recipe", {}).get("data")
@@ -132,7 +141,7 @@ def _dataset(o: TaskOptions | VerifyOptions, metadata: dict[str, Any], saved: Ev
     return find(metadata, run if run.is_dir() else run.parent.parent)  # (a checkpoint is in RUN/checkpoints)
 
 
-def _subset(o: TaskOptions, of: int) -> dict[str, Any]:
+def _subset(o: TaskOptions | CertifyOptions, of: int) -> dict[str, Any]:
     images = o.images
     if images is None and o.default_images is not None:
         images = min(of, o.default_images)

@@ -1,5 +1,5 @@
-"""Confidence intervals: bootstrap over images, Wilson, Student's t, paired differences; McNemar's test; and how many
-events chance explains.
+"""Confidence intervals: bootstrap over images, Wilson, Clopper-Pearson, Student's t, paired differences; McNemar's test;
+and how many events chance explains.
 
 All intervals are two-sided 95% ones unless a level is given. scipy.stats takes most of a second to import, so it is
 imported where a quantile of it is computed.
@@ -85,6 +85,17 @@ def wilson_interval(share: float, n: int) -> Interval:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def clopper_pearson_lower(count: int, n: int, alpha: float) -> float:
+    """The one-sided lower bound of a probability of which `n` trials had `count` successes (Clopper, Pearson 1934).
+
+    It lies above the true probability in at most `alpha` of cases: the largest p for which `count` or more successes
+    have a probability of at most `alpha`.
+    """
+    from scipy.special import betaincinv
+
+    return 0.0 if count == 0 else float(betaincinv(count, n - count + 1, alpha))
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:

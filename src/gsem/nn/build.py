@@ -201,15 +201,14 @@ def check_same_network(described: dict[str, Any], built: Mapping[str, Any], run:
 
 
 def import_network(spec: str) -> nn.Module:
-    """The network of `package.module:function`, of a module's attribute that is one, or of `timm:NAME`, pretrained.
+    """The network of `package.module:function`, of a module's attribute that is one, or of a name of `RESOLVERS`.
 
     Raises:
-        ImportError: the function, or timm, is not found. ValueError: it needs arguments, fails or returns no module;
-            timm has no such network, or no weights for it.
+        ImportError: the function, or the package of a prefix, is not found. ValueError: it needs arguments, fails or
+            returns no module; timm has no such network, or no weights for it.
     """
-    if spec.startswith(TIMM):
-        return _from_timm(spec, pretrained=True)[0]
-    return _made(_found(spec), spec)
+    resolver = RESOLVERS.get(spec.partition(":")[0])
+    return resolver(spec) if resolver is not None else _made(_found(spec), spec)
 
 
 def _kind(w: Wanted) -> str:
@@ -252,6 +251,31 @@ def _from_timm(spec: str, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
     except Exception as error:
         raise ValueError(f"timm.create_model({name!r}) failed: {type(error).__name__}: {error}") from error
     return network, {"hash": timm.__version__, "file": f"timm {timm.__version__}"}
+
+
+def _from_robustbench(spec: str) -> nn.Module:
+    words = spec.split(":")[1:]
+    if len(words) != 3 or not all(words):
+        raise ValueError(f"{spec!r} must be robustbench:NAME:DATA:THREAT, like robustbench:Standard:cifar10:Linf")
+    try:
+        utils = importlib.import_module("robustbench.utils")
+    except ImportError as error:
+        raise ImportError(f"{spec!r} needs the package robustbench ({error})") from error
+    name, data, threat = words
+    try:
+        network = utils.load_model(model_name=name, dataset=data, threat_model=threat)
+    except Exception as error:
+        raise ValueError(f"robustbench.utils.load_model of {spec!r} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{spec!r} is a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+RESOLVERS: dict[str, Callable[[str], nn.Module]] = {
+    "timm": lambda spec: _from_timm(spec, pretrained=True)[0],
+    "robustbench": _from_robustbench,
+}
+"""For each prefix of a model's name that is no module of the caller: what loads the pretrained network."""
 
 
 def _found(spec: str) -> Any:

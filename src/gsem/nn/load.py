@@ -61,8 +61,8 @@ def load_model(
     Args:
         spec: a run directory (its best checkpoint; where there is none, its last, with a warning), a `.safetensors`
             checkpoint, a published `.pt` state dict (then `name`, `num_classes`, `levels` and `noise` describe
-            it), `package.module:function`, a function without arguments that returns the model, or `timm:NAME`, with
-            timm's pretrained weights.
+            it), `package.module:function`, a function without arguments that returns the model, `timm:NAME`, with
+            timm's pretrained weights, or `robustbench:NAME:DATA:THREAT`, by robustbench's own loader.
         model: of a run or checkpoint of gsem train, the network that it was trained on, or a function that makes it,
             where none can be imported. It is copied; the copy gets what the run inserted, and its weights.
 
@@ -97,7 +97,7 @@ def load_model(
             raise ValueError(str(error)) from error
     raise FileNotFoundError(
         f"{str(spec)!r} is no run directory, checkpoint or published .pt that exists here, and no "
-        "package.module:function or timm:NAME"
+        "package.module:function, timm:NAME or robustbench:NAME:DATA:THREAT"
     )
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from gsem._text import pixels
+from gsem.evaluation.certify import CertificationResult
 from gsem.reporting.read import RunReport, bare
 
 
@@ -42,12 +43,19 @@ def card(entry: RunReport) -> dict[str, Any]:
                 for c in ([] if audit is None else audit.checks)
             ],
             "evaluation": {key: value for key, value in metadata.items() if key != "about"},
+            "certified": None if entry.certification is None else _certified(entry.certification),
             "not_used": list(entry.unmatched),
             "attacks": summary["attacks"],
             "worst": summary["worst"],
             "recipe": {key: bare(v) if isinstance(v, str) else v for key, v in entry.recipe.items()},
         },
     }
+
+
+def _certified(found: CertificationResult) -> dict[str, Any]:
+    """The summary of a certification, without its images."""
+    summary = {key: value for key, value in found.to_dict().items() if key != "images"}
+    return summary | {"metadata": {key: value for key, value in found.metadata.items() if key != "about"}}
 
 
 def _percent(accuracy: dict[str, Any] | None) -> str | None:

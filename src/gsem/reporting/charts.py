@@ -15,6 +15,7 @@ from gsem.reporting.read import RunReport
 from gsem.reporting.views import Table, percent
 from gsem.reporting.visuals import Pictures, Surface, image_number, png
 
+CURVE = 60  # intervals of the curve of certified accuracy
 MANY = 20  # classes; of more, only the extremes are drawn
 # Title and name of the axis of each sweep.
 SWEEPS = {
@@ -87,6 +88,31 @@ def _expected(entry: RunReport) -> dict[str, Interval]:
     if len(rows) > 1:
         found["worst case"] = Interval(**entry.summary["worst"]["worst"]["expected"])
     return found
+
+
+def certified_figure(entries: Sequence[RunReport]) -> Figure | None:
+    """Certified accuracy against the radius; None without a certification."""
+    found = [(run, e, e.certification) for run, e in enumerate(entries) if e.certification is not None]
+    if not found:
+        return None
+    largest = max(c.largest_radius for _, _, c in found)
+    series, rows = [], []
+    for run, e, c in found:
+        radii = [largest * i / CURVE for i in range(CURVE + 1)]
+        series.append(svg.Line(tuple(svg.Point(r, c.accuracy(r).mean) for r in radii), run))
+        rows += [(e.name, *map(rounded, (radius, *accuracy))) for radius, accuracy in c.table()]
+    description = "; ".join(
+        f"{e.name}: " + ", ".join(f"{percent(a.mean)} at {radius:g}" for radius, a in c.table()) for _, e, c in found
+    )
+    return Figure(
+        "certified",
+        "Certified accuracy against the L2 radius",
+        f"{description}.",
+        "Of the smoothed classifier: the share of images that are right and stay so within the radius.",
+        svg.lines(series, svg.linear("L2 radius", 0.0, largest), svg.share()),
+        Table(("run", "radius", "certified", "low", "high"), tuple(rows)),
+        tuple(svg.run_key(_of(entries, e, f"sigma {c.metadata['sigma']:g}"), run) for run, e, c in found),
+    )
 
 
 # --- training curves -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from gsem._fingerprint import same_model
 from gsem._text import pixels
 from gsem.auditing import Audit
 from gsem.auditing.check import FormerAudit
+from gsem.evaluation.certify import CertificationResult
 from gsem.evaluation.result import EvaluationResult, with_ending
 from gsem.reporting.visuals import Pictures
 from gsem.training.run import read_metrics, run_fingerprint
@@ -41,6 +42,7 @@ class RunReport:
     others: tuple[str, ...] = ()
     """Other evaluations of this run, which are not shown."""
     audit: Audit | None = None
+    certification: CertificationResult | None = None
     unmatched: tuple[str, ...] = ()
     """Files that are not shown, each with its reason: `audit.json: it is of another network`."""
     pictures: Pictures | None = None
@@ -149,7 +151,8 @@ def _read_run(path: Path, chosen: Path | None) -> RunReport:
         entry = replace(entry, name=name, spec=spec, metadata={}, metrics=(), others=())
         if metadata:
             unmatched.append(f"recipe.json, metrics.jsonl: {chosen.name} is not of this run ({other})")
-    return _with_audit(entry, network if chosen is None else None, unmatched)
+    entry = _with_audit(entry, network if chosen is None else None, unmatched)
+    return _with_certification(entry, network)
 
 
 def _fingerprint_of(path: Path) -> tuple[dict[str, str] | None, list[str]]:
@@ -255,6 +258,28 @@ def _with_audit(entry: RunReport, network: dict[str, str] | None, unmatched: lis
             unmatched = [*unmatched, f"{file.name}: {other}"]
     chosen = [a for a in audits if not a.metadata.get("only")] or audits
     return replace(entry, audit=chosen[-1] if chosen else None, unmatched=tuple(unmatched))
+
+
+def _with_certification(entry: RunReport, network: dict[str, str] | None) -> RunReport:
+    """With the latest complete certification of this network.
+
+    Args:
+        network: the fingerprint of the network, used where there is no evaluation.
+    """
+    if entry.result is not None:
+        network = entry.result.metadata.get("fingerprint", {})
+    unmatched = entry.unmatched
+    for file in reversed(_numbered(entry.path, "certification", ".json")):
+        try:
+            found = CertificationResult.load(file)
+        except ValueError as error:
+            unmatched = (*unmatched, f"{file.name}: {str(error).replace(str(file), 'it')}")
+            continue
+        other = other_network(found.metadata, network)
+        if other is None:
+            return replace(entry, certification=found, unmatched=unmatched)
+        unmatched = (*unmatched, f"{file.name}: {other}")
+    return replace(entry, unmatched=unmatched)
 
 
 def other_network(metadata: Mapping[str, Any], network: Mapping[str, str] | None) -> str | None:

@@ -229,6 +229,49 @@ def _with_known_noise(rows: list[dict[str, Any]], attack: str) -> dict[str, Any]
     return {r["noise"]: r for r in rows if r["noise"] != "fresh" and re.split("-eot|@", r["attack"])[0] == stem}
 
 
+def certified(entry: RunReport) -> Table | None:
+    """Certified accuracy at each radius, beside the empirical accuracies of the same radius in L2."""
+    found = entry.certification
+    if found is None:
+        return None
+    empirical = _empirical_in_l2(entry)
+    radii = {radius for radius, _ in found.table()} | empirical.keys()
+    rows = tuple(
+        (f"{radius:g}", _value(found.accuracy(radius)._asdict()), empirical.get(radius, _value(None)))
+        for radius in sorted(radii)
+    )
+    return Table(("L2 radius", "certified (smoothed)", "attacked (not smoothed)"), rows)
+
+
+def _empirical_in_l2(entry: RunReport) -> dict[float, Value]:
+    """The evaluation's accuracy at radius 0, and in the worst case at its radius, where that is one in L2."""
+    if entry.summary is None or entry.result is None:
+        return {}
+    clean = [row for row in entry.summary["attacks"] if row["attack"] == "clean"]
+    found = {0.0: _value(clean[0])} if clean else {}
+    if entry.result.metadata.get("norm") == "L2" and "worst" in entry.summary["worst"]:
+        found[entry.result.metadata["eps"]] = _value(entry.summary["worst"]["worst"]["expected"])
+    return found
+
+
+def certification(entry: RunReport) -> str:
+    """How the radii were certified, their mean, and the share of abstentions; as sentences."""
+    found = entry.certification
+    if found is None:
+        return ""
+    m = found.metadata
+    sentences = [
+        f"{len(found.y)} test images, sigma = {m['sigma']:g}, {m['n0']} draws that select and {m['n']} that estimate, "
+        f"seed {m['seed']}.",
+        f"Mean certified radius {found.mean_radius:.3f} (0 where the answer is wrong); abstained on "
+        f"{percent(found.abstained)}. No radius above {found.largest_radius:.3f} can be certified by so many draws.",
+        f"Each certificate is wrong with probability at most {m['alpha']:g}.",
+    ]
+    if m["stochastic"]:
+        sentences.append("The smoothed classifier includes the model's own noise, drawn anew for every noisy image.")
+    return " ".join(sentences)
+
+
 def as_published(entry: RunReport) -> list[tuple[str, Value]]:
     """For each attack the accuracy that the released evaluation would have printed; stochastic models only."""
     result = entry.result
