@@ -33,6 +33,7 @@ napoleon_use_rtype = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 72
 add_module_names = False
@@ -42,7 +43,13 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!gsem\.[\w.]+$)[\s\S]*")]
 # Types of arguments and fields that users do not make themselves.
 nitpick_ignore = [
     ("py:class", f"gsem.{name}")
-    for name in ("rng.Shard", "attacks.own.OwnAttack", "nn.folded.FoldedModel", "reporting.visuals.Shown", "reporting.visuals.Surface")
+    for name in (
+        "rng.Shard",
+        "attacks.own.OwnAttack",
+        "nn.folded.FoldedModel",
+        "reporting.visuals.Shown",
+        "reporting.visuals.Surface",
+    )
 ]
 
 # --- the look -------------------------------------------------------------------------------------------------------

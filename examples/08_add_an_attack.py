@@ -1,6 +1,6 @@
 """An attack of your own, beside those of gsem: the momentum iterative method of Dong et al. (CVPR 2018).
 
-    python 08_add_an_attack.py
+python 08_add_an_attack.py
 """
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 import gsem
 
 
-def momentum(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, eot: int, steps: int = 20, decay: float = 1.0) -> Tensor:
+def momentum(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, eot: int, steps: int = 20, decay: float = 1.0
+) -> Tensor:
     """Sign steps along a running sum of gradients, each divided by its L1 norm. Returns x_adv [b, c, h, w]."""
     step, total, x_adv = 2.5 * eps / steps, torch.zeros_like(x), x.clone()
     for _ in range(steps):

@@ -153,7 +153,9 @@ def site(tmp_path_factory) -> Path:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     ran = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0 and not ran.stderr, ran.stderr[-3000:]
-    assert re.search(r"^\t\$\(BIN\)/sphinx-build -W --keep-going -q docs docs/_build$", (ROOT / "Makefile").read_text(), re.M)
+    assert re.search(
+        r"^\t\$\(BIN\)/sphinx-build -W --keep-going -q docs docs/_build$", (ROOT / "Makefile").read_text(), re.M
+    )
     return out
 
 
@@ -178,7 +180,10 @@ def test_no_internal_link_is_dead(site):
 def test_nothing_is_loaded_from_elsewhere(site):
     """A reader without a network sees the whole site."""
     for page in site.rglob("*.html"):
-        loaded = re.findall(r'<(?:script|img|iframe)[^>]+src="(https?:|//)|<link rel="stylesheet"[^>]+href="(https?:|//)', page.read_text())
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]+src="(https?:|//)|<link rel="stylesheet"[^>]+href="(https?:|//)',
+            page.read_text(),
+        )
         assert loaded == [], page.name
 
 
