@@ -12,7 +12,7 @@ import gsem
 
 project = "gsem"
 author = "The gsem developers"
-copyright = "The gsem developers, MIT licence"  # noqa: A001 (Sphinx asks for this name)
+copyright = "The gsem developers, MIT licence"
 version = release = gsem.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -38,7 +38,7 @@ autodoc_member_order = "bysource"
 maximum_signature_line_length = 72
 add_module_names = False
 python_use_unqualified_type_names = True
-# Names of other projects have no page here, and most code in backticks names nothing. What begins with gsem. must exist.
+# Most code in backticks, and names of other projects, have no page here. What begins with gsem. must exist.
 nitpick_ignore_regex = [(r"py:.*", r"(?!gsem\.[\w.]+$)[\s\S]*")]
 # Types of arguments and fields that users do not make themselves.
 nitpick_ignore = [

@@ -3,8 +3,8 @@
     python 05_evaluate_any_network.py
 
 The network here is plain PyTorch, as you may have it from somebody else: a class, a file of weights, and the mean and
-the standard deviation that its input is normalised by. So that nothing is downloaded, the script first trains it itself,
-without any attack, in a few seconds. In the folder of this file and of its weights, the command line does the same:
+the standard deviation that its input is normalised by. So that nothing is downloaded, the script first trains it
+itself, without any attack, in a few seconds. In the folder of this file and of its weights, the command line does the same:
 
     gsem evaluate 05_evaluate_any_network:network --normalize 0.305/0.376 --data digits --eps 0.1 \
         --suite quick --images 100 --out plain
@@ -43,14 +43,14 @@ def train_it() -> None:
     net, (train, _) = layers(), source.training()
     x = (gsem.data.to_float(train.x) - MEAN) / STD
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    for step in range(200):
+    for _ in range(200):
         rows = torch.randint(len(x), (128,))
         loss = nn.functional.cross_entropy(net(x[rows]), train.y[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     torch.save(net.state_dict(), WEIGHTS)
-    print(f"trained for {step + 1} steps, loss {loss.item():.3f}")
+    print(f"trained for 200 steps, loss {loss.item():.3f}")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from gsem.cli.main import COMMANDS, read
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts]
+OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom")
 TUTORIALS = [page for page in PAGES if page.parent.name == "tutorials" and page.stem != "index"]
 
 
@@ -192,8 +193,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
 def test_search_finds_a_function_and_a_page(site):
     for words, wanted in (("insert", "tutorials/insert.html"), ("straight_through", "api/nn.html")):
         shown = subprocess.run(
-            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
-            + [f"file://{site}/search.html?q={words}"],
+            ["chromium", *OPTIONS, f"file://{site}/search.html?q={words}"],
             capture_output=True,
             text=True,
             timeout=120,

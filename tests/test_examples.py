@@ -105,7 +105,7 @@ def test_add_an_attack(run):
     x, y = torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1])
     x_adv = program["momentum"](net, x, y, eps=0.1, eot=1)
     # Of a linear network the gradient's sign changes little: every step goes the same way, to the edge of the ball.
-    assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
     assert (gsem.losses.cross_entropy(net(x_adv), y) > gsem.losses.cross_entropy(net(x), y)).all()
     with pytest.raises(ValueError, match="farther than eps"):
         gsem.evaluate(net.eval(), x, y, [program["too_far"]], eps=0.1)
