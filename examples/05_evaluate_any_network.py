@@ -4,7 +4,8 @@
 
 The network here is plain PyTorch, as you may have it from somebody else: a class, a file of weights, and the mean and
 the standard deviation that its input is normalised by. So that nothing is downloaded, the script first trains it
-itself, without any attack, in a few seconds. In the folder of this file and of its weights, the command line does the same:
+itself, without any attack, in a few seconds. In the folder of this file and of its weights, the command line does the
+same:
 
     gsem evaluate 05_evaluate_any_network:network --normalize 0.305/0.376 --data digits --eps 0.1 \
         --suite quick --images 100 --out plain
