@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import gsem
 from gsem.cli.main import main, read
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -70,6 +73,54 @@ def test_dataset_object(run):
     # As a notebook takes it: every cell begins with a comment, and there is no main function.
     text = (EXAMPLES / "04_dataset_object.py").read_text()
     assert len(re.findall(r"^# %% \w", text, re.M)) == 4 and "__main__" not in text
+
+
+def test_evaluate_any_network(run):
+    out = run(EXAMPLES / "05_evaluate_any_network.py")
+    found = accuracies(out)
+    assert tuple(found) == ("clean", "apgd20-eot1", "apgd20-t3-eot1", "square300-eot1", "worst")
+    assert found["clean"] > 95 and found["worst"] <= min(found.values())
+    assert float(re.search(r"largest change of a pixel by APGD: (\S+)", out)[1]) <= 0.1
+    assert len(re.findall(r"^\S+: holds$", out, re.M)) == 4
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of the logits is zero")
+def test_audit_a_defence():
+    """A shorter training, and the attack that the audit repairs. The slow tests run the whole script."""
+    program = runpy.run_path(str(EXAMPLES / "06_audit_a_defence.py"))
+    model = program["defended"](steps=80)
+    test = gsem.data.load("digits").test()
+    x, y = gsem.data.to_float(test.x[:40]), test.y[:40]
+    pixels = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(pixels).sum(), pixels)
+    assert gradient.abs().max() == 0
+    claimed = gsem.evaluate(model, x, y, ["clean", "apgd:steps=10"], eps=program["EPS"])
+    found = gsem.evaluate(model, x, y, ["clean", "apgd:steps=10:through=jpeg"], eps=program["EPS"])
+    assert claimed.expected("worst").mean > found.expected("worst").mean + 0.3
+
+
+def test_add_an_attack(run):
+    program = runpy.run_path(str(EXAMPLES / "08_add_an_attack.py"))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+    x_adv = program["momentum"](net, x, y, eps=0.1, eot=1)
+    # Of a linear network the gradient's sign changes little: every step goes the same way, to the edge of the ball.
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert (gsem.losses.cross_entropy(net(x_adv), y) > gsem.losses.cross_entropy(net(x), y)).all()
+    with pytest.raises(ValueError, match="farther than eps"):
+        gsem.evaluate(net.eval(), x, y, [program["too_far"]], eps=0.1)
+
+
+@pytest.mark.slow
+def test_add_an_attack_whole(run):
+    out = run(EXAMPLES / "08_add_an_attack.py")
+    assert tuple(accuracies(out)) == ("clean", "momentum", "pgd20-eot20", "worst")
+
+
+def test_several_processes_in_one(run):
+    """The same script in one process; the tutorial starts two."""
+    out = run(EXAMPLES / "07_several_processes.py", "1")
+    assert "1 process\n" in out and tuple(accuracies(out)) == ("clean", "pgd10-eot5", "worst")
 
 
 def test_your_own_network(tmp_path, monkeypatch, capsys):

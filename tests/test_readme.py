@@ -29,6 +29,13 @@ def test_its_links_lead_somewhere():
     assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
 
 
+def test_the_python_of_the_how_to_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/how-to/python.md").read_text(), re.S | re.M)
+    short = block.replace("scaled(2)", "scaled(1)").replace("[:50]", "[:10]")
+    exec(compile(short, "python.md", "exec"), {"__name__": "__main__"})
+
+
 def test_the_python_of_the_page_on_own_networks_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "own-networks.md").read_text(), re.S | re.M)

@@ -1,5 +1,5 @@
-"""Confidence intervals: bootstrap over images, Wilson, Clopper-Pearson, Student's t, paired differences; McNemar's test;
-and how many events chance explains.
+"""Confidence intervals: bootstrap over images, Wilson, Clopper-Pearson, Student's t, paired differences; McNemar's
+test; and how many events chance explains.
 
 All intervals are two-sided 95% ones unless a level is given. scipy.stats takes most of a second to import, so it is
 imported where a quantile of it is computed.

@@ -182,7 +182,7 @@ def _integer(name: str, value: object, least: int) -> int:
 
 
 class GSeM(nn.Module):
-    """Gradient semi-masking of a feature map, [b, c, h, w] → [b, c, h, w] (paper section 3).
+    """Gradient semi-masking of a feature map, [b, c, h, w] → [b, c, h, w] (paper section 3)::
 
         q   = (round(levels · x) + n) / levels      n ~ U{-noise, …, +noise}, for every element anew
         s   = conv1x1(q)                            the feature mapping pathway
