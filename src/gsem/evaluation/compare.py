@@ -53,7 +53,7 @@ class Comparison:
     rows: Int[np.ndarray, " n"]
     """Row of each image in the data set, as far as the results know it."""
     metadata: dict[str, Any]
-    """images, eps, norm, and for each network: its name, draws, seed, fingerprint."""
+    """The number of images, the threat model, and for each network: its name, draws, seed, fingerprint."""
 
     def __getitem__(self, name: str) -> Difference:
         for found in self.differences:
