@@ -18,4 +18,5 @@ from gsem.data.mixing import read_extra as read_extra
 from gsem.data.registry import DATASETS as DATASETS
 from gsem.data.registry import as_dataset as as_dataset
 from gsem.data.registry import load as load
+from gsem.data.registry import load_test as load_test
 from gsem.data.subset import balanced as balanced

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gsem.data import cifar, digits, folder, npz, parquet, svhn
 from gsem.data.arrays import from_arrays
+from gsem.data.augment import to_float
 from gsem.data.dataset import Dataset
 from gsem.data.huggingface import from_huggingface, is_huggingface
 from gsem.data.items import from_torch
 from gsem.data.parquet import is_parquet
+from gsem.data.subset import balanced
 
 
 class _Entry(NamedTuple):
@@ -70,6 +74,31 @@ def load(
         raise ValueError(f"resize is for image files of any size; {name} holds arrays of one size")
     options = {"resize": resize} if kind in _RESIZED else {}
     return replace(_ENTRIES[kind].read(path, **options), hold=hold)
+
+
+def load_test(
+    name: str | Path, n: int | None = None, root: str | Path | None = None, *, resize: int | None = None
+) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
+    """Test images and their labels, as `gsem.evaluate` takes them.
+
+    Args:
+        name, root, resize: as in `load`.
+        n: number of images: the fixed, class-balanced subset that `gsem evaluate --images N` takes. Default: all.
+
+    Returns:
+        (x, y): x in [0, 1], float32; y in 0 … classes − 1. They are on the CPU, in the order of the test split.
+
+    Raises:
+        ValueError: n is not an integer from 1 to the number of test images, or there is no test part; and as `load`.
+        FileNotFoundError, NotADirectoryError: as `load`.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"n must be an integer of at least 1, not {n!r}")
+    test = load(name, root, resize=resize).test()
+    if n is not None and n > len(test):
+        raise ValueError(f"n = {n}, but {name} has {len(test)} test images: give at most {len(test)}")
+    rows = torch.arange(len(test)) if n is None else balanced(test.y, n)
+    return to_float(test.x[rows]), test.y[rows]
 
 
 def as_dataset(data: Any) -> Dataset:
