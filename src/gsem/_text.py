@@ -15,7 +15,7 @@ def percent(share: float | None) -> str:
 
 def between(low: float, high: float) -> str:
     """`70.8 – 81.9`: an interval of shares, in per cent."""
-    return f"{100 * low:.1f} – {100 * high:.1f}"
+    return f"{100 * low:z.1f} – {100 * high:z.1f}"
 
 
 def duration(seconds: float) -> str:

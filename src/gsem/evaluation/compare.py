@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from gsem.evaluation.partial import differences
 from gsem.evaluation.result import EvaluationResult, with_ending
 from gsem.evaluation.statistics import Interval, mcnemar, paired_interval
 
+WIDTH = 80  # of a terminal
 ABOUT = "The interval is about the images, given the two networks: trainings with other seeds differ by more."
 
 
@@ -184,10 +186,10 @@ def table(comparison: Comparison) -> str:
     metadata = comparison.metadata
     lines: list[tuple[str, ...]] = [("attack", "one", "two", "one − two", "95% interval", "only one", "only two", "p")]
     for d in comparison.differences:
-        shown = [f"{100 * d.difference.mean:+.1f}", between(*d.difference[1:]), len(d.only_one), len(d.only_two)]
+        shown = [f"{100 * d.difference.mean:+z.1f}", between(*d.difference[1:]), len(d.only_one), len(d.only_two)]
         lines.append((d.name, percent(d.one.mean), percent(d.two.mean), *map(str, shown), f"{d.p:.2g}"))
     first = [f"{metadata['images']} images"]
     first += [f"eps = {pixels(metadata['eps'])} ({metadata.get('norm', 'Linf')})"] if "eps" in metadata else []
     names = (f"{word}: {network['name']}" for word, network in zip(("one", "two"), metadata["networks"], strict=True))
-    left = [f"not compared: {', '.join(comparison.left_out)}"] if comparison.left_out else []
+    left = textwrap.wrap(f"not compared: {', '.join(comparison.left_out)}", WIDTH) if comparison.left_out else []
     return "\n".join([*names, ", ".join(first), *columns(lines), *left])
