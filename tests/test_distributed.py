@@ -138,3 +138,17 @@ def test_variables_that_do_not_fit_together_are_refused(change, named):
     variables = {key: value for key, value in (TORCHRUN | change).items() if value is not None}
     with pytest.raises(ValueError, match=named):
         distributed.world(variables)
+
+
+def test_the_wait_at_the_start_is_set_by_a_variable(monkeypatch):
+    monkeypatch.delenv("GSEM_JOIN_SECONDS", raising=False)
+    assert distributed.join_seconds() == distributed.JOIN_SECONDS < 60
+    monkeypatch.setenv("GSEM_JOIN_SECONDS", "300")
+    assert distributed.join_seconds() == 300
+
+
+@pytest.mark.parametrize("wrong", ["soon", "", "0", "-1", "inf", "nan"])
+def test_a_wait_that_is_no_positive_number_is_refused(monkeypatch, wrong):
+    monkeypatch.setenv("GSEM_JOIN_SECONDS", wrong)
+    with pytest.raises(ValueError, match="positive number of seconds"):
+        distributed.join_seconds()

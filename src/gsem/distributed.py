@@ -35,8 +35,9 @@ from gsem._world import World as World
 from gsem._world import has_launcher
 from gsem._world import world as world
 
-JOIN_SECONDS = float(os.environ.get("GSEM_JOIN_SECONDS", "50"))
-"""For all processes to arrive at the start. (The end of one is noticed within a minute, also before it has joined.)"""
+JOIN_SECONDS = 50.0
+"""For all processes to arrive at the start, unless GSEM_JOIN_SECONDS is set: the end of one before it has joined is
+noticed within a minute, too."""
 STORE_SECONDS = 20.0
 """To reach the store of a launcher, which was there before the processes were."""
 BEAT_SECONDS = 1.0
@@ -525,7 +526,7 @@ def _leave_at_exit(processes: Processes) -> None:
 
 
 def _rendezvous(place: World) -> Any:
-    where, seconds = _where(), STORE_SECONDS if has_launcher() else JOIN_SECONDS
+    where, seconds = _where(), STORE_SECONDS if has_launcher() else join_seconds()
     if has_launcher():
         try:  # torch would try for twice that time also where nobody listens
             socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), seconds).close()
@@ -541,7 +542,28 @@ def _rendezvous(place: World) -> Any:
             port = os.environ["MASTER_PORT"]
             raise ValueError(f"port {port} is in use ({where}): choose another MASTER_PORT") from None
         missed = f"process {place.rank} of {place.size} did not reach the others within {seconds:.0f} s"
-        raise ValueError(f"{missed} ({where}): {text}") from None
+        longer = "" if has_launcher() else f"; {_longer(seconds)}"
+        raise ValueError(f"{missed} ({where}): {text}{longer}") from None
+
+
+def join_seconds() -> float:
+    """How long processes wait for each other at the start.
+
+    Raises:
+        ValueError: GSEM_JOIN_SECONDS is no positive number.
+    """
+    given = os.environ.get("GSEM_JOIN_SECONDS", str(JOIN_SECONDS))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"GSEM_JOIN_SECONDS must be a positive number of seconds, not {given!r}")
+    return seconds
+
+
+def _longer(seconds: float) -> str:
+    return f"GSEM_JOIN_SECONDS={4 * seconds:.0f} waits longer"
 
 
 def _where() -> str:
@@ -556,7 +578,8 @@ def _wait_for_all(store: Any, place: World) -> None:
     """
     store.set(f"who/{place.rank}", json.dumps(this_process()))
     missing, known = set(range(place.size)), {}
-    until = time.monotonic() + JOIN_SECONDS
+    seconds = join_seconds()
+    until = time.monotonic() + seconds
     problem = ""
     while missing and not problem:
         try:
@@ -569,10 +592,8 @@ def _wait_for_all(store: Any, place: World) -> None:
         if missing and dead:
             problem = f"process {dead[0]} (process id {known[dead[0]]['pid']}) ended before all had come"
         elif missing and time.monotonic() > until:
-            problem = (
-                f"only {len(known)} of {place.size} processes came within {JOIN_SECONDS:.0f} s; "
-                "GSEM_JOIN_SECONDS=300 waits longer"
-            )
+            came = f"only {len(known)} of {place.size} processes came within {seconds:.0f} s"
+            problem = f"{came}; {_longer(seconds)}"
         elif missing:
             time.sleep(0.05)
     if problem:
